@@ -1,0 +1,148 @@
+"""The three CIFAR-10 networks of the report's Table 1, as a careful reader would write them.
+
+Eager PyTorch, NCHW, ``nn.BatchNorm2d``, a separate ReLU, ``torch.sigmoid``, the mask convolutions at full resolution.
+Submodule names follow ``ran_ext.models``, so a state_dict loads in both directions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BNReLUConv2d(nn.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_channels)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.bn(x)))
+
+
+class ResidualUnit(nn.Module):
+    """Full pre-activation bottleneck (He et al. 2016); the 3x3 carries the stride."""
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, bias: bool = True):
+        super().__init__()
+        self.conv1 = BNReLUConv2d(in_channels, mid_channels, 1, bias=bias)
+        self.conv2 = BNReLUConv2d(mid_channels, mid_channels, 3, stride, 1, bias=bias)
+        self.conv3 = BNReLUConv2d(mid_channels, out_channels, 1, bias=bias)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+            if in_channels != out_channels or stride != 1
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        return self.conv3(self.conv2(self.conv1(x))) + identity
+
+
+class SoftMaskBranch(nn.Module):
+    """Bottom-up, top-down: ``depth`` x (max-pool, unit), ``depth`` x (unit, up-sampling), two 1x1 convolutions."""
+
+    def __init__(self, channels: int, depth: int, skip: bool, bias: bool):
+        super().__init__()
+
+        def units(count: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                nn.Sequential(ResidualUnit(channels, channels, channels, bias=bias)) for _ in range(count)
+            )
+
+        self.down, self.up = units(depth), units(depth)
+        self.skip = nn.ModuleList(
+            ResidualUnit(channels, channels, channels, bias=bias) for _ in range(depth - 1 if skip else 0)
+        )
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=bias)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = []
+        for unit in self.down:
+            x = unit(F.max_pool2d(x, 2))
+            levels.append(x)
+        for level, unit in reversed(list(enumerate(self.up))):
+            x = F.interpolate(unit(x), scale_factor=2, mode="nearest")
+            if level > 0 and len(self.skip):
+                x = x + self.skip[level - 1](levels[level - 1])
+        return self.conv2(self.conv1(x))
+
+
+class AttentionModule(nn.Module):
+    """``(1 + sigmoid(mask)) * trunk`` between two residual units; p = 1, t = 2, r = 1."""
+
+    def __init__(self, channels: int, depth: int, skip: bool = False, bias: bool = True):
+        super().__init__()
+
+        def units(count: int) -> nn.Sequential:
+            return nn.Sequential(*(ResidualUnit(channels, channels, channels, bias=bias) for _ in range(count)))
+
+        self.pre, self.trunk, self.post = units(1), units(2), units(1)
+        self.mask = SoftMaskBranch(channels, depth, skip, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pre(x)
+        return self.post((1 + torch.sigmoid(self.mask(x))) * self.trunk(x))
+
+
+class ResidualAttentionNetwork(nn.Module):
+    """Table 1. ``regularised``: BN + ReLU in stem and head, and dropout; ``skip``: mask skip connections."""
+
+    def __init__(
+        self,
+        modules: tuple[int, int],
+        regularised: bool,
+        skip: bool,
+        dropout: float,
+        num_classes: int = 10,
+        bias: bool = True,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 32, 5, padding=2, bias=bias)
+        self.bn1 = nn.BatchNorm2d(32) if regularised else None
+        self.stage1 = nn.Sequential(
+            ResidualUnit(32, 128, 32, bias=bias),
+            *(AttentionModule(128, 2, skip, bias) for _ in range(modules[0])),
+        )
+        self.stage2 = nn.Sequential(
+            ResidualUnit(128, 256, 64, 2, bias=bias),
+            *(AttentionModule(256, 1, skip, bias) for _ in range(modules[1])),
+        )
+        self.stage3 = nn.Sequential(
+            ResidualUnit(256, 1024, 64, 2, bias=bias), *(ResidualUnit(1024, 1024, 64, bias=bias) for _ in range(2))
+        )
+        self.bn2 = nn.BatchNorm2d(1024) if regularised else None
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(1024, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        if self.bn1 is not None:
+            x = F.relu(self.bn1(x))
+        x = self.stage3(self.stage2(self.stage1(F.max_pool2d(x, 2))))
+        if self.bn2 is not None:
+            x = F.relu(self.bn2(x))
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+
+def ran_compact(num_classes: int = 10, dropout: float = 0.5, bias: bool = True) -> ResidualAttentionNetwork:
+    """The report's own network."""
+    return ResidualAttentionNetwork((1, 1), True, False, dropout, num_classes, bias)
+
+
+def ran_base(num_classes: int = 10, bias: bool = True) -> ResidualAttentionNetwork:
+    """The report's network before regularisation."""
+    return ResidualAttentionNetwork((1, 1), False, False, 0.0, num_classes, bias)
+
+
+def ran_paper(num_classes: int = 10, bias: bool = True) -> ResidualAttentionNetwork:
+    """Wang et al.'s network as the report shrinks it: a further attention module, mask skip connections."""
+    return ResidualAttentionNetwork((1, 2), False, True, 0.0, num_classes, bias)

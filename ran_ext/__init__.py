@@ -1,0 +1,7 @@
+"""Residual attention networks with fused BN-ReLU-Conv and attention-gate kernels for training in PyTorch."""
+
+from . import data, models, nn, ops
+from ._backend import get_backend, set_backend
+
+__version__ = "0.1.0"
+__all__ = ["data", "get_backend", "models", "nn", "ops", "set_backend"]

@@ -1,0 +1,151 @@
+"""The three networks of the report's Table 1: compact ("our model"), base and paper."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..nn import AttentionModule, BNReLU, ResidualUnit
+
+
+class ResidualAttentionNetwork(nn.Module):
+    """Residual attention network for small images; use :func:`ran_compact`, :func:`ran_base` or :func:`ran_paper`.
+
+    Args:
+        modules: attention modules in stage 1 (depth 2) and stage 2 (depth 1).
+        regularised: BN + ReLU after the first convolution and before the average pool.
+        skip: skip connections in the masks.
+        num_classes, in_channels: outputs of the dense layer, image channels.
+        dropout: probability before the dense layer.
+        conv_bias: whether the convolutions have biases.
+        width: multiplier of every width, rounded to a multiple of 8.
+    """
+
+    def __init__(
+        self,
+        modules: tuple[int, int],
+        regularised: bool,
+        skip: bool,
+        *,
+        num_classes: int = 10,
+        in_channels: int = 3,
+        dropout: float = 0.0,
+        conv_bias: bool = True,
+        width: float = 1.0,
+    ):
+        super().__init__()
+        if width <= 0 or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                "ResidualAttentionNetwork: width, num_classes and in_channels must be positive and dropout in [0, 1), got "
+                f"width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
+            )
+
+        def wide(channels: int) -> int:
+            return max(8, round(channels * width / 8) * 8)
+
+        c0, c1, c2, c3, mid = (wide(c) for c in (32, 128, 256, 1024, 64))
+        self.conv1 = nn.Conv2d(in_channels, c0, 5, padding=2, bias=conv_bias)
+        self.bn1 = BNReLU(c0) if regularised else None
+        self.stage1 = nn.Sequential(
+            ResidualUnit(c0, c1, c0, bias=conv_bias),
+            *(AttentionModule(c1, depth=2, skip=skip, bias=conv_bias) for _ in range(modules[0])),
+        )
+        self.stage2 = nn.Sequential(
+            ResidualUnit(c1, c2, mid, stride=2, bias=conv_bias),
+            *(AttentionModule(c2, depth=1, skip=skip, bias=conv_bias) for _ in range(modules[1])),
+        )
+        self.stage3 = nn.Sequential(
+            ResidualUnit(c2, c3, mid, stride=2, bias=conv_bias),
+            *(ResidualUnit(c3, c3, mid, bias=conv_bias) for _ in range(2)),
+        )
+        self.bn2 = BNReLU(c3) if regularised else None
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(c3, num_classes)
+
+    #: The smallest image side: stage 1's attention module (depth 2) needs 3 pixels after the 2x2 pool.
+    min_size = 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)`` of any size from 6x6."""
+        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels or min(x.shape[2:]) < self.min_size:
+            raise ValueError(
+                f"ResidualAttentionNetwork: images must be (N, {self.conv1.in_channels}, H, W) with H and W at least "
+                f"{self.min_size}, got {list(x.shape)}"
+            )
+        x = self.conv1(x)
+        if self.bn1 is not None:
+            x = self.bn1(x)
+        x = self.stage3(self.stage2(self.stage1(F.max_pool2d(x, 2))))
+        if self.bn2 is not None:
+            x = self.bn2(x)
+        return self.fc(self.dropout(x.mean((2, 3))))
+
+    def l2_penalty(self) -> Tensor:
+        """Sum of squares of the dense layer's weight: the report's "L2 norm"; multiply by the decay and add to the loss.
+
+        >>> model = ran_compact()
+        >>> bool(torch.isclose(model.l2_penalty(), (model.fc.weight**2).sum()))
+        True
+        """
+        return self.fc.weight.square().sum()
+
+
+def ran_compact(
+    num_classes: int = 10, in_channels: int = 3, dropout: float = 0.5, conv_bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
+    """The report's own network: one attention module a stage, BN + ReLU in stem and head, dropout; 6.8 M parameters.
+
+    >>> sum(p.numel() for p in ran_compact().parameters())
+    6810570
+    """
+    return ResidualAttentionNetwork(
+        (1, 1),
+        True,
+        False,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        dropout=dropout,
+        conv_bias=conv_bias,
+        width=width,
+    )
+
+
+def ran_base(
+    num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, conv_bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
+    """The report's network before regularisation: no BN + ReLU in stem and head, no dropout.
+
+    >>> sum(p.numel() for p in ran_base().parameters())
+    6808458
+    """
+    return ResidualAttentionNetwork(
+        (1, 1),
+        False,
+        False,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        dropout=dropout,
+        conv_bias=conv_bias,
+        width=width,
+    )
+
+
+def ran_paper(
+    num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0, conv_bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
+    """The report's shrunk copy of Wang et al. 2017: a further attention module, mask skip connections; 11.5 M.
+
+    >>> sum(p.numel() for p in ran_paper().parameters())
+    11460618
+    """
+    return ResidualAttentionNetwork(
+        (1, 2),
+        False,
+        True,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        dropout=dropout,
+        conv_bias=conv_bias,
+        width=width,
+    )

@@ -1,0 +1,264 @@
+"""Modules over :mod:`ran_ext.ops`: they hold parameters and make calls, the mathematics lives in the ops.
+
+Submodules and state_dict keys are those of plain PyTorch (``nn.BatchNorm2d``, ``nn.Conv2d``), so checkpoints,
+initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` work as they always do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
+
+
+class AttentionGate(nn.Module):
+    """``(1 + sigmoid(mask)) * trunk``; see :func:`ran_ext.ops.attention_gate`.
+
+    Args:
+        scale_factor: nearest-neighbour up-sampling of the mask, fused in.
+
+    >>> AttentionGate(2)(torch.ones(1, 8, 5, 5), torch.zeros(1, 8, 3, 3)).mean().item()
+    1.5
+    """
+
+    def __init__(self, scale_factor: int = 1):
+        super().__init__()
+        self.scale_factor = scale_factor
+
+    def forward(self, trunk: Tensor, mask: Tensor) -> Tensor:
+        return ops.attention_gate(trunk, mask, self.scale_factor)
+
+    def extra_repr(self) -> str:
+        return f"scale_factor={self.scale_factor}"
+
+
+class BNReLU(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` and a ReLU in one op; parameters, buffers and keys are ``nn.BatchNorm2d``'s.
+
+    >>> BNReLU(8)(torch.randn(2, 8, 4, 4)).min().item()
+    0.0
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _bn_relu(self, x)
+
+
+class BNReLUConv2d(nn.Module):
+    """Pre-activation convolution ``conv(relu(bn(x))) + residual`` in one op.
+
+    Submodules ``bn`` (``nn.BatchNorm2d``) and ``conv`` (``nn.Conv2d``) hold the parameters. ``nn.SyncBatchNorm`` in
+    the place of ``bn`` (by torch's own converter) keeps the fusion. Any other module there, or a convolution with
+    groups, dilation or non-zero padding mode, is run as written, unfused. Forward hooks on ``bn`` and ``conv`` are not
+    called by the fused path.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, bias: as in ``nn.Conv2d``.
+        eps, momentum: as in ``nn.BatchNorm2d``.
+
+    >>> unit = BNReLUConv2d(8, 16, 3, padding=1)
+    >>> unit(torch.randn(2, 8, 7, 7)).shape
+    torch.Size([2, 16, 7, 7])
+    >>> list(unit.state_dict())[:2]
+    ['bn.weight', 'bn.bias']
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        bias: bool = True,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+    ):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(in_channels, eps, momentum)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn, conv = self.bn, self.conv
+        if not (isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and _is_plain(conv)):
+            out = conv(F.relu(bn(x)))
+            return out if residual is None else out + residual
+        if _synchronises(bn):
+            return sync_bn_relu_conv2d(x, bn, conv, residual)
+        return ops.bn_relu_conv2d(
+            x,
+            bn.weight,
+            bn.bias,
+            bn.running_mean,
+            bn.running_var,
+            conv.weight,
+            conv.bias,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            training=bn.training,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            residual=residual,
+            num_batches_tracked=bn.num_batches_tracked,
+        )
+
+
+class ResidualUnit(nn.Module):
+    """Full pre-activation bottleneck (He et al. 2016): BN-ReLU-1x1, BN-ReLU-3x3 (the stride), BN-ReLU-1x1, plus input.
+
+    Args:
+        in_channels, out_channels: where they differ, or ``stride`` is not 1, the input passes a plain 1x1 convolution.
+        mid_channels: width of the 1x1/3x3 pair.
+        stride: of the 3x3 convolution.
+        bias: whether the convolutions have biases.
+
+    >>> ResidualUnit(8, 16, 4, stride=2)(torch.randn(2, 8, 7, 7)).shape
+    torch.Size([2, 16, 4, 4])
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, mid_channels: int, stride: int = 1, bias: bool = True):
+        super().__init__()
+        self.conv1 = BNReLUConv2d(in_channels, mid_channels, 1, bias=bias)
+        self.conv2 = BNReLUConv2d(mid_channels, mid_channels, 3, stride, 1, bias=bias)
+        self.conv3 = BNReLUConv2d(mid_channels, out_channels, 1, bias=bias)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=bias)
+            if in_channels != out_channels or stride != 1
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        return self.conv3(self.conv2(self.conv1(x)), residual=identity)
+
+
+class SoftMaskBranch(nn.Module):
+    """The mask's bottom-up, top-down branch; returns logits at **half** the resolution of its input.
+
+    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's output of
+    that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask at low
+    resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
+    rounds up and up-sampling is cropped to the level it meets, so every size works.
+    """
+
+    def __init__(self, channels: int, depth: int, r: int = 1, skip: bool = False, bias: bool = True):
+        super().__init__()
+
+        def levels(count: int) -> nn.ModuleList:
+            return nn.ModuleList(_units(channels, r, bias) for _ in range(count))
+
+        self.down, self.up = levels(depth), levels(depth)
+        self.skip = nn.ModuleList(
+            ResidualUnit(channels, channels, channels, bias=bias) for _ in range(depth - 1 if skip else 0)
+        )
+        self.conv1 = nn.Conv2d(channels, channels, 1, bias=bias)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pyramid: list[Tensor] = []
+        for units in self.down:
+            x = units(F.max_pool2d(x, 2, ceil_mode=True))
+            pyramid.append(x)
+        for level in range(len(self.up) - 1, 0, -1):
+            lower, upper = self.up[level](x), pyramid[level - 1]
+            x = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., : upper.shape[2], : upper.shape[3]]
+            if len(self.skip):
+                x = x + self.skip[level - 1](upper)
+        return self.conv2(self.conv1(self.up[0](x)))
+
+
+class AttentionModule(nn.Module):
+    """Attention module of Wang et al. 2017: ``post(gate(trunk(pre(x)), mask(pre(x))))``.
+
+    Args:
+        channels: of input and output.
+        depth: how often the mask branch halves the resolution, >= 1.
+        p, t, r: units before and after, in the trunk, and between two poolings of the mask (the paper's names).
+        skip: units across the mask's U, one for each level but the lowest.
+        bias: whether the convolutions have biases.
+
+    Raises:
+        ValueError: at construction, ``depth`` < 1; at the call, an image too small for ``depth`` (the text says the
+            smallest size).
+
+    >>> AttentionModule(8, depth=2)(torch.randn(2, 8, 13, 9)).shape
+    torch.Size([2, 8, 13, 9])
+    """
+
+    def __init__(
+        self, channels: int, depth: int, p: int = 1, t: int = 2, r: int = 1, skip: bool = False, bias: bool = True
+    ):
+        super().__init__()
+        if depth < 1:
+            raise ValueError(f"AttentionModule: depth must be at least 1, got {depth}")
+        self.depth = depth
+        self.pre, self.trunk, self.post = (_units(channels, count, bias) for count in (p, t, p))
+        self.mask = SoftMaskBranch(channels, depth, r, skip, bias)
+        self.gate = AttentionGate(scale_factor=2)
+
+    @property
+    def min_size(self) -> int:
+        """The smallest height and width: each of the ``depth`` poolings must find at least two pixels."""
+        return 2 ** (self.depth - 1) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[-2:]) < self.min_size:
+            raise ValueError(
+                f"AttentionModule: depth {self.depth} needs an input of at least {self.min_size}x{self.min_size} pixels, "
+                f"got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
+            )
+        x = self.pre(x)
+        return self.post(self.gate(self.trunk(x), self.mask(x)))
+
+
+def _units(channels: int, count: int, bias: bool) -> nn.Sequential:
+    return nn.Sequential(*(ResidualUnit(channels, channels, channels, bias=bias) for _ in range(count)))
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    return (
+        isinstance(conv, nn.Conv2d)
+        and conv.groups == 1
+        and conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and not isinstance(conv.padding, str)
+    )
+
+
+def _synchronises(bn: nn.Module) -> bool:
+    return (
+        isinstance(bn, nn.SyncBatchNorm)
+        and bn.training
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    )
+
+
+def _bn_relu(bn: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Tensor:
+    if _synchronises(bn):
+        return sync_bn_relu(x, bn)
+    return ops.bn_relu(
+        x,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        training=bn.training,
+        momentum=bn.momentum,
+        eps=bn.eps,
+        num_batches_tracked=bn.num_batches_tracked,
+    )
+
+
+__all__: Iterable[str] = [
+    "AttentionGate",
+    "AttentionModule",
+    "BNReLU",
+    "BNReLUConv2d",
+    "ResidualUnit",
+    "SoftMaskBranch",
+]

@@ -1,0 +1,160 @@
+"""``relu(batch_norm(x))`` in one op: pre-activation's first half, and the networks' stem and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _backend
+
+
+def bn_relu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """``relu(batch_norm(x))``, differentiable in ``x``, ``weight`` and ``bias``.
+
+    Equivalent to::
+
+        F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps))
+
+    and to ``F.relu(bn(x))`` of an ``nn.BatchNorm2d`` where ``num_batches_tracked`` is given too. Backward keeps the raw
+    ``x`` and two per-channel vectors.
+
+    Args:
+        x: ``(N, C, H, W)``, contiguous or channels_last (kept as given); float16, bfloat16, float32 or float64.
+        weight, bias: ``(C,)`` or None (1 and 0).
+        running_mean, running_var: ``(C,)`` or None. In training they are updated in place, once, also where
+            activation checkpointing runs the forward pass twice.
+        training: normalise with the batch's own statistics (also done where there are no running statistics).
+        momentum: weight of the new statistics; None for the cumulative average, which needs ``num_batches_tracked``.
+        eps: added to the variance.
+        num_batches_tracked: int64 scalar, incremented by one in training.
+
+    Returns:
+        A tensor of ``x``'s shape, dtype and memory format.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the text names it, the rule, and what was given.
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2016, arXiv:1603.05027.
+
+    >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
+    >>> bn_relu(x, None, None, None, None, training=True, eps=0.0).flatten()
+    tensor([0., 1.])
+    """
+    check_batch_norm("bn_relu", x, weight, bias, running_mean, running_var, training, momentum, num_batches_tracked)
+    if not _backend.use_native(x):
+        return bn_relu_ref(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_batches_tracked=num_batches_tracked,
+        )
+    mean, var = (None, None) if training or running_mean is None else (running_mean, running_var)
+    out, mean, var = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, eps)
+    if training:
+        update_running_stats(x, mean, var, running_mean, running_var, momentum, num_batches_tracked)
+    return out
+
+
+def bn_relu_ref(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    """:func:`bn_relu` in plain PyTorch: the fallback, and what the kernels are held to."""
+    factor = 0.0 if momentum is None else momentum
+    if training and running_mean is not None:
+        if in_backward():  # an activation checkpoint's second forward pass: the statistics have been counted
+            factor = 0.0
+        elif num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+            if momentum is None:
+                factor = 1.0 / float(num_batches_tracked)
+    batch_stats = training or running_mean is None
+    return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, factor, eps))
+
+
+def update_running_stats(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Blend the statistics of one batch of ``x`` into the running ones, on the device, outside autograd."""
+    if running_mean is None:
+        return
+    count = x.numel() // x.shape[1] if x.shape[1] else 0
+    torch.ops.ran_ext.update_running_stats(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine is running on this thread: a forward pass then is a checkpoint's second."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
+
+
+def check_batch_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raise what :func:`bn_relu` documents, in the name of ``op``."""
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be (N, C, H, W), got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+    channels = x.shape[1]
+    for name, vector in (
+        ("weight", weight),
+        ("bias", bias),
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+    ):
+        if vector is None:
+            continue
+        label = name if op == "bn_relu" or name.startswith("running") else f"bn_{name}"
+        if vector.shape != (channels,):
+            raise ValueError(f"{op}: {label} must be [{channels}] for x {list(x.shape)}, got {list(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{op}: {label} must be on x's device {x.device}, got {vector.device}")
+        if not vector.is_floating_point():
+            raise TypeError(f"{op}: {label} must be floating point, got {vector.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
+    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise ValueError(f"{op}: momentum=None (cumulative average) needs num_batches_tracked")
+    if (training or running_mean is None) and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
