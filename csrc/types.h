@@ -1,0 +1,39 @@
+// Plain data shared by every kernel file and the torch side. No torch here.
+#pragma once
+
+#include <cstdint>
+
+namespace ran {
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// A 4-d activation seen as [outer][channels][inner], dense: NCHW is (N, C, H*W), channels_last is (N*H*W, C, 1).
+struct ChannelView {
+  int64_t outer, channels, inner;
+  int64_t count() const { return outer * inner; }  // values a channel
+  int64_t numel() const { return outer * channels * inner; }
+};
+
+// The attention gate's trunk, dense NCHW or channels_last. The mask, in the same memory format, is
+// (n, c, ceil(h / scale), ceil(w / scale)).
+struct GateShape {
+  int64_t n, c, h, w;
+  int64_t scale;
+  bool channels_last;
+  int64_t mask_h() const { return (h + scale - 1) / scale; }
+  int64_t mask_w() const { return (w + scale - 1) / scale; }
+  int64_t numel() const { return n * c * h * w; }
+};
+
+// What batch normalisation does to a channel. Vectors of `channels` values, float (double where x is double);
+// weight and bias may be null (1 and 0).
+template <typename Acc>
+struct BatchNorm {
+  const Acc* mean;
+  const Acc* var;  // biased
+  const Acc* weight;
+  const Acc* bias;
+  Acc eps;
+};
+
+}  // namespace ran
