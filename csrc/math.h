@@ -67,18 +67,23 @@ RAN_HD Moments<T> merge(Moments<T> a, Moments<T> b) {
   return {count, std::fma(delta, share, a.mean), a.m2 + b.m2 + delta * delta * a.count * share};
 }
 
-// dx = a * dz + b * x + c: batch normalisation's backward with the batch's own statistics.
+// Batch normalisation's backward with the batch's own statistics: dx = a * dz + b * (x - mean) + c. Subtracting the mean
+// first keeps the digits that b * x would lose where |mean| is much larger than the standard deviation.
 template <typename T>
 struct DxCoefficients {
-  T a, b, c;
+  T a, b, c, mean;
 };
 
 template <typename T>
 RAN_HD DxCoefficients<T> dx_coefficients(T mean, T var, T weight, T eps, T sum_dz, T sum_dz_xhat, T count) {
   const T invstd = T(1) / std::sqrt(var + eps);
   const T a = weight * invstd;
-  const T b = -a * invstd * sum_dz_xhat / count;
-  return {a, b, -a * sum_dz / count - b * mean};
+  return {a, -a * invstd * sum_dz_xhat / count, -a * sum_dz / count, mean};
+}
+
+template <typename T>
+RAN_HD T dx(T dz, T x, DxCoefficients<T> k) {
+  return std::fma(k.a, dz, std::fma(k.b, x - k.mean, k.c));
 }
 
 }  // namespace ran
