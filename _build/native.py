@@ -1,0 +1,195 @@
+"""How the torch-free kernel files are compiled: instruction sets, CUDA toolkit, architectures, and a small make.
+
+setup.py compiles with it, ``scripts/check_cuda.py`` checks with it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+
+#: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
+CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+#: Instruction sets of the CPU kernels, poorest first; the first that the linker meets gives the functions that all
+#: objects share, so that code for a newer processor never runs on an older one.
+X86_ISAS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
+
+#: Sane for a release; filtered by what the nvcc at hand knows, the last one also as PTX for what comes later.
+DEFAULT_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+
+
+class BuildFailure(Exception):
+    """A compiler or a tool failed; the text holds its command and its output."""
+
+
+def isas() -> dict[str, list[str]]:
+    """Flags of each instruction set that the CPU kernels are compiled for on this machine."""
+    x86_linux = sys.platform == "linux" and platform.machine() in ("x86_64", "AMD64")
+    return X86_ISAS if x86_linux else {"baseline": []}
+
+
+def jobs() -> int:
+    """``MAX_JOBS``, or the cores that this process may use."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked:
+        if not asked.isdigit() or int(asked) < 1:
+            raise BuildFailure(f"MAX_JOBS must be a whole number from 1 up, got {asked!r}")
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cxx() -> list[str]:
+    """The C++ compiler: ``CXX``, or ``c++``."""
+    return shlex.split(os.environ.get("CXX", "c++"))
+
+
+def run(command: Sequence[str | Path]) -> str:
+    """What ``command`` prints, both streams; BuildFailure with the same text where it fails."""
+    line = [str(word) for word in command]
+    try:
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    except OSError as error:
+        raise BuildFailure(f"{shlex.join(line)}\n{error}") from error
+    if done.returncode:
+        raise BuildFailure(f"{shlex.join(line)}\n{done.stdout}")
+    return done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------- a small make
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One object file: the compiler and its flags, without the source, the output and the dependency file."""
+
+    source: Path
+    object: Path
+    command: tuple[str, ...]
+
+    @property
+    def full_command(self) -> list[str]:
+        return [*self.command, "-MMD", "-MF", f"{self.object}.d", "-c", str(self.source), "-o", str(self.object)]
+
+    def is_fresh(self) -> bool:
+        """Whether the object is newer than all it was made from, and was made by the same command."""
+        record, depfile = Path(f"{self.object}.cmd"), Path(f"{self.object}.d")
+        if not (self.object.exists() and record.exists() and depfile.exists()):
+            return False
+        if record.read_text() != shlex.join(self.full_command):
+            return False
+        made = self.object.stat().st_mtime
+        headers = [Path(name) for name in shlex.split(depfile.read_text().replace("\\\n", " ").split(": ", 1)[1])]
+        return all(header.exists() and header.stat().st_mtime <= made for header in headers)
+
+    def run(self) -> str:
+        """Compile, and note the command beside the object; what the compiler says."""
+        self.object.parent.mkdir(parents=True, exist_ok=True)
+        said = run(self.full_command)
+        Path(f"{self.object}.cmd").write_text(shlex.join(self.full_command))
+        return said
+
+
+def compile_all(tasks: Sequence[Compile], force: bool = False) -> list[str]:
+    """Compile what changed, ``jobs()`` at a time; the objects in the order of ``tasks``."""
+
+    def one(task: Compile) -> None:
+        print(f"ran_ext: {task.object.parent.name}/{task.source.name}", flush=True)
+        said = task.run()
+        if said.strip():
+            print(said, flush=True)
+
+    with ThreadPoolExecutor(jobs()) as pool:
+        list(pool.map(one, [task for task in tasks if force or not task.is_fresh()]))
+    return [str(task.object) for task in tasks]
+
+
+def cpu_tasks(build: Path) -> list[Compile]:
+    """Every file of csrc/cpu for every instruction set, in a folder each."""
+    return [
+        Compile(source, build / isa / f"{source.stem}.o", (*cxx(), *CPU_FLAGS, *flags, f"-DRAN_ISA={isa}"))
+        for isa, flags in isas().items()
+        for source in sorted((CSRC / "cpu").glob("*.cpp"))
+    ]
+
+
+def cuda_tasks(build: Path, nvcc: Path, archs: Sequence[str], extra: Sequence[str] = ()) -> list[Compile]:
+    """Every file of csrc/cuda, for all of ``archs`` at once."""
+    command = (str(nvcc), *CUDA_FLAGS, *gencode(archs), *extra)
+    sources = sorted((CSRC / "cuda").glob("*.cu"))
+    return [Compile(source, build / "cuda" / f"{source.stem}.o", command) for source in sources]
+
+
+# ------------------------------------------------------------------------------------------------ the CUDA toolkit
+
+
+def find_toolkit() -> Path | None:
+    """The folder of a CUDA toolkit with nvcc and its headers: CUDA_HOME, /usr/local/cuda, or that of nvcc on PATH."""
+    on_path = shutil.which("nvcc")
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in [Path(name) for name in named if name] + ([Path(on_path).resolve().parent.parent] if on_path else []):
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """The toolkit's release, such as ``13.0``."""
+    said = run([nvcc, "--version"])
+    release = re.search(r"release (\d+\.\d+)", said)
+    if release is None:
+        raise BuildFailure(f"{nvcc} --version names no release:\n{said}")
+    return release.group(1)
+
+
+def known_archs(nvcc: Path) -> set[str]:
+    """Architectures that this nvcc compiles for, such as ``8.0`` and ``12.0``."""
+    return {f"{number[:-1]}.{number[-1]}" for number in re.findall(r"sm_(\d+)", run([nvcc, "--list-gpu-code"]))}
+
+
+def cuda_archs(nvcc: Path) -> list[str]:
+    """``TORCH_CUDA_ARCH_LIST`` (``8.0;9.0a;12.0+PTX``, or with spaces), else the default list as far as nvcc knows it."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    if asked.strip(";"):
+        archs = [arch for arch in asked.split(";") if arch]
+        wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
+        if wrong:
+            raise BuildFailure(
+                f"TORCH_CUDA_ARCH_LIST must hold compute capabilities such as 8.0, 9.0a or 12.0+PTX, got {wrong[0]!r}"
+            )
+        return archs
+    known = known_archs(nvcc)
+    archs = [arch for arch in DEFAULT_ARCHS if arch in known]
+    if not archs:
+        raise BuildFailure(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHS)}: install CUDA 12 or later")
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    """nvcc's flags for ``archs``; ``+PTX`` adds the intermediate code that newer chips compile for themselves.
+
+    >>> gencode(["8.0", "12.0+PTX"])
+    ['-gencode=arch=compute_80,code=sm_80', '-gencode=arch=compute_120,code=[sm_120,compute_120]']
+    """
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    return flags

@@ -1,0 +1,187 @@
+"""Builds ran_ext: the one extension ``ran_ext._C`` for the torch that is installed, with CUDA where that torch has it.
+
+``RAN_EXT_NO_NATIVE=1`` builds pure Python, ``RAN_EXT_NO_CUDA=1`` the CPU kernels only, ``RAN_EXT_FORCE_CUDA=1`` makes
+leaving CUDA out an error. ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` mean what they mean to torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "_build"))
+import native  # noqa: E402
+
+
+def switch(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+def why_no_native() -> str:
+    if switch("RAN_EXT_NO_NATIVE"):
+        return "RAN_EXT_NO_NATIVE=1 was set at installation"
+    return "the kernels build on Linux and macOS only" if sys.platform == "win32" else ""
+
+
+def import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"ran_ext: torch is needed to build the kernels, and does not import ({error}).\n"
+            f"  install it first:      {sys.executable} -m pip install torch=={torch_pin()}\n"
+            "  or build pure Python:  RAN_EXT_NO_NATIVE=1 pip install ..."
+        ) from error
+    return torch
+
+
+def torch_pin() -> str:
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ran_ext"]["torch"])
+
+
+def cuda_toolkit(torch: Any) -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with and "", or None and why CUDA is left out."""
+    reason, home = "", native.find_toolkit()
+    if switch("RAN_EXT_NO_CUDA"):
+        reason = "RAN_EXT_NO_CUDA=1 was set at installation"
+    elif torch.version.cuda is None:
+        reason = f"torch {torch.__version__} has no CUDA"
+    elif home is None:
+        reason = f"no CUDA toolkit (nvcc and cuda_runtime.h) was found for torch's CUDA {torch.version.cuda}; set CUDA_HOME"
+    else:
+        found = native.nvcc_version(home / "bin" / "nvcc")
+        if found.split(".")[0] != torch.version.cuda.split(".")[0]:
+            reason = f"{home} is CUDA {found}, but torch {torch.__version__} was built with CUDA {torch.version.cuda}"
+    if reason and switch("RAN_EXT_FORCE_CUDA"):
+        raise SystemExit(f"ran_ext: RAN_EXT_FORCE_CUDA=1, but CUDA cannot be built: {reason}")
+    return (None, reason) if reason else (home, "")
+
+
+class Plan:
+    """What this build makes; it ends as ran_ext/_built_for.py, which the import compares with what runs."""
+
+    def __init__(self) -> None:
+        self.no_native = why_no_native()
+        self.torch = None if self.no_native else import_torch()
+        self.cuda_home: Path | None = None
+        self.no_cuda = self.no_native
+        self.archs: list[str] = []
+        if self.torch is not None:
+            self.cuda_home, self.no_cuda = cuda_toolkit(self.torch)
+        if self.cuda_home is not None:
+            self.archs = native.cuda_archs(self.cuda_home / "bin" / "nvcc")
+
+    def requirement(self) -> str:
+        """A compiled module fits one minor version of torch, and no other."""
+        if self.torch is None:
+            return "torch>=2.11,<2.16"
+        return f"torch=={'.'.join(self.torch.__version__.split('.')[:2])}.*"
+
+    def write(self, folder: Path) -> None:
+        compiler = ""
+        if self.torch is not None:
+            compiler = native.run([*native.cxx(), "--version"]).splitlines()[0]
+        fields = {
+            "TORCH": None if self.torch is None else str(self.torch.__version__),
+            "CUDA": None if self.cuda_home is None else native.nvcc_version(self.cuda_home / "bin" / "nvcc"),
+            "ARCHS": self.archs,
+            "COMPILER": compiler,
+            "WHY_NO_NATIVE": self.no_native,
+            "WHY_NO_CUDA": self.no_cuda,
+        }
+        lines = ['"""What this installation was built for; written by setup.py."""', ""]
+        lines += [f"{name} = {value!r}" for name, value in fields.items()]
+        (folder / "_built_for.py").write_text("\n".join(lines) + "\n")
+
+    def extension(self) -> Any:
+        """The torch side, csrc/*.cpp; the kernel objects are added when they are compiled."""
+        from torch.utils.cpp_extension import CppExtension
+
+        assert self.torch is not None
+        macros: list[tuple[str, str | None]] = [("RAN_TORCH_VERSION", f'"{self.torch.__version__}"')]
+        if len(native.isas()) > 1:
+            macros.append(("RAN_X86_ISAS", None))  # the objects beyond the baseline are linked in
+        include, libraries, folders = [], [], []
+        if self.cuda_home is not None:
+            macros += [("RAN_WITH_CUDA", None), ("RAN_CUDA_VERSION", f'"{self.torch.version.cuda}"')]
+            include = [str(self.cuda_home / "include")]
+            libraries = ["c10_cuda", "torch_cuda", "cudart"]
+            folders = [str(folder) for name in ("lib64", "lib") if (folder := self.cuda_home / name).is_dir()]
+        # at::parallel_for is serial in a file compiled without OpenMP; Apple's compiler has none.
+        openmp = ["-fopenmp"] if sys.platform == "linux" else []
+        return CppExtension(
+            "ran_ext._C",
+            [str(path.relative_to(ROOT)) for path in sorted(native.CSRC.glob("*.cpp"))],
+            include_dirs=include,
+            define_macros=macros,
+            libraries=libraries,
+            library_dirs=folders,
+            extra_compile_args=[*native.CXX_FLAGS, *openmp],
+            extra_link_args=openmp,
+            depends=[str(path) for path in sorted(native.CSRC.rglob("*.h"))],
+        )
+
+
+PLAN = Plan()
+
+
+class BuildPython(build_py):
+    """Adds _built_for.py; a pure-Python build in the source folder also takes away an earlier build's module."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            for stale in (ROOT / "ran_ext").glob("_C.*.so") if PLAN.torch is None else ():
+                stale.unlink()
+            PLAN.write(ROOT / "ran_ext")
+        elif (Path(self.build_lib) / "ran_ext").is_dir():
+            PLAN.write(Path(self.build_lib) / "ran_ext")
+
+
+HELP = """
+ran_ext: compiling the kernels failed; the compiler's message stands above. What can be done:
+  RAN_EXT_NO_CUDA=1    build the CPU kernels only (where nvcc failed)
+  RAN_EXT_NO_NATIVE=1  install pure Python: every op works, at plain PyTorch's speed
+  MAX_JOBS=1           where the compiler was killed for want of memory
+  TORCH_CUDA_ARCH_LIST=8.0  build for one architecture; CUDA_HOME and CXX choose the tools"""
+
+
+def build_ext_command() -> Any:
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
+        def run(self) -> None:
+            super().run()
+            if self.inplace:
+                PLAN.write(ROOT / "ran_ext")
+
+        def build_extensions(self) -> None:
+            if PLAN.no_cuda:
+                print(f"ran_ext: building the CPU kernels only: {PLAN.no_cuda}", file=sys.stderr, flush=True)
+            build = Path(self.build_temp).resolve() / "kernels"
+            tasks = native.cpu_tasks(build)
+            if PLAN.cuda_home is not None:
+                tasks += native.cuda_tasks(build, PLAN.cuda_home / "bin" / "nvcc", PLAN.archs)
+            try:
+                self.extensions[0].extra_objects = native.compile_all(tasks)
+                super().build_extensions()
+            except (native.BuildFailure, RuntimeError, OSError) as error:
+                raise SystemExit(f"{error}\n{HELP}") from error
+
+    return BuildKernels
+
+
+if PLAN.torch is None:
+    print(f"ran_ext: pure Python, no kernels: {PLAN.no_native}", file=sys.stderr, flush=True)
+setup(
+    install_requires=[PLAN.requirement(), "numpy>=1.26", "pillow>=10", "tqdm>=4.66"],
+    ext_modules=[] if PLAN.torch is None else [PLAN.extension()],
+    cmdclass={"build_py": BuildPython, **({} if PLAN.torch is None else {"build_ext": build_ext_command()})},
+)
