@@ -1,0 +1,60 @@
+"""Training on CIFAR-10, in small pieces: :func:`fit` is made of the others, and each can be used alone.
+
+>>> from ran_ext.data import sample
+>>> from ran_ext.train import Config, fit
+>>> import tempfile, torch
+>>> config = Config(model_options={"width": 0.125}, epochs=1, batch_size=16, patience=0, select="last")
+>>> images = sample("train").subset(torch.arange(32))
+>>> result = fit(config.create_model(), images, None, config, tempfile.mkdtemp(), quiet=True)
+>>> len(result.figures)
+1
+"""
+
+from .batches import build_augment, build_normalize, train_batches
+from .checkpoint import load_checkpoint, load_model, load_normalize, save_checkpoint
+from .config import PRESETS, Config
+from .distributed import Ranks, process_group
+from .early_stopping import EarlyStopping
+from .ema import ExponentialMovingAverage
+from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
+from .evaluation import Evaluation, evaluate
+from .loop import Callback, Result, fit
+from .optimizers import build_optimizer, set_lr
+from .progress import Progress
+from .schedule import learning_rate
+from .state import EpochFigures, TrainingState
+from .step import Step, StepHistory, TrainStep
+
+__all__ = [
+    "PRESETS",
+    "Callback",
+    "CheckpointError",
+    "Config",
+    "EarlyStopping",
+    "EpochFigures",
+    "Evaluation",
+    "ExponentialMovingAverage",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "Progress",
+    "Ranks",
+    "Result",
+    "Step",
+    "StepHistory",
+    "TrainStep",
+    "TrainingError",
+    "TrainingState",
+    "build_augment",
+    "build_normalize",
+    "build_optimizer",
+    "evaluate",
+    "fit",
+    "learning_rate",
+    "load_checkpoint",
+    "load_model",
+    "load_normalize",
+    "process_group",
+    "save_checkpoint",
+    "set_lr",
+    "train_batches",
+]

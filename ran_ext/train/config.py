@@ -1,0 +1,225 @@
+"""Everything that decides what a run computes, in one frozen value that travels in checkpoints and result files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..models import ResidualAttentionNetwork, create_model, list_models
+
+#: Fields with a closed set of values.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adam", "nesterov"),
+    "weight_decay_scope": ("dense", "all"),
+    "schedule": ("step", "onecycle", "cosine", "constant"),
+    "select": ("best", "last"),
+    "protocol": ("holdout", "report"),
+    "augment": ("report", "light", "none"),
+    "normalize": ("per_pixel", "per_channel"),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A training recipe; the defaults are the report's.
+
+    Args:
+        model: a name of :func:`ran_ext.models.list_models`.
+        model_options: keyword arguments of its builder, without ``dropout``.
+        dropout: probability before the dense layer; None for the model's own default.
+        optimizer: ``adam`` (``torch.optim.Adam``, whose eps stands outside the root; the report prints it inside,
+            which at 1e-8 makes no measurable difference) or ``nesterov`` (SGD with Nesterov momentum).
+        lr: the highest learning rate; None for 1e-3 (adam) or 0.1 (nesterov).
+        momentum: of ``nesterov``.
+        weight_decay, weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to
+            the loss; ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's
+            weight.
+        schedule: ``step`` (times ``lr_step_factor`` every ``lr_step_epochs`` epochs), ``onecycle`` (linear rise over the
+            first ``warmup`` of the run, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
+        batch_size: images a step, over all processes together.
+        epochs: at most.
+        patience: stop after this many epochs without a better validation accuracy; 0 for never.
+        select: which weights are tested and kept as ``best.pt``: those of the ``best`` validation accuracy, or the
+            ``last``.
+        protocol: ``holdout`` validates on ``val_images`` images held out of the training set and reads the test set
+            once, at the end; ``report`` validates, and so selects, on the test set, as the report did.
+        augment: ``report`` (rotation, flip, shift), ``light`` (flip, shift by up to 2 whole pixels) or ``none``.
+        normalize: ``per_pixel`` subtracts the training set's mean image, ``per_channel`` its channels' means, and divides
+            by their standard deviations.
+        label_smoothing: in [0, 1).
+        ema: decay a step of an exponential moving average of the weights, which is then what is validated and kept;
+            0 for none.
+        dtype: of autocast; ``float16`` scales the loss and needs CUDA.
+        channels_last: memory format of images and weights.
+        seed: of the initial weights, the order of the images, augmentation and dropout.
+
+    Raises:
+        ValueError: a value is out of its range; the text names the field.
+
+    >>> config = Config(optimizer="nesterov", epochs=3)
+    >>> Config.from_json(config.to_json()) == config
+    True
+    >>> config.base_lr
+    0.1
+    """
+
+    model: str = "ran_compact"
+    model_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    dropout: float | None = None
+    optimizer: str = "adam"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    weight_decay_scope: str = "dense"
+    schedule: str = "step"
+    lr_step_epochs: int = 20
+    lr_step_factor: float = 0.1
+    warmup: float = 0.25
+    batch_size: int = 128
+    epochs: int = 80
+    patience: int = 15
+    select: str = "best"
+    protocol: str = "holdout"
+    val_images: int = 5000
+    augment: str = "report"
+    normalize: str = "per_pixel"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    dtype: str = "float32"
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (CHOICES | {"model": tuple(list_models())}).items():
+            value = getattr(self, name)
+            _require(value in choices, name, f"one of {', '.join(choices)}", value)
+        for name in ("lr_step_epochs", "batch_size", "epochs"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 1, name, "a whole number >= 1", value)
+        for name in ("patience", "val_images", "seed"):
+            value = getattr(self, name)
+            _require(_is_int(value) and value >= 0, name, "a whole number >= 0", value)
+        for name in ("momentum", "label_smoothing", "ema", "warmup"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 <= value < 1, name, "in [0, 1)", value)
+        _require(
+            self.dropout is None or (_is_number(self.dropout) and 0 <= self.dropout < 1),
+            "dropout",
+            "in [0, 1)",
+            self.dropout,
+        )
+        _require(self.lr is None or (_is_number(self.lr) and self.lr > 0), "lr", "positive", self.lr)
+        _require(_is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", ">= 0", self.weight_decay)
+        _require(
+            _is_number(self.lr_step_factor) and 0 < self.lr_step_factor <= 1,
+            "lr_step_factor",
+            "in (0, 1]",
+            self.lr_step_factor,
+        )
+        _require(isinstance(self.channels_last, bool), "channels_last", "true or false", self.channels_last)
+        _require(isinstance(self.model_options, Mapping), "model_options", "a mapping", self.model_options)
+        _require(
+            "dropout" not in self.model_options,
+            "model_options",
+            "without dropout, which has its own field",
+            self.model_options,
+        )
+
+    @property
+    def base_lr(self) -> float:
+        """``lr``, or the optimizer's default."""
+        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    def create_model(self) -> ResidualAttentionNetwork:
+        """The network, with weights drawn from torch's global generator."""
+        dropout = {} if self.dropout is None else {"dropout": self.dropout}
+        try:
+            return create_model(self.model, **self.model_options, **dropout)
+        except TypeError as error:
+            raise ValueError(f"Config: model_options do not fit {self.model}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"model_options": dict(self.model_options)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Config:
+        """The inverse of :meth:`to_dict`; fields left out take their defaults.
+
+        >>> Config.from_dict({"batchsize": 3})
+        Traceback (most recent call last):
+            ...
+        ValueError: Config: no field named 'batchsize'; did you mean 'batch_size'?
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+                raise ValueError(f"Config: no field named {name!r}; {hint}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Config: not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"Config: the JSON must be an object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def differences(self, other: Config) -> list[str]:
+        """One phrase for each field in which ``other`` differs.
+
+        >>> Config().differences(Config(seed=1))
+        ['seed is 0 here and 1 there']
+        """
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [
+            f"{name} is {mine[name]!r} here and {theirs[name]!r} there" for name in mine if mine[name] != theirs[name]
+        ]
+
+
+def _require(holds: bool, name: str, rule: str, value: object) -> None:
+    if not holds:
+        raise ValueError(f"Config: {name} must be {rule}, got {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+#: ``report``: the report's recipe for the full CIFAR-10. ``sample``: the embedded images on a small CPU.
+PRESETS: dict[str, Config] = {
+    "report": Config(),
+    "sample": Config(
+        lr=2e-3,
+        schedule="onecycle",
+        batch_size=32,
+        epochs=10,
+        patience=0,
+        select="last",
+        val_images=256,
+        augment="light",
+        dtype="bfloat16",
+        channels_last=True,
+    ),
+}

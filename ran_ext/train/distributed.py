@@ -1,0 +1,109 @@
+"""What ``torchrun`` asks of a run: the process group, the wrapped model, sums over the processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from .. import nn as ran_nn
+from .errors import TrainingError
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process's place among those that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and the terminal."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """``model`` for training: as it is in one process, else with synchronised statistics and gradients."""
+        if self.world_size == 1:
+            return model
+        on_cuda = self.device.type == "cuda"
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if on_cuda else None,
+            broadcast_buffers=False,  # synchronised statistics are equal everywhere already
+            gradient_as_bucket_view=True,
+        )
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        """``model`` with its batch statistics taken over all processes."""
+        return model if self.world_size == 1 else ran_nn.convert_sync_batchnorm(model)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` summed over the processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any process."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0) if self.world_size > 1 else flag
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every process, in order of rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def process_group(device: str = "auto") -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started (gloo on the CPU, NCCL on GPUs), or stand alone.
+
+    Args:
+        device: ``auto`` (CUDA where there is one, else the CPU) or a name torch knows.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = choose_device(device)
+    if world_size == 1 or dist.is_initialized():
+        group = dist.is_initialized()
+        yield Ranks(dist.get_rank() if group else 0, dist.get_world_size() if group else 1, chosen)
+        return
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world_size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device ``name`` stands for.
+
+    Raises:
+        TrainingError: there is no such device.
+
+    >>> choose_device("cpu")
+    device(type='cpu')
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"there is no device named {name!r}; choose auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("device cuda was asked for, but torch sees no CUDA GPU; choose --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device

@@ -1,0 +1,99 @@
+"""Loss, accuracy and confusion matrix of a network on a data set."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..data import CIFAR10, Batches, Normalize
+from .distributed import Ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` found.
+
+    Attributes:
+        loss: mean cross entropy.
+        accuracy: share of right predictions.
+        confusion: int64 ``(classes, classes)``, images by true class (row) and predicted class (column).
+        seconds: wall time.
+    """
+
+    loss: float
+    accuracy: float
+    confusion: Tensor
+    seconds: float
+
+    @property
+    def per_class(self) -> list[float]:
+        """Share of right predictions in each class; NaN for a class without images."""
+        return (self.confusion.diag() / self.confusion.sum(1)).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "per_class": self.per_class,
+            "confusion": self.confusion.tolist(),
+        }
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: CIFAR10,
+    normalize: Normalize,
+    *,
+    batch_size: int = 512,
+    dtype: torch.dtype = torch.float32,
+    ranks: Ranks | None = None,
+) -> Evaluation:
+    """Run ``model`` in evaluation mode over ``dataset``, on the device of its parameters.
+
+    Args:
+        model: left in the mode it came in.
+        dataset: as :class:`ran_ext.data.CIFAR10`.
+        normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it. Also sets
+            the images' memory format.
+        batch_size: images at a time; no figure depends on it but by rounding.
+        dtype: of autocast; float32 for none.
+        ranks: share the work with the other processes of a run.
+
+    Raises:
+        ValueError: ``dataset`` has fewer images than there are processes.
+
+    >>> from ran_ext.data import sample
+    >>> from ran_ext.models import create_model
+    >>> data = sample("test").subset(torch.arange(20))
+    >>> result = evaluate(create_model("ran_compact", width=0.125), data, Normalize.per_pixel(data))
+    >>> tuple(result.confusion.shape), result.confusion.sum().item()
+    ((10, 10), 20)
+    """
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    if len(dataset) < world_size:
+        raise ValueError(f"evaluate: dataset must hold an image for each process, got {len(dataset)} for {world_size}")
+    device = next(model.parameters()).device
+    start, was_training = time.perf_counter(), model.training
+    mine = dataset.subset(torch.arange(rank, len(dataset), world_size)) if world_size > 1 else dataset
+    losses, pairs, classes = torch.zeros((), device=device), [], 0
+    model.eval()
+    try:
+        for images, labels in Batches(mine, batch_size, normalize, shuffle=False, device=device):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images).float()
+            classes = logits.shape[1]
+            losses += F.cross_entropy(logits, labels, reduction="sum")
+            pairs.append(labels * classes + logits.argmax(1))
+    finally:
+        model.train(was_training)
+    confusion = torch.bincount(torch.cat(pairs), minlength=classes * classes).view(classes, classes)
+    if ranks:
+        losses, confusion = ranks.sum(losses), ranks.sum(confusion)
+    accuracy = confusion.diag().sum().item() / len(dataset)
+    return Evaluation(losses.item() / len(dataset), accuracy, confusion.cpu(), time.perf_counter() - start)

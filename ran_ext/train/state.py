@@ -1,0 +1,131 @@
+"""All that a run must remember to continue bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Config
+from .distributed import Ranks
+from .early_stopping import EarlyStopping
+from .ema import ExponentialMovingAverage
+from .errors import CheckpointError
+from .step import StepHistory
+
+
+@dataclasses.dataclass
+class EpochFigures:
+    """One row of the learning curves.
+
+    Attributes:
+        epoch: from 1.
+        train_loss, train_accuracy: means over the epoch's steps, in training mode, augmented.
+        val_loss, val_accuracy: after the epoch; None without validation images.
+        lr: of the epoch's last step.
+        images_per_second: of the training steps.
+        seconds: wall time since the run began, validation included, interruptions not.
+    """
+
+    epoch: int
+    train_loss: float
+    train_accuracy: float
+    val_loss: float | None
+    val_accuracy: float | None
+    lr: float
+    images_per_second: float
+    seconds: float
+
+
+@dataclasses.dataclass
+class TrainingState:
+    """Model, optimizer, scaler, average and counters; everything else follows from the configuration.
+
+    Attributes:
+        model: the plain network, not the distributed wrapper.
+        epoch: the one being trained, from 0.
+        history: of that epoch's steps so far.
+        seconds: wall time before this process took over.
+    """
+
+    config: Config
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None
+    ema: ExponentialMovingAverage | None
+    stopping: EarlyStopping
+    history: StepHistory
+    epoch: int = 0
+    seconds: float = 0.0
+    figures: list[EpochFigures] = dataclasses.field(default_factory=list)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The weights that are validated and kept."""
+        return self.model if self.ema is None else self.ema.average
+
+    def to_dict(self, ranks: Ranks, images: int) -> dict[str, Any]:
+        """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
+        return {
+            "config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema": {"average": self.ema.average.state_dict(), "steps": self.ema.steps} if self.ema else None,
+            "stopping": dataclasses.asdict(self.stopping),
+            "history": self.history.values[: self.history.count].clone(),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "figures": [dataclasses.asdict(row) for row in self.figures],
+            "rng": ranks.gather(_rng_state(ranks.device)),
+            "images": images,
+        }
+
+    def load_dict(self, state: Mapping[str, Any], ranks: Ranks, images: int) -> None:
+        """Continue from a checkpoint of :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: it was written by a run with another configuration, data set or number of processes; the
+                text names the field.
+        """
+        differences = self.config.differences(Config.from_dict(state["config"]))
+        if state["images"] != images:
+            differences.append(f"the training set has {images} images here and {state['images']} there")
+        if len(state["rng"]) != ranks.world_size:
+            differences.append(f"the number of processes is {ranks.world_size} here and {len(state['rng'])} there")
+        if differences:
+            raise CheckpointError(
+                f"the checkpoint belongs to another run: {'; '.join(differences)}; resume with the checkpoint's settings, "
+                "or train anew in another folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.average.load_state_dict(state["ema"]["average"])
+            self.ema.steps.copy_(state["ema"]["steps"])
+        self.stopping = EarlyStopping(**state["stopping"])
+        self.history.count = len(state["history"])
+        self.history.values[: self.history.count] = state["history"]
+        self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.figures = [EpochFigures(**row) for row in state["figures"]]
+        _restore_rng(state["rng"][ranks.rank], ranks.device)
+
+    def is_finite(self) -> bool:
+        """Whether every weight is; one synchronisation."""
+        return bool(torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all())
+
+
+def _rng_state(device: torch.device) -> list[torch.Tensor]:
+    """Of the generators that dropout draws from; augmentation has its own, which follow from seed and epoch."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def _restore_rng(state: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0].cpu())
+    if device.type == "cuda" and len(state) > 1:
+        torch.cuda.set_rng_state(state[1].cpu(), device)

@@ -1,0 +1,117 @@
+"""One optimisation step, and the record of what the steps of an epoch returned.
+
+The seam for capture in a CUDA graph is :class:`TrainStep`'s call: static shapes, every tensor on the device, no value
+read back. Whatever has the same call, ``(images, labels) -> (loss, correct)``, may stand in its place in
+:func:`ran_ext.train.fit`; the caller copies both results (:meth:`StepHistory.record`) before it calls again, so they may
+be the same memory each time. The learning rate comes in through :func:`ran_ext.train.set_lr`, by tensor on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .ema import ExponentialMovingAverage
+
+#: What :func:`ran_ext.train.fit` calls once a batch.
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class TrainStep:
+    """Forward, loss, backward, optimizer, moving average, for one batch.
+
+    Args:
+        model: called on the images; in training mode while steps are taken. May be wrapped for distribution or compiled.
+        optimizer: over ``model``'s parameters.
+        l2: weight of ``penalty()``, added to the cross entropy.
+        penalty: a scalar to keep small, such as ``model.l2_penalty``.
+        label_smoothing: of the cross entropy.
+        dtype: of autocast; float32 for none.
+        scaler: of the loss, for float16.
+        ema: updated with ``source`` after the optimizer.
+
+    Returns (the call):
+        The batch's mean cross entropy, without the penalty, and its count of right predictions: float32 scalars on the
+        device.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    >>> step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> images, labels = torch.ones(4, 3, 2, 2), torch.tensor([1, 1, 1, 1])
+    >>> losses = [step(images, labels)[0].item() for _ in range(3)]
+    >>> losses[2] < losses[0]
+    True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        l2: float = 0.0,
+        penalty: Callable[[], Tensor] | None = None,
+        label_smoothing: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        scaler: torch.amp.GradScaler | None = None,
+        ema: tuple[ExponentialMovingAverage, nn.Module] | None = None,
+    ):
+        self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
+        self.l2, self.penalty = l2, penalty
+        self.label_smoothing, self.dtype = label_smoothing, dtype
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images).float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        objective = loss if self.penalty is None or not self.l2 else loss + self.l2 * self.penalty()
+        if self.scaler is None:
+            objective.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(objective).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        if self.ema is not None:
+            average, source = self.ema
+            average.update(source)
+        with torch.no_grad():
+            return loss.detach(), (logits.argmax(1) == labels).sum(dtype=torch.float32)
+
+
+class StepHistory:
+    """Loss and right predictions of every step of an epoch, kept on the device and read back only when asked.
+
+    Args:
+        steps: steps of the epoch.
+        batch_size: images a step.
+
+    >>> history = StepHistory(steps=3, batch_size=4, device="cpu")
+    >>> history.record(torch.tensor(2.0), torch.tensor(1.0))
+    >>> history.record(torch.tensor(1.0), torch.tensor(3.0))
+    >>> history.mean()
+    (1.5, 0.5)
+    """
+
+    def __init__(self, steps: int, batch_size: int, device: torch.device | str):
+        self.values = torch.zeros(steps, 2, device=device)
+        self.batch_size = batch_size
+        self.count = 0
+
+    def record(self, loss: Tensor, correct: Tensor) -> None:
+        """Copy one step's results; nothing is read back."""
+        self.values[self.count, 0] = loss
+        self.values[self.count, 1] = correct
+        self.count += 1
+
+    def read(self, start: int = 0) -> list[tuple[float, float]]:
+        """Loss and accuracy of each step from ``start`` on: one synchronisation for all of them."""
+        rows = self.values[start : self.count].tolist()
+        return [(loss, correct / self.batch_size) for loss, correct in rows]
+
+    def mean(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the steps so far."""
+        loss, correct = self.values[: self.count].double().mean(0).tolist()
+        return loss, correct / self.batch_size
