@@ -1,0 +1,134 @@
+// Launching kernels, shared memory, and the barriers wider than a block. Under RAN_EMULATE the same names run on the
+// CPU (tests/emulation).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#if defined(RAN_EMULATE)
+#include "cuda_emulation.h"
+#else
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "../types.h"
+
+namespace ran {
+
+struct LaunchShape {
+  dim3 grid, block;
+  size_t shared_bytes = 0;   // dynamic
+  unsigned cluster = 1;      // blocks along x that share their memories
+  bool cooperative = false;  // the whole grid is resident, grid_sync() may be used
+};
+
+// Number of blocks of `per_block` needed for `count`.
+inline int64_t blocks_for(int64_t count, int64_t per_block) { return (count + per_block - 1) / per_block; }
+
+#if defined(RAN_EMULATE)
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, void (*kernel)(Parameters...),
+                   Arguments... arguments) {
+  emu::run(name, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
+           [=] { kernel(static_cast<Parameters>(arguments)...); });
+  return cudaGetLastError();
+}
+#define RAN_LAUNCH(shape, stream, ...) ::ran::launch(#__VA_ARGS__, shape, stream, __VA_ARGS__)
+
+inline void cluster_sync(int line = __builtin_LINE()) { emu::gang_sync("cluster_sync", line); }
+inline void grid_sync(int line = __builtin_LINE()) { emu::gang_sync("grid_sync", line); }
+inline unsigned cluster_rank() { return emu::self->block->rank; }
+template <typename T>
+Shared<T> cluster_shared(Shared<T> p, unsigned rank) {
+  return {emu::twin(*p.region, emu::block_of_rank(rank)), p.offset};
+}
+
+#else
+
+template <typename T>
+using Shared = T*;
+
+template <typename To, typename From>
+__device__ __forceinline__ To* shared_cast(From* p) {
+  return reinterpret_cast<To*>(p);
+}
+
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared_bytes[];
+  return reinterpret_cast<T*>(dynamic_shared_bytes);
+}
+
+#define RAN_SHARED(T, name, count) __shared__ __align__(16) T name[count]
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...),
+                   Arguments... arguments) {
+  if (shape.shared_bytes > 48 << 10) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  if (shape.cluster > 8) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.grid;
+  config.blockDim = shape.block;
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  if (shape.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {shape.cluster, 1, 1};
+  }
+  if (shape.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
+  config.attrs = attributes;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  return error == cudaSuccess ? cudaGetLastError() : error;
+}
+// The kernel and its arguments follow; a macro, so that the emulation knows the kernel's name.
+#define RAN_LAUNCH(shape, stream, ...) ::ran::launch(shape, stream, __VA_ARGS__)
+
+__device__ __forceinline__ void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// Clusters exist from sm_90 on; code for older ones is compiled and never launched with a cluster.
+__device__ __forceinline__ void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ unsigned cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// The same place in the shared memory of the cluster's block `rank`.
+template <typename T>
+__device__ __forceinline__ T* cluster_shared(T* p, unsigned rank) {
+#if __CUDA_ARCH__ >= 900
+  T* remote;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(remote) : "l"(p), "r"(rank));
+  return remote;
+#else
+  return p;
+#endif
+}
+
+#endif
+
+}  // namespace ran

@@ -1,0 +1,138 @@
+// Values as the kernels see them: read and written 16 bytes at a time where the host says so, computed on as floats.
+#pragma once
+
+#include "launch.cuh"
+
+namespace ran {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return __float2bfloat16(x);
+  } else if constexpr (std::is_same_v<T, f16>) {
+    return __float2half(x);
+  } else {
+    return x;
+  }
+}
+
+// How many T make 16 bytes.
+template <typename T>
+inline constexpr int kVector = 16 / sizeof(T);
+
+// V values moved by one instruction; the address must be a multiple of the size.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
+#if defined(RAN_EMULATE)
+  emu::check_global(p, sizeof(Pack<T, V>), sizeof(Pack<T, V>));
+#endif
+  return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
+#if defined(RAN_EMULATE)
+  emu::check_global(p, sizeof pack, sizeof pack);
+#endif
+  *reinterpret_cast<Pack<T, V>*>(p) = pack;
+}
+
+#if defined(RAN_EMULATE)
+template <int V, typename T>
+Pack<T, V> load_pack(Shared<T> p) {
+  return shared_cast<Pack<T, V>>(p)[0];
+}
+template <int V, typename T>
+void store_pack(Shared<T> p, const Pack<T, V>& pack) {
+  shared_cast<Pack<T, V>>(p)[0] = pack;
+}
+#endif
+
+template <int V, typename T>
+__device__ __forceinline__ void unpack(const Pack<T, V>& pack, float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = to_float(pack.value[i]);
+}
+
+// Rounds to nearest even, two at a time where the hardware can.
+template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> pack_floats(const float (&v)[V]) {
+  Pack<T, V> pack;
+#if !defined(RAN_EMULATE)
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+#pragma unroll
+    for (int i = 0; i < V; i += 2) {
+      Pair& pair = reinterpret_cast<Pair&>(pack.value[i]);
+      if constexpr (std::is_same_v<T, bf16>) {
+        pair = __floats2bfloat162_rn(v[i], v[i + 1]);
+      } else {
+        pair = __floats2half2_rn(v[i], v[i + 1]);
+      }
+    }
+    return pack;
+  }
+#endif
+#pragma unroll
+  for (int i = 0; i < V; ++i) pack.value[i] = from_float<T>(v[i]);
+  return pack;
+}
+
+// Pointer: T* to global memory, or Shared<T>.
+template <int V, typename Pointer>
+__device__ __forceinline__ void load(Pointer p, float (&v)[V]) {
+  unpack(load_pack<V>(p), v);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T* p, const float (&v)[V]) {
+  store_pack<V>(p, pack_floats<T>(v));
+}
+#if defined(RAN_EMULATE)
+template <int V, typename T>
+void store(Shared<T> p, const float (&v)[V]) {
+  store_pack<V>(p, pack_floats<T>(v));
+}
+#endif
+
+// Per-channel vectors are read value by value: they are small, and need not lie on 16 bytes. Null stands for `missing`.
+template <int V>
+__device__ __forceinline__ void load_channels(const float* p, int64_t channel, float missing, float (&v)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = p ? p[channel + i] : missing;
+}
+
+// Host side: whether all pointers lie on 16 bytes (null does).
+template <typename... Pointers>
+bool aligned16(Pointers... p) {
+  return ((reinterpret_cast<uintptr_t>(p) | ...) & 15) == 0;
+}
+
+// Calls f(T{}) for the type behind dtype.
+template <typename F>
+cudaError_t with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace ran

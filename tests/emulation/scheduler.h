@@ -1,0 +1,234 @@
+// Runs a kernel's threads as fibers on one CPU thread.
+//
+// A gang is the set of blocks that must be alive at once: one block, the blocks of a cluster, or a cooperative launch's
+// whole grid. Schedules:
+//   forward, reverse  greedy: each warp runs as far as it can go before the next starts (this shows a missing barrier)
+//   round_robin       every warp runs to its next meeting point in turn
+//   shuffled          greedy in a random order of warps, over several gangs at a time (this shows what one block sees
+//   of
+//                     another's unfinished work)
+#pragma once
+
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <csetjmp>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "number_types.h"
+
+namespace emu {
+
+enum class Schedule { forward, reverse, round_robin, shuffled };
+inline Schedule schedule = Schedule::forward;
+inline std::mt19937 shuffler{1};
+inline constexpr size_t kGangsAtATime = 4;  // under the shuffled schedule
+
+// Threads that meet. `what` and `line` name the call, so that threads meeting from different places are noticed.
+struct Barrier {
+  uint32_t generation = 0;
+  int arrived = 0, line = 0;
+  const char* what = nullptr;
+};
+
+struct Block;
+struct Gang;
+struct Region;
+
+struct Copy {  // an asynchronous copy that has been issued and not landed
+  Region* region;
+  size_t offset;
+  const void* source;
+  size_t bytes, size;  // bytes from the source, then zeros up to size
+  int group;
+};
+
+struct Thread {
+  Block* block;
+  dim3 index;
+  int flat, warp, lane;
+  bool done = false;
+  const Barrier* waits_for = nullptr;
+  uint32_t generation = 0;  // of waits_for when the thread arrived
+  std::vector<Copy> copies;
+  int copy_group = 0;
+  jmp_buf context;
+  bool started = false;
+  int stack = -1;
+
+  bool runnable() const { return !done && (!waits_for || waits_for->generation != generation); }
+};
+
+struct Warp {
+  Barrier collective, sync;
+  alignas(16) unsigned char slots[2][32][64];  // two sets: a fast lane may be one collective ahead
+};
+
+struct Block {
+  ~Block();  // in cuda_emulation.h, where Region is complete
+  Gang* gang;
+  dim3 index;
+  unsigned rank;  // in the gang
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  int live;  // threads that have not ended
+  Barrier barrier;
+  std::unique_ptr<Region> dynamic;
+  std::vector<std::unique_ptr<Region>> statics;
+};
+
+struct Gang {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier barrier;
+};
+
+inline Thread* self = nullptr;  // null on the host
+inline const char* kernel = nullptr;
+inline unsigned cluster_size = 1;
+
+[[noreturn]] inline void fail(const char* text, int line = 0, const Thread* thread = self) {
+  std::fprintf(stderr, "emulation: kernel %s", kernel ? kernel : "(none)");
+  if (thread) {
+    const dim3 b = thread->block->index, t = thread->index;
+    std::fprintf(stderr, ", block (%u, %u, %u), thread (%u, %u, %u)", b.x, b.y, b.z, t.x, t.y, t.z);
+  }
+  if (line) std::fprintf(stderr, ", line %d", line);
+  std::fprintf(stderr, ": %s\n", text);
+  std::_Exit(3);
+}
+
+}  // namespace emu
+
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace emu {
+
+inline constexpr size_t kStack = 128 << 10;
+inline std::vector<void*> stacks;
+inline std::vector<int> free_stacks;
+inline jmp_buf scheduler_context;
+inline std::function<void()> body;
+
+inline void fiber_main() {
+  body();
+  if (!self->copies.empty()) fail("the thread ends with a cp.async that was never waited for");
+  self->done = true;
+  --self->block->live;
+  _longjmp(scheduler_context, 1);
+}
+
+inline int take_stack() {
+  if (free_stacks.empty()) {
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) fail("no memory for another thread's stack");
+    mprotect(memory, 4096, PROT_NONE);  // overflow
+    stacks.push_back(memory);
+    free_stacks.push_back(static_cast<int>(stacks.size()) - 1);
+  }
+  const int stack = free_stacks.back();
+  free_stacks.pop_back();
+  return stack;
+}
+
+// ucontext makes the fiber; _setjmp/_longjmp switch, which needs no system call.
+__attribute__((noinline)) inline void resume(Thread& thread) {
+  self = &thread;
+  threadIdx = thread.index;
+  blockIdx = thread.block->index;
+  thread.waits_for = nullptr;
+  if (_setjmp(scheduler_context) == 0) {
+    if (thread.started) _longjmp(thread.context, 1);
+    thread.started = true;
+    thread.stack = take_stack();
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stacks[thread.stack];
+    context.uc_stack.ss_size = kStack;
+    context.uc_link = nullptr;
+    makecontext(&context, fiber_main, 0);
+    setcontext(&context);
+  }
+  if (thread.done) free_stacks.push_back(thread.stack);
+  self = nullptr;
+}
+
+__attribute__((noinline)) inline void suspend() {
+  if (_setjmp(self->context) == 0) _longjmp(scheduler_context, 1);
+}
+
+// Returns true in the thread that came last.
+inline bool meet(Barrier& barrier, int expected, const char* what, int line) {
+  if (barrier.arrived != 0 && (barrier.line != line || barrier.what != what))
+    fail("divergent: other threads of its group wait at another call", line);
+  barrier.what = what;
+  barrier.line = line;
+  if (++barrier.arrived == expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return true;
+  }
+  self->waits_for = &barrier;
+  self->generation = barrier.generation;
+  suspend();
+  return false;
+}
+
+[[noreturn]] inline void report_deadlock(const Gang& gang) {
+  for (const auto& block : gang.blocks)
+    for (const Thread& thread : block->threads)
+      if (!thread.done && thread.waits_for) {
+        static char text[160];
+        std::snprintf(text, sizeof text, "divergent: waits at %s for threads that never come", thread.waits_for->what);
+        fail(text, thread.waits_for->line, &thread);
+      }
+  fail("deadlock");
+}
+
+inline bool run_warp_once(Block& block, int warp, bool reverse) {
+  bool ran = false;
+  const int first = warp * 32;
+  for (int i = 0; i < 32; ++i) {
+    Thread& thread = block.threads[first + (reverse ? 31 - i : i)];
+    if (!thread.runnable()) continue;
+    resume(thread);
+    ran = true;
+  }
+  return ran;
+}
+
+struct WarpOf {
+  Block* block;
+  int warp;
+};
+
+inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
+  std::vector<WarpOf> warps;
+  for (const auto& gang : gangs)
+    for (const auto& block : gang->blocks)
+      for (int warp = 0; warp < static_cast<int>(block->warps.size()); ++warp) warps.push_back({block.get(), warp});
+  const bool reverse = schedule == Schedule::reverse;
+  if (reverse) std::reverse(warps.begin(), warps.end());
+  if (schedule == Schedule::shuffled) std::shuffle(warps.begin(), warps.end(), shuffler);
+  for (bool ran = true; ran;) {
+    ran = false;
+    for (const WarpOf& at : warps) {
+      while (run_warp_once(*at.block, at.warp, reverse)) {
+        ran = true;
+        if (schedule == Schedule::round_robin) break;
+      }
+      if (ran && schedule == Schedule::shuffled) break;  // the first in the order that can go on, again
+    }
+  }
+  for (const auto& gang : gangs)
+    for (const auto& block : gang->blocks)
+      if (block->live) report_deadlock(*gang);
+}
+
+}  // namespace emu
