@@ -1,0 +1,188 @@
+"""CIFAR-10 in memory: all images as one uint8 tensor, and an ordinary ``Dataset`` over them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .formats import CLASSES, SIDE, SPLITS, Batch, DatasetError, Records, find_layout, read_batch, read_tiles, verify
+
+SAMPLE_FOLDER = Path(__file__).parent / "sample"
+#: The embedded images, as batches of their own; scripts/make_sample.py made them and prints these checksums.
+SAMPLE: dict[str, Batch] = {
+    "train": Batch("train", 0, 2048, "ed4897f4635f22339e235c5f3a7221684aaf330bb4e2d90e01f5b7427f4458ae"),
+    "test": Batch("test", 0, 512, "aff4293f7435b4d5c3bbae62dd5fa46a07801e483f002df1e97127d3fc3051c7"),
+}
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in 0..1, any shape.
+
+    >>> to_float(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([0., 1.])
+    """
+    return image.to(torch.float32) / 255
+
+
+class CIFAR10(Dataset[tuple[Any, int]]):
+    """CIFAR-10 (Krizhevsky 2009), read from files, verified, held in memory.
+
+    ``images`` is a uint8 tensor (N, 3, 32, 32) and ``labels`` an int64 tensor (N,), both in the official order, for
+    :class:`ran_ext.data.Batches` or for indexing by hand. It is a ``torch.utils.data.Dataset`` too: item ``i`` is
+    ``(transform(images[i]), int(labels[i]))``, so it goes into a ``DataLoader`` (workers included) as it is.
+
+    Args:
+        root: folder that holds the official binary files (``*.bin``), the official Python batches, or the lossless
+            WebP atlases (``train_1.webp`` ... with ``train_labels.bin``), directly or in their usual sub-folder.
+        split: ``"train"`` (50,000 images) or ``"test"`` (10,000).
+        transform: of one uint8 (3, 32, 32) image; by default float32 in 0..1.
+
+    Raises:
+        ValueError: ``split`` is neither of these.
+        DatasetError: a file is missing, short or altered; the text names it and gives the command that gets the data.
+
+    >>> data = CIFAR10.sample("test")
+    >>> len(data), tuple(data.images.shape), data.images.dtype, data.classes[data.labels[0]]
+    (512, (512, 3, 32, 32), torch.uint8, 'cat')
+    >>> image, label = data[0]
+    >>> image.dtype, tuple(image.shape), label
+    (torch.float32, (3, 32, 32), 3)
+    """
+
+    classes = CLASSES
+
+    def __init__(self, root: str | Path, split: str = "train", transform: Callable[[Tensor], Any] = to_float):
+        batches = SPLITS[_checked(split, "CIFAR10")]
+        layout, folder = find_layout(Path(root), batches)
+        self._set([read_batch(layout, folder, batch, Path(root)) for batch in batches], split, transform)
+
+    @classmethod
+    def sample(cls, split: str = "train", transform: Callable[[Tensor], Any] = to_float) -> CIFAR10:
+        """The images that ship with the package: 2,048 of the training set, 512 of the test set, no download.
+
+        They are the first images of each class in the official order, kept in that order: 204 (51) a class, and one
+        more for the first eight (two) classes, as 10 does not divide 2,048 (512).
+
+        >>> CIFAR10.sample("train").labels.bincount().tolist()
+        [205, 205, 205, 205, 205, 205, 205, 205, 204, 204]
+        """
+        batch = SAMPLE[_checked(split, "CIFAR10.sample")]
+        path = SAMPLE_FOLDER / f"{batch.stem}.webp"
+        advice = "the installed package is damaged: reinstall ran_ext"
+        try:
+            labels = np.fromfile(SAMPLE_FOLDER / f"{batch.stem}_labels.bin", np.uint8)
+            records = read_tiles(path, labels, batch.count)
+        except (DatasetError, OSError) as error:
+            raise DatasetError(f"{error}; {advice}") from error
+        verify(str(path), records, batch.sha256, advice)
+        data = cls.__new__(cls)
+        data._set([records], split, transform)
+        return data
+
+    def _set(self, records: list[Records], split: str, transform: Callable[[Tensor], Any]) -> None:
+        self.images = torch.cat([torch.from_numpy(part[:, 1:].copy()) for part in records]).view(-1, 3, SIDE, SIDE)
+        self.labels = torch.cat([torch.from_numpy(part[:, 0].astype(np.int64)) for part in records])
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+    def __repr__(self) -> str:
+        return f"CIFAR10(split={self.split!r}, {len(self)} images)"
+
+    def subset(self, indices: Tensor) -> CIFAR10:
+        """The images at ``indices`` (int64, or a boolean mask), as a data set of the same kind.
+
+        >>> len(CIFAR10.sample("test").subset(torch.arange(5)))
+        5
+        """
+        part = copy.copy(self)
+        part.images, part.labels = self.images[indices], self.labels[indices]
+        return part
+
+    def mean_image(self) -> Tensor:
+        """Mean of every pixel, float32 (3, 32, 32) in 0..1.
+
+        >>> tuple(CIFAR10.sample("test").mean_image().shape)
+        (3, 32, 32)
+        """
+        return (self.images.sum(0, dtype=torch.int64).double() / (255 * len(self))).float()
+
+    def channel_stats(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, float32 (3, 1, 1) each, of pixels in 0..1.
+
+        >>> mean, std = CIFAR10.sample("test").channel_stats()
+        >>> tuple(mean.shape), tuple(std.shape)
+        ((3, 1, 1), (3, 1, 1))
+        """
+        # Integer sums are exact, so the figures depend on no summation order.
+        histogram = torch.stack([self.images[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
+        levels = torch.arange(256, dtype=torch.float64, device=histogram.device) / 255
+        weights = histogram / histogram.sum(1, keepdim=True)
+        mean = weights @ levels
+        std = (weights * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+        return mean.float().view(3, 1, 1), std.float().view(3, 1, 1)
+
+
+def sample(split: str = "train") -> CIFAR10:
+    """The embedded images; the same as :meth:`CIFAR10.sample`.
+
+    >>> sample("test")
+    CIFAR10(split='test', 512 images)
+    """
+    return CIFAR10.sample(split)
+
+
+def split_validation(dataset: CIFAR10, count: int = 5000, seed: int = 0) -> tuple[CIFAR10, CIFAR10]:
+    """Hold ``count`` images out, chosen at random and equally many of each class.
+
+    Where the number of classes does not divide ``count``, the first classes give one more. Both parts keep the order
+    of ``dataset``; the choice depends on its labels, ``count`` and ``seed`` only.
+
+    Args:
+        dataset: usually the training set.
+        count: images held out, >= 0.
+        seed: of the choice.
+
+    Returns:
+        The remaining training images, and the images held out.
+
+    Raises:
+        ValueError: a class has fewer images than it would have to give.
+
+    >>> train, validation = split_validation(sample("train"), 100, seed=0)
+    >>> len(train), validation.labels.bincount().tolist()
+    (1948, [10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
+    """
+    if count < 0:
+        raise ValueError(f"split_validation: count must not be negative, got {count}")
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(dataset), dtype=torch.bool)
+    labels = dataset.labels.cpu()
+    for label, name in enumerate(CLASSES):
+        members = (labels == label).nonzero().flatten()
+        wanted = count // len(CLASSES) + (label < count % len(CLASSES))
+        if wanted > len(members):
+            raise ValueError(
+                f"split_validation: holding out {count} images takes {wanted} of class {name}, which has "
+                f"{len(members)}; choose a smaller count"
+            )
+        held_out[members[torch.randperm(len(members), generator=generator)[:wanted]]] = True
+    held_out = held_out.to(dataset.labels.device)
+    return dataset.subset(~held_out), dataset.subset(held_out)
+
+
+def _checked(split: str, what: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"{what}: split must be 'train' or 'test', got {split!r}")
+    return split
