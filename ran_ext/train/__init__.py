@@ -11,6 +11,7 @@
 """
 
 from .batches import build_augment, build_normalize, train_batches
+from .callbacks import Callback
 from .checkpoint import load_checkpoint, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .distributed import Ranks, process_group
@@ -18,11 +19,12 @@ from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
 from .evaluation import Evaluation, evaluate
-from .loop import Callback, Result, fit
+from .loop import fit
 from .optimizers import build_optimizer, set_lr
 from .progress import Progress
+from .results import EpochFigures, Result
 from .schedule import learning_rate
-from .state import EpochFigures, TrainingState
+from .state import TrainingState
 from .step import Step, StepHistory, TrainStep
 
 __all__ = [

@@ -25,7 +25,7 @@ def build_augment(config: Config, normalize: Normalize) -> Augment | Normalize:
 def train_batches(
     train_set: CIFAR10, config: Config, ranks: Ranks, normalize: Normalize, augment: Augment | None = None
 ) -> Batches:
-    """This process's share of the training batches, determined by seed and epoch; a last, smaller one is left out."""
+    """The training batches, this process's share, determined by seed and epoch; a last, smaller one is left out."""
     return Batches(
         train_set,
         config.batch_size,

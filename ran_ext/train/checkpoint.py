@@ -68,12 +68,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except Exception as error:  # a damaged file shows as RuntimeError, EOFError, UnpicklingError, KeyError, ...
         raise CheckpointError(
             f"cannot read {path}: it is damaged or no checkpoint ({type(error).__name__}); use another checkpoint, "
-            "such as best.pt beside it, or train anew in another folder"
+            "such as model.pt beside it, or train anew in another folder"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no ran_ext checkpoint of format {FORMAT}; load it with the version that wrote it"
-        )
+        raise CheckpointError(f"{path} is no ran_ext checkpoint of format {FORMAT}; name another")
     return state
 
 
@@ -105,7 +103,6 @@ def load_normalize(checkpoint: str | Path, memory_format: torch.memory_format | 
     ``per_channel``) and returns what the network takes.
     """
     state = load_checkpoint(checkpoint)["normalize"]
-    std = 1 / (255 * state["scale"])
-    normalize = Normalize(-state["offset"] * std, std, memory_format)
-    normalize.scale, normalize.offset = state["scale"], state["offset"]  # bit for bit
+    normalize = Normalize(torch.zeros_like(state["offset"]), None, memory_format)
+    normalize.scale, normalize.offset = state["scale"], state["offset"]  # as they were, without a round trip
     return normalize

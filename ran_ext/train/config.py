@@ -41,18 +41,18 @@ class Config:
         weight_decay, weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to
             the loss; ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's
             weight.
-        schedule: ``step`` (times ``lr_step_factor`` every ``lr_step_epochs`` epochs), ``onecycle`` (linear rise over the
-            first ``warmup`` of the run, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
+        schedule: ``step`` (times ``lr_step_factor`` every ``lr_step_epochs`` epochs), ``onecycle`` (linear rise over
+            the first ``warmup`` of the run, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
         batch_size: images a step, over all processes together.
         epochs: at most.
         patience: stop after this many epochs without a better validation accuracy; 0 for never.
-        select: which weights are tested and kept as ``best.pt``: those of the ``best`` validation accuracy, or the
+        select: which weights are tested and kept as ``model.pt``: those of the ``best`` validation accuracy, or the
             ``last``.
         protocol: ``holdout`` validates on ``val_images`` images held out of the training set and reads the test set
             once, at the end; ``report`` validates, and so selects, on the test set, as the report did.
         augment: ``report`` (rotation, flip, shift), ``light`` (flip, shift by up to 2 whole pixels) or ``none``.
-        normalize: ``per_pixel`` subtracts the training set's mean image, ``per_channel`` its channels' means, and divides
-            by their standard deviations.
+        normalize: ``per_pixel`` subtracts the training set's mean image, ``per_channel`` its channels' means, and
+            divides by their standard deviations.
         label_smoothing: in [0, 1).
         ema: decay a step of an exponential moving average of the weights, which is then what is validated and kept;
             0 for none.

@@ -18,7 +18,7 @@ from .errors import TrainingError
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """This process's place among those that train together."""
+    """The place of this process among those that train together."""
 
     rank: int
     world_size: int

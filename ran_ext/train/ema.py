@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class ExponentialMovingAverage:
@@ -34,8 +34,9 @@ class ExponentialMovingAverage:
         """Blend in ``model``'s parameters after an optimisation step."""
         keep = ((1 + self.steps) / (10 + self.steps)).clamp_(max=self.decay)
         self.steps += 1
-        average = list(self.average.parameters())
-        change = torch._foreach_sub(list(model.parameters()), average)
+        average: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(model.parameters())
+        change = list(torch._foreach_sub(current, average))
         torch._foreach_mul_(change, 1 - keep)  # not lerp: its scalar weight would be read back from the device
         torch._foreach_add_(average, change)
         for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):

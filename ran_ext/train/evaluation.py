@@ -59,8 +59,8 @@ def evaluate(
     Args:
         model: left in the mode it came in.
         dataset: as :class:`ran_ext.data.CIFAR10`.
-        normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it. Also sets
-            the images' memory format.
+        normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it.
+            Also sets the images' memory format.
         batch_size: images at a time; no figure depends on it but by rounding.
         dtype: of autocast; float32 for none.
         ranks: share the work with the other processes of a run.

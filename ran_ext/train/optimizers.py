@@ -13,9 +13,10 @@ from .config import Config
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """Adam or Nesterov SGD over ``model``'s parameters, which must lie on ``device`` already.
 
-    On CUDA the learning rate is a tensor there and Adam's step count is ``capturable``, so that a captured step sees the
-    changes that :func:`set_lr` makes. ``config.weight_decay`` is taken here for ``weight_decay_scope="all"`` alone, by
-    weights of two dimensions and more (biases and BN's parameters are left free); the ``dense`` scope belongs to the loss.
+    On CUDA the learning rate is a tensor there and Adam's step count is ``capturable``, so that a captured step sees
+    the changes that :func:`set_lr` makes. ``config.weight_decay`` is taken here for ``weight_decay_scope="all"`` alone,
+    by weights of two dimensions and more (biases and BN's parameters are left free); the ``dense`` scope belongs to the
+    loss.
     """
     decay = config.weight_decay if config.weight_decay_scope == "all" else 0.0
     weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]

@@ -50,7 +50,9 @@ class Progress:
         self.done += 1
 
     def show(self, where: str, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Refresh; ``where`` such as ``epoch 2/10``."""
+        """Refresh; ``where`` such as ``epoch 2/10``. In a log, nothing is written before it is :attr:`due`."""
+        if self.bar is None and not self.due:
+            return
         self.shown = time.monotonic()
         elapsed, fresh = self.shown - self.start, self.done - self.first
         left = duration(elapsed / fresh * (self.steps - self.done)) if fresh else "?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -38,6 +39,9 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
+        os.write(
+            2, b"\nstopping after this step with a checkpoint; once more to quit at once\n"
+        )  # print may not re-enter
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

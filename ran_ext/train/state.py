@@ -14,30 +14,8 @@ from .distributed import Ranks
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError
+from .results import EpochFigures
 from .step import StepHistory
-
-
-@dataclasses.dataclass
-class EpochFigures:
-    """One row of the learning curves.
-
-    Attributes:
-        epoch: from 1.
-        train_loss, train_accuracy: means over the epoch's steps, in training mode, augmented.
-        val_loss, val_accuracy: after the epoch; None without validation images.
-        lr: of the epoch's last step.
-        images_per_second: of the training steps.
-        seconds: wall time since the run began, validation included, interruptions not.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    val_loss: float | None
-    val_accuracy: float | None
-    lr: float
-    images_per_second: float
-    seconds: float
 
 
 @dataclasses.dataclass
@@ -98,8 +76,8 @@ class TrainingState:
             differences.append(f"the number of processes is {ranks.world_size} here and {len(state['rng'])} there")
         if differences:
             raise CheckpointError(
-                f"the checkpoint belongs to another run: {'; '.join(differences)}; resume with the checkpoint's settings, "
-                "or train anew in another folder"
+                f"the checkpoint belongs to another run: {'; '.join(differences)}; resume with the checkpoint's "
+                "settings, or train anew in another folder"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,8 +1,8 @@
 """One optimisation step, and the record of what the steps of an epoch returned.
 
 The seam for capture in a CUDA graph is :class:`TrainStep`'s call: static shapes, every tensor on the device, no value
-read back. Whatever has the same call, ``(images, labels) -> (loss, correct)``, may stand in its place in
-:func:`ran_ext.train.fit`; the caller copies both results (:meth:`StepHistory.record`) before it calls again, so they may
+read back. Whatever has the same call, ``(images, labels) -> (loss, correct)``, may stand in its place
+(``fit(make_step=...)``); the caller copies both results (:meth:`StepHistory.record`) before it calls again, so they may
 be the same memory each time. The learning rate comes in through :func:`ran_ext.train.set_lr`, by tensor on CUDA.
 """
 
@@ -24,7 +24,7 @@ class TrainStep:
     """Forward, loss, backward, optimizer, moving average, for one batch.
 
     Args:
-        model: called on the images; in training mode while steps are taken. May be wrapped for distribution or compiled.
+        model: called on the images; in training mode while steps are taken; may be wrapped or compiled.
         optimizer: over ``model``'s parameters.
         l2: weight of ``penalty()``, added to the cross entropy.
         penalty: a scalar to keep small, such as ``model.l2_penalty``.

@@ -1,0 +1,251 @@
+"""One run of training: what :func:`ran_ext.train.fit` does, piece by piece."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data import CIFAR10, Augment
+from .batches import build_normalize, train_batches
+from .callbacks import Callback
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Config
+from .distributed import Ranks
+from .early_stopping import EarlyStopping
+from .ema import ExponentialMovingAverage
+from .errors import NonFiniteError
+from .evaluation import Evaluation, evaluate
+from .optimizers import build_optimizer, set_lr
+from .progress import Progress, duration
+from .results import EpochFigures, Result
+from .schedule import learning_rate
+from .signals import StopRequest
+from .state import TrainingState
+from .step import Step, StepHistory, TrainStep
+
+#: Steps between two agreements of several processes on whether one of them was asked to stop.
+AGREE_EVERY = 16
+#: The whole state, to resume from; and the selected weights.
+LAST, SELECTED = "last.pt", "model.pt"
+
+
+class Run:
+    """One call of :func:`ran_ext.train.fit`; its arguments are explained there."""
+
+    step: Step
+    progress: Progress
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: CIFAR10,
+        val_set: CIFAR10 | None,
+        config: Config,
+        out_dir: Path,
+        ranks: Ranks,
+        *,
+        callbacks: Sequence[Callback],
+        augment: Augment | None,
+        checkpoint_every: int,
+    ):
+        self.config, self.ranks, self.val_set = config, ranks, val_set
+        self.out_dir, self.checkpoint_every = out_dir, checkpoint_every
+        self.callbacks = tuple(callbacks) if ranks.first else ()
+        self.images = len(train_set)
+        self.normalize = build_normalize(train_set, config)
+        self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
+        self.steps = len(self.batches)
+        self.local_batch = config.batch_size // ranks.world_size
+        self.state = self._new_state(model)
+        out_dir.mkdir(parents=True, exist_ok=True)
+
+    def _new_state(self, model: nn.Module) -> TrainingState:
+        config, device = self.config, self.ranks.device
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = self.ranks.convert(model.to(device=device, memory_format=layout))  # type: ignore[call-overload]
+        torch.manual_seed(config.seed + self.ranks.rank)  # dropout differs from process to process
+        return TrainingState(
+            config,
+            model,
+            build_optimizer(model, config, device),
+            torch.amp.GradScaler(device.type) if config.dtype == "float16" else None,
+            ExponentialMovingAverage(model, config.ema) if config.ema else None,
+            EarlyStopping(config.patience),
+            StepHistory(self.steps, self.local_batch, device),
+        )
+
+    def resume(self) -> None:
+        """Continue from ``last.pt`` where there is one."""
+        if (self.out_dir / LAST).exists():
+            state = load_checkpoint(self.out_dir / LAST, self.ranks.device)
+            self.state.load_dict(state, self.ranks, self.images)
+
+    def prepare(self, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
+        """Build the step; set the clock and the bar going."""
+        config, state = self.config, self.state
+        penalise = config.weight_decay > 0 and config.weight_decay_scope == "dense"
+        step = TrainStep(
+            self.ranks.wrap(state.model),
+            state.optimizer,
+            l2=config.weight_decay,
+            penalty=state.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
+            label_smoothing=config.label_smoothing,
+            dtype=config.torch_dtype,
+            scaler=state.scaler,
+            ema=(state.ema, state.model) if state.ema else None,
+        )
+        self.step = make_step(step) if make_step else step
+        done = state.epoch * self.steps + state.history.count
+        self.progress = Progress(config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
+        self.start = time.perf_counter() - state.seconds
+        for callback in self.callbacks:
+            callback.on_start(state, done)
+
+    def train(self, stop: StopRequest) -> bool:
+        """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
+        state = self.state
+        while state.epoch < self.config.epochs and not state.stopping.should_stop:
+            images_per_second = self.train_epoch(stop)
+            if images_per_second is None:
+                self.save()
+                return True
+            self.finish_epoch(images_per_second)
+        return False
+
+    def train_epoch(self, stop: StopRequest) -> float | None:
+        """Images a second of the epoch's steps; None if it was left before its last step."""
+        state, history = self.state, self.state.history
+        state.model.train()
+        self.batches.set_epoch(state.epoch, first_batch=history.count)
+        first = shown = history.count
+        start = time.perf_counter()
+        images_per_second = 0.0
+        for images, labels in self.batches:
+            set_lr(state.optimizer, self.lr(history.count))
+            history.record(*self.step(images, labels))
+            self.progress.advance()
+            if self.progress.due or history.count == self.steps:
+                rows = history.read(shown)  # waits for the device, so the clock is read after it
+                images_per_second = (history.count - first) * self.config.batch_size / (time.perf_counter() - start)
+                self.report(shown, rows, images_per_second)
+                shown = history.count
+            if history.count < self.steps and self.agree_to_stop(stop):
+                return None
+        return images_per_second
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step ``step`` of the current epoch."""
+        return learning_rate(self.config, self.state.epoch * self.steps + step, self.steps)
+
+    def agree_to_stop(self, stop: StopRequest) -> bool:
+        """Whether to stop after this step; several processes must do so after the same one."""
+        if self.ranks.world_size == 1:
+            return stop.requested
+        return self.state.history.count % AGREE_EVERY == 0 and self.ranks.any(stop.requested)
+
+    def report(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
+        """Pass on what the steps from ``first`` on of this epoch returned, in this process."""
+        state = self.state
+        for step, (loss, _) in enumerate(rows, first + 1):
+            if not math.isfinite(loss):
+                raise self.not_finite(f"the loss is {loss} at step {step} of epoch {state.epoch + 1}")
+        self.progress.show(
+            f"epoch {state.epoch + 1}/{self.config.epochs}", *state.history.mean(), images_per_second=images_per_second
+        )
+        for callback in self.callbacks:
+            callback.on_steps(state.epoch * self.steps + first, rows, self.lr(first + len(rows) - 1), images_per_second)
+
+    def finish_epoch(self, images_per_second: float) -> None:
+        """Validate, note the figures, and write the checkpoints."""
+        config, state = self.config, self.state
+        loss, correct = self.ranks.sum(state.history.values.double().mean(0)).tolist()
+        val = None if self.val_set is None else self.evaluate(self.val_set)
+        if val is not None and not math.isfinite(val.loss):
+            raise self.not_finite(f"the validation loss is {val.loss} after epoch {state.epoch + 1}")
+        figures = EpochFigures(
+            state.epoch + 1,
+            loss / self.ranks.world_size,
+            correct / config.batch_size,
+            val.loss if val else None,
+            val.accuracy if val else None,
+            self.lr(self.steps - 1),
+            images_per_second,
+            time.perf_counter() - self.start,
+        )
+        better = val is not None and state.stopping.update(state.epoch, val.accuracy)
+        state.figures.append(figures)
+        state.epoch, state.history.count = state.epoch + 1, 0
+        last = state.epoch == config.epochs or state.stopping.should_stop
+        if better if config.select == "best" else last:
+            self.save_selected(figures)  # before last.pt: a run that dies between the two repeats the epoch
+        if last or state.epoch % self.checkpoint_every == 0:
+            self.save()
+        self.progress.line(_epoch_line(figures, config.epochs))
+        for callback in self.callbacks:
+            callback.on_epoch(figures, state)
+
+    def evaluate(self, dataset: CIFAR10) -> Evaluation:
+        model, dtype = self.state.eval_model, self.config.torch_dtype
+        return evaluate(model, dataset, self.normalize, dtype=dtype, ranks=self.ranks)
+
+    def save(self) -> None:
+        """Write ``last.pt``, unless that would lose the last good one to a bad one."""
+        state = self.state
+        state.seconds = time.perf_counter() - self.start
+        if not state.is_finite():
+            raise self.not_finite(f"a weight is no longer finite in epoch {state.epoch + 1}")
+        values = state.to_dict(self.ranks, self.images)
+        if self.ranks.first:
+            save_checkpoint(self.out_dir / LAST, values | self._normalization())
+
+    def save_selected(self, figures: EpochFigures) -> None:
+        """Write ``model.pt``: configuration, weights, normalisation."""
+        if self.ranks.first:
+            weights = {"config": self.config.to_dict(), "model": self.state.eval_model.state_dict()}
+            values = weights | {"figures": dataclasses.asdict(figures)} | self._normalization()
+            save_checkpoint(self.out_dir / SELECTED, values)
+
+    def _normalization(self) -> dict[str, Any]:
+        return {"normalize": {"scale": self.normalize.scale, "offset": self.normalize.offset}}
+
+    def not_finite(self, what: str) -> NonFiniteError:
+        last = self.out_dir / LAST
+        kept = f"; {last} holds the last good state" if last.exists() else ""
+        lr, dtype = self.lr(min(self.state.history.count, self.steps - 1)), self.config.dtype
+        return NonFiniteError(
+            f"{what}: train anew with a lower --lr (it is {lr:.3g}) or with --dtype float32 (it is {dtype}){kept}"
+        )
+
+    def select(self) -> None:
+        """Put the selected weights into the model."""
+        if self.ranks.world_size > 1:
+            torch.distributed.barrier()  # the first process may still be writing them
+        selected = load_checkpoint(self.out_dir / SELECTED, self.ranks.device)["model"]
+        self.state.model.load_state_dict(selected)
+        self.state.ema = None
+        self.state.model.eval()
+
+    def result(self, test: Evaluation | None, interrupted: bool) -> Result:
+        """What the run hands back."""
+        config, state = self.config, self.state
+        best = state.stopping.best_epoch + 1 or None
+        selected = best if config.select == "best" else state.epoch or None
+        early = state.stopping.should_stop and state.epoch < config.epochs
+        return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted)
+
+
+def _epoch_line(figures: EpochFigures, epochs: int) -> str:
+    val = ""
+    if figures.val_loss is not None:
+        val = f", validation loss {figures.val_loss:.3f}, accuracy {figures.val_accuracy:.4f}"
+    return (
+        f"epoch {figures.epoch}/{epochs}: training loss {figures.train_loss:.3f}, accuracy {figures.train_accuracy:.4f}"
+        f"{val}; lr {figures.lr:.2e}, {figures.images_per_second:.0f} images/s, {duration(figures.seconds)}"
+    )
