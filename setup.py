@@ -1,12 +1,13 @@
 """Builds ran_ext: the one extension ``ran_ext._C`` for the torch that is installed, with CUDA where that torch has it.
 
 ``RAN_EXT_NO_NATIVE=1`` builds pure Python, ``RAN_EXT_NO_CUDA=1`` the CPU kernels only, ``RAN_EXT_FORCE_CUDA=1`` makes
-leaving CUDA out an error. ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX`` and ``MAX_JOBS`` mean what they mean to torch.
+leaving CUDA out an error. ``TORCH_CUDA_ARCH_LIST``, ``CUDA_HOME``, ``CXX``, ``MAX_JOBS``: as torch reads them.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -54,7 +55,7 @@ def cuda_toolkit(torch: Any) -> tuple[Path | None, str]:
     elif torch.version.cuda is None:
         reason = f"torch {torch.__version__} has no CUDA"
     elif home is None:
-        reason = f"no CUDA toolkit (nvcc and cuda_runtime.h) was found for torch's CUDA {torch.version.cuda}; set CUDA_HOME"
+        reason = f"no toolkit (nvcc, cuda_runtime.h) was found for torch's CUDA {torch.version.cuda}; set CUDA_HOME"
     else:
         found = native.nvcc_version(home / "bin" / "nvcc")
         if found.split(".")[0] != torch.version.cuda.split(".")[0]:
@@ -132,10 +133,12 @@ class Plan:
 PLAN = Plan()
 
 
-class BuildPython(build_py):
-    """Adds _built_for.py; a pure-Python build in the source folder also takes away an earlier build's module."""
+class BuildPython(build_py):  # type: ignore[misc]
+    """Adds _built_for.py, and takes away what an earlier build of other sources or other switches left."""
 
     def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "ran_ext", ignore_errors=True)
         super().run()
         if self.editable_mode:
             for stale in (ROOT / "ran_ext").glob("_C.*.so") if PLAN.torch is None else ():

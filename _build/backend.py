@@ -1,8 +1,8 @@
 """PEP 517 backend: setuptools', building against the torch that the target environment has.
 
-pip builds in an isolated environment, without the target's site-packages. A build requirement ``torch`` would download the
-newest torch there, of several GB, and build for that one. But pip runs the target's own Python, so ``sysconfig`` still names
-the folder where torch lies: it goes to the end of ``sys.path``. Only where no torch is there, the pinned one is required.
+pip builds in an isolated environment, without the target's site-packages. A build requirement ``torch`` would download
+the newest torch there, of several GB, and build for that one. But pip runs the target's own Python, so ``sysconfig``
+still names the folder where torch lies: it goes to the end of ``sys.path``. Only where none lies, the pin is required.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build_requirements() -> list[str]:
 
 
 def _setuptools() -> Any:
-    """setuptools' backend, which is only there once its requirement has been met; torch after all else on the path."""
+    """The backend of setuptools, importable once that requirement is met; torch goes after all else on the path."""
     from setuptools import build_meta
 
     found = target_torch()

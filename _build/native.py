@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ CSRC = ROOT / "csrc"
 
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
 CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
-CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
+#: GCC's own AVX-512 headers set off -Wmaybe-uninitialized.
+CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -101,7 +103,9 @@ class Compile:
     def run(self) -> str:
         """Compile, and note the command beside the object; what the compiler says."""
         self.object.parent.mkdir(parents=True, exist_ok=True)
+        began = time.time()
         said = run(self.full_command)
+        os.utime(self.object, (began, began))  # a source edited meanwhile is newer than its object
         Path(f"{self.object}.cmd").write_text(shlex.join(self.full_command))
         return said
 
@@ -164,7 +168,7 @@ def known_archs(nvcc: Path) -> set[str]:
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST`` (``8.0;9.0a;12.0+PTX``, or with spaces), else the default list as far as nvcc knows it."""
+    """``TORCH_CUDA_ARCH_LIST`` (``8.0;9.0a;12.0+PTX``, or with spaces), else those of the default that nvcc knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if asked.strip(";"):
         archs = [arch for arch in asked.split(";") if arch]
@@ -177,12 +181,12 @@ def cuda_archs(nvcc: Path) -> list[str]:
     known = known_archs(nvcc)
     archs = [arch for arch in DEFAULT_ARCHS if arch in known]
     if not archs:
-        raise BuildFailure(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHS)}: install CUDA 12 or later")
+        raise BuildFailure(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHS)}: install CUDA 12 or 13")
     return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
-    """nvcc's flags for ``archs``; ``+PTX`` adds the intermediate code that newer chips compile for themselves.
+    """The flags of nvcc for ``archs``; ``+PTX`` adds the intermediate code that newer chips compile for themselves.
 
     >>> gencode(["8.0", "12.0+PTX"])
     ['-gencode=arch=compute_80,code=sm_80', '-gencode=arch=compute_120,code=[sm_120,compute_120]']

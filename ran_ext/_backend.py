@@ -2,65 +2,91 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
 import os
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType, TracebackType
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "reference")
 
-_C: ModuleType | None = None
-#: Why the native backend is missing: "" where it is loaded.
-why_missing = ""
+
+def built_for() -> ModuleType | None:
+    """What setup.py noted of this installation: TORCH, CUDA, ARCHS, COMPILER, WHY_NO_NATIVE, WHY_NO_CUDA."""
+    try:
+        return importlib.import_module("ran_ext._built_for")
+    except ImportError:
+        return None
 
 
 def rebuild_command() -> str:
-    """The command that builds ran_ext against the torch that runs now."""
-    return f"{sys.executable} -m pip install --no-build-isolation --force-reinstall --no-deps ran_ext"
+    """The command that builds ran_ext again, from where it was installed, against the torch that runs now."""
+    pip = f"{shlex.quote(sys.executable)} -m pip install --no-deps --force-reinstall --no-cache-dir "
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "csrc").is_dir():
+        return f"{pip}-e {shlex.quote(str(checkout))}"
+    try:
+        origin = json.loads(importlib.metadata.distribution("ran_ext").read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        origin = {}
+    if "vcs_info" in origin:
+        kind, commit = origin["vcs_info"]["vcs"], origin["vcs_info"]["commit_id"]
+        return pip + shlex.quote(f"{kind}+{origin['url']}@{commit}")
+    folder = url2pathname(urlparse(origin.get("url", "")).path)
+    return pip + (shlex.quote(folder) if "dir_info" in origin and Path(folder).is_dir() else "<folder of the sources>")
 
 
 def _minor(version: str) -> str:
     return ".".join(version.split("+")[0].split(".")[:2])
 
 
+def _unfit(built: ModuleType | None) -> str:
+    """Why a module built like this does not fit the torch that runs; "" where it fits."""
+    if built is None or built.TORCH is None:
+        return ""
+    running, cuda = torch.__version__, torch.version.cuda
+    if _minor(built.TORCH) != _minor(running):
+        return f"built for torch {built.TORCH}, but torch {running} runs"
+    if built.CUDA and (cuda is None or built.CUDA.split(".")[0] != cuda.split(".")[0]):
+        return f"built for CUDA {built.CUDA}, but torch {running} runs, with CUDA {cuda or 'left out'}"
+    return ""
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason. Not built is quiet; built but unfit warns once."""
+    built = built_for()
     if importlib.util.find_spec("ran_ext._C") is None:
-        return (
-            None,
-            "not built (pure-Python install); to compile the kernels: pip install ./ran_ext, with a C++ compiler",
-        )
-    try:
-        from ran_ext import _built_for as built  # written by setup.py beside _C
-    except ImportError:
-        built = None
-    running, cuda = torch.__version__, torch.version.cuda
-    reason = ""
-    if built is not None and _minor(built.TORCH) != _minor(running):
-        reason = f"built for torch {built.TORCH}, but torch {running} runs"
-    elif built is not None and built.CUDA and cuda is None:
-        reason = f"built for torch {built.TORCH} with CUDA {built.CUDA}, but this torch ({running}) has no CUDA"
-    else:
+        return None, f"not built: {(built and built.WHY_NO_NATIVE) or 'this source folder has not been built'}"
+    reason = _unfit(built)
+    if not reason:
         try:
-            from ran_ext import _C as module  # type: ignore[attr-defined]
-
-            return module, ""
+            return importlib.import_module("ran_ext._C"), ""
         except ImportError as error:
             reason = f"built, but does not load: {error}"
     warnings.warn(
-        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason}. To rebuild them, in the source "
-        f"folder: {rebuild_command().replace(' ran_ext', ' .')}",
+        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason}. To rebuild them: {rebuild_command()}",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=2,
     )
     return None, reason
 
 
+_C: ModuleType | None
+#: Why the native backend is missing: "" where it is loaded.
+why_missing: str
 _C, why_missing = _load()
+#: Whether the compiled module holds CUDA kernels, and why not; kept, since torch.compile cannot trace the question.
+_cuda_built = _C is not None and _C.build_info()["cuda"] is not None
+_why_no_cuda = getattr(built_for(), "WHY_NO_CUDA", "") or "built without CUDA"
 
 
 class set_backend:
@@ -84,7 +110,9 @@ class set_backend:
         if name not in BACKENDS:
             raise ValueError(f"set_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
         if name == "native" and _C is None:
-            raise RuntimeError(f"set_backend: the native backend is missing: {why_missing}")
+            raise RuntimeError(
+                f"set_backend: name 'native' needs the compiled kernels: {why_missing}; to build: {rebuild_command()}"
+            )
         self._previous, _choice = _choice, name
 
     def __enter__(self) -> None:
@@ -104,7 +132,16 @@ def get_backend() -> str:
 
 def cuda_built() -> bool:
     """Whether the compiled module holds CUDA kernels."""
-    return _C is not None and bool(_C.build_info()["cuda"])
+    return _cuda_built
+
+
+def why_not_native(device_type: str) -> str:
+    """Why no compiled kernels serve ``"cpu"`` or ``"cuda"``; "" where they do."""
+    if _C is None:
+        return why_missing
+    if device_type == "cpu" or (device_type == "cuda" and _cuda_built):
+        return ""
+    return _why_no_cuda if device_type == "cuda" else f"there are none for {device_type}"
 
 
 def use_native(x: Tensor) -> bool:
@@ -115,12 +152,13 @@ def use_native(x: Tensor) -> bool:
     """
     if _choice == "reference" or _C is None:
         return False
-    if not (x.device.type == "cpu" or (x.device.type == "cuda" and cuda_built())):
-        if _choice == "native":
-            raise RuntimeError(
-                f"ran_ext: RAN_EXT_BACKEND=native, but no kernels are built for device {x.device}; build with a CUDA "
-                "torch and nvcc, or choose set_backend('auto')"
-            )
+    missing = why_not_native(x.device.type)
+    if missing and _choice == "native":
+        raise RuntimeError(
+            f"ran_ext: the native backend was chosen, but has no kernels for device {x.device}: {missing}; choose "
+            f"set_backend('auto'), or build them: {rebuild_command()}"
+        )
+    if missing:
         return False
     if torch.compiler.is_compiling():
         return True

@@ -1,0 +1,69 @@
+"""Says what was built, what runs, and what would mend what is missing."""
+
+from __future__ import annotations
+
+import platform
+import sys
+
+import torch
+
+from . import _backend
+
+
+def _built() -> list[tuple[str, str]]:
+    built = _backend.built_for()
+    if built is None:
+        return [("built", "nothing: this is a source folder that has not been built")]
+    if built.TORCH is None:
+        return [("built", f"pure Python: {built.WHY_NO_NATIVE}")]
+    rows = [("built for torch", built.TORCH), ("compiler", built.COMPILER)]
+    if built.CUDA is None:
+        return [*rows, ("built for CUDA", f"no: {built.WHY_NO_CUDA}")]
+    return [*rows, ("built for CUDA", f"{built.CUDA}, architectures {' '.join(built.ARCHS)}")]
+
+
+def _running() -> list[tuple[str, str]]:
+    cuda = torch.version.cuda or "none"
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    rows = [
+        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("torch", f"{torch.__version__}, CUDA {cuda}"),
+        ("CPU", cpu),
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}"))
+    if not torch.cuda.device_count():
+        rows.append(("GPU", "none"))
+    return rows
+
+
+def _taken(device: str) -> tuple[str, str]:
+    """Which backend a call on ``device`` takes; and why, where it is not the native one."""
+    missing = _backend.why_not_native(device)
+    if _backend.get_backend() == "reference":
+        return f"{device} calls take", "reference (chosen by set_backend or RAN_EXT_BACKEND)"
+    if not missing:
+        return f"{device} calls take", "native"
+    return f"{device} calls take", f"{'an error' if _backend.get_backend() == 'native' else 'reference'}: {missing}"
+
+
+def report() -> str:
+    """The text that :func:`info` prints."""
+    from . import __version__
+
+    rows = [("ran_ext", __version__), *_built(), *_running(), ("backend", _backend.get_backend())]
+    devices = ["cpu", *(["cuda"] if torch.version.cuda else [])]
+    rows += [_taken(device) for device in devices]
+    if any(_backend.why_not_native(device) for device in devices):
+        rows.append(("to build", _backend.rebuild_command()))
+    return "\n".join(f"{name:<16} {text}" for name, text in rows)
+
+
+def info() -> None:
+    """Print the version, what was built, what runs, which backend a call takes, and how to mend what is missing.
+
+    >>> info()  # doctest: +ELLIPSIS
+    ran_ext          ...
+    """
+    print(report())
