@@ -1,5 +1,6 @@
 """The fused ops. Each has a plain-PyTorch twin beside it (``..._ref``): its fallback and its oracle."""
 
+from . import _fakes  # noqa: F401
 from .attention_gate import attention_gate, attention_gate_ref
 from .bn_relu import bn_relu, bn_relu_ref
 from .bn_relu_conv import bn_relu_conv2d, bn_relu_conv2d_ref

@@ -1,0 +1,36 @@
+// What the ops' derivatives share. Backward runs a fused op; where its result must itself be differentiable (double
+// backward), the op is composed again of ATen's own and differentiated by autograd.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "torch_glue.h"
+
+namespace ran {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Looks up one of this library's ops.
+template <typename Signature>
+inline auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+// The gradients of `out` in `inputs`, differentiable; undefined where an input is absent or needs none.
+inline variable_list differentiate(const Tensor& out, const variable_list& inputs, const Tensor& dout) {
+  variable_list wanted;
+  for (const Tensor& input : inputs)
+    if (input.defined() && input.requires_grad()) wanted.push_back(input);
+  variable_list found = torch::autograd::grad({out}, wanted, {dout}, /*retain_graph=*/true, /*create_graph=*/true,
+                                              /*allow_unused=*/true);
+  variable_list result;
+  auto next = found.begin();
+  for (const Tensor& input : inputs)
+    result.push_back(input.defined() && input.requires_grad() ? *next++ : Tensor());
+  return result;
+}
+
+}  // namespace ran

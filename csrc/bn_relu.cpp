@@ -1,0 +1,222 @@
+// Torch side of batch normalisation + ReLU, and of the running statistics.
+#include "bn_relu.h"
+
+#include <ATen/Functions.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/library.h>
+
+#include "autograd.h"
+
+namespace ran {
+namespace {
+
+constexpr const char* kOp = "bn_relu";
+
+// A per-channel vector in the kernels' precision; undefined where it is absent.
+Tensor channel_vector(const char* op, const Tensor& x, const OptTensor& t, const char* name) {
+  if (!present(t)) return Tensor();
+  RAN_CHECK_VALUE(t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device(), op, name, " must be [", x.size(1),
+                  "] on ", x.device(), ", got ", t->sizes(), " on ", t->device());
+  return t->to(acc_type(x)).contiguous();
+}
+
+const void* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+}  // namespace
+
+BatchNormArgs::BatchNormArgs(const char* op, const Tensor& x, const OptTensor& weight_, const OptTensor& bias_,
+                             const Tensor& mean_, const Tensor& var_, double eps)
+    : weight(channel_vector(op, x, weight_, "weight")),
+      bias(channel_vector(op, x, bias_, "bias")),
+      mean(channel_vector(op, x, mean_, "mean")),
+      var(channel_vector(op, x, var_, "var")),
+      kernel{pointer(mean), pointer(var), pointer(weight), pointer(bias), eps} {}
+
+Tensor dense_activation(const char* op, const Tensor& x) {
+  RAN_CHECK_VALUE(x.dim() == 4, op, "x must be (N, C, H, W), got ", x.sizes());
+  dtype_of(x, op, "x");
+  return dense(x);
+}
+
+Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like) {
+  RAN_CHECK_VALUE(dout.sizes() == like.sizes() && dout.scalar_type() == like.scalar_type(), op, "dout must be ", like.sizes(),
+                  " ", like.scalar_type(), ", got ", dout.sizes(), " ", dout.scalar_type());
+  return dout.contiguous(format_of(like));
+}
+
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x_) {
+  const Tensor x = dense_activation("batch_norm_stats", x_);
+  const ChannelView view = view_of(x);
+  Tensor mean = at::zeros({view.channels}, x.options().dtype(acc_type(x))), var = at::zeros_like(mean);
+  if (x.numel())
+    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+  return {mean, var};
+}
+
+Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn) {
+  Tensor out = at::empty_like(x);
+  if (x.numel())
+    cpu_kernels().bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+  return out;
+}
+
+BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
+  BackwardSums sums{at::zeros_like(bn.mean), at::zeros_like(bn.mean)};
+  if (x.numel())
+    cpu_kernels().bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
+                                          x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+  return sums;
+}
+
+void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums, double count) {
+  if (x.numel())
+    cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
+                                         sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr, count,
+                                         dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+}
+
+Tensor bn_relu_composed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
+                        bool batch_stats, double eps) {
+  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean);
+  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var);
+  return at::relu(at::batch_norm(x, weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
+}
+
+namespace {
+
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
+
+// out, and the batch's mean and biased variance; those two are empty where the statistics were given.
+Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean, const OptTensor& var,
+                 double eps) {
+  const Tensor x = dense_activation(kOp, x_);
+  if (present(mean)) {
+    const auto options = x.options().dtype(acc_type(x));
+    return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), at::empty({0}, options), at::empty({0}, options)};
+  }
+  auto [batch_mean, batch_var] = batch_norm_stats(x);
+  return {bn_relu_apply(x, {kOp, x, weight, bias, batch_mean, batch_var, eps}), batch_mean, batch_var};
+}
+
+Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
+                          const Tensor& mean, const Tensor& var, double eps, bool batch_stats) {
+  const Tensor x = dense_activation(kOp, x_), dout = gradient_like(kOp, dout_, x);
+  const BatchNormArgs bn(kOp, x, weight, bias, mean, var, eps);
+  const BackwardSums sums = bn_relu_sums(dout, x, bn);
+  Tensor dx = at::empty_like(x);
+  bn_relu_dx(dx, dout, x, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));
+  return {dx, sums.dz_xhat, sums.dz};
+}
+
+// The two halves of bn_relu_backward, between which synchronised batch normalisation adds up the processes' sums.
+std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& dout, const Tensor& x_, const OptTensor& weight,
+                                                   const OptTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
+  const Tensor x = dense_activation(kOp, x_);
+  const BackwardSums sums = bn_relu_sums(gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps});
+  return {sums.dz, sums.dz_xhat};
+}
+
+Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
+                              const Tensor& mean, const Tensor& var, double eps, const Tensor& sum_dz,
+                              const Tensor& sum_dz_xhat, double count) {
+  const Tensor x = dense_activation(kOp, x_);
+  const BackwardSums sums{channel_vector(kOp, x, sum_dz, "sum_dz"), channel_vector(kOp, x, sum_dz_xhat, "sum_dz_xhat")};
+  Tensor dx = at::empty_like(x);
+  bn_relu_dx(dx, gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps}, &sums, count);
+  return dx;
+}
+
+// Blends one batch's statistics into the running ones. A forward pass inside backward is an activation checkpoint's second:
+// its batch has been counted.
+void update_running_stats(Tensor running_mean, Tensor running_var, const OptTensor& num_batches_tracked, const Tensor& mean,
+                          const Tensor& var, int64_t count, std::optional<double> momentum) {
+  RAN_CHECK_VALUE(momentum.has_value() || present(num_batches_tracked), "update_running_stats",
+                  "momentum=None (cumulative average) needs num_batches_tracked");
+  if (torch::autograd::get_current_graph_task_id() != -1) return;
+  at::NoGradGuard no_grad;
+  double factor = momentum.value_or(0.0);
+  if (present(num_batches_tracked)) {
+    num_batches_tracked->add_(1);
+    if (!momentum) factor = 1.0 / num_batches_tracked->item<double>();
+  }
+  const double unbiased = count > 1 ? double(count) / double(count - 1) : 1.0;
+  running_mean.mul_(1 - factor).add_(mean, factor);
+  running_var.mul_(1 - factor).add_(var, factor * unbiased);
+}
+
+struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                               const OptTensor& mean, const OptTensor& var, double eps) {
+    static const auto op = find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                                            const OptTensor&, double)>("ran_ext::bn_relu");
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [out, batch_mean, batch_var] = op.call(x, weight, bias, mean, var, eps);
+    const bool given = present(mean);
+    ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), given ? *mean : batch_mean,
+                            given ? *var : batch_var});
+    ctx->saved_data["batch_stats"] = !given;
+    ctx->saved_data["eps"] = eps;
+    ctx->mark_non_differentiable({batch_mean, batch_var});
+    return {out, batch_mean, batch_var};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto op = find_op<Tensors3(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&,
+                                            const Tensor&, double, bool)>("ran_ext::bn_relu_backward");
+    variable_list result(6);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
+    const double eps = ctx->saved_data["eps"].toDouble();
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &var = saved[4];
+    if (at::GradMode::is_enabled()) {
+      const Tensor out = bn_relu_composed(x, weight, bias, mean, var, batch_stats, eps);
+      const variable_list found = differentiate(out, {x, weight, bias}, grads[0]);
+      std::copy(found.begin(), found.end(), result.begin());
+      return result;
+    }
+    auto [dx, dweight, dbias] = op.call(grads[0], x, weight, bias, mean, var, eps, batch_stats);
+    result[0] = dx;
+    if (weight.defined()) result[1] = dweight.to(weight.scalar_type());
+    if (bias.defined()) result[2] = dbias.to(bias.scalar_type());
+    return result;
+  }
+};
+
+Tensors3 bn_relu_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
+                          const OptTensor& var, double eps) {
+  const variable_list out = BnReluFunction::apply(x, weight, bias, mean, var, eps);
+  return {out[0], out[1], out[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
+  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def(
+      "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps) -> "
+      "(Tensor out, Tensor mean, Tensor var)");
+  m.def(
+      "bn_relu_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+      "bool batch_stats) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def(
+      "bn_relu_backward_reduce(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> "
+      "(Tensor sum_dz, Tensor sum_dz_xhat)");
+  m.def(
+      "bn_relu_backward_apply(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
+      "Tensor sum_dz, Tensor sum_dz_xhat, float count) -> Tensor");
+  m.def(
+      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
+      "Tensor var, int count, float? momentum) -> ()");
+}
+TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+  m.impl("batch_norm_stats", batch_norm_stats);
+  m.impl("bn_relu", bn_relu);
+  m.impl("bn_relu_backward", bn_relu_backward);
+  m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
+  m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
+  m.impl("update_running_stats", update_running_stats);
+}
+TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("bn_relu", bn_relu_autograd); }
+
+}  // namespace ran

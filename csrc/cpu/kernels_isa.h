@@ -1,0 +1,25 @@
+// The kernels of one instruction set, as the table in kernels_cpu.cpp needs them; kernels.h says what each does.
+#pragma once
+
+#include "kernels.h"
+
+namespace ran::cpu::RAN_ISA {
+
+void attention_gate_forward(void* out, const void* trunk, const void* mask, DType, GateShape);
+void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType,
+                             GateShape);
+
+void batch_norm_stats(void* mean, void* var, const void* x, DType, ChannelView);
+void bn_relu_forward(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
+void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
+                             BatchNorm<void>);
+void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
+                            double count, DType, ChannelView, BatchNorm<void>);
+
+bool conv1x1_supported(DType, Conv1x1Shape);
+void conv1x1_forward(void* out, const void* x, const void* weight, const float* bias, const void* residual, DType,
+                     Conv1x1Shape, BatchNorm<void>);
+void conv1x1_backward(void* dz, float* sum_dz, float* sum_dz_xhat, void* dweight, float* dbias, const void* dout,
+                      const void* x, const void* weight, DType, Conv1x1Shape, BatchNorm<void>);
+
+}  // namespace ran::cpu::RAN_ISA

@@ -1,0 +1,209 @@
+// One SIMD vector of accumulators (float, or double for double data) and its loads and stores from any dtype.
+//
+// Every file of cpu/ is compiled once for each instruction set, with RAN_ISA naming the namespace; setup.py holds the flags.
+// Arithmetic is GCC's vector extension, so that `a * b + c` reads as it does on paper; only what that extension lacks is
+// an intrinsic.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../types.h"
+
+#ifndef RAN_ISA
+#error "compile with -DRAN_ISA=baseline|avx2|avx512|avx512_bf16; setup.py does"
+#endif
+
+namespace ran::cpu::RAN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kBytes)));
+  static constexpr int lanes = kBytes / int(sizeof(A));
+};
+template <typename A>
+using Vec = typename VecOf<A>::type;
+
+typedef uint16_t Half16 __attribute__((vector_size(kBytes / 2)));
+typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
+
+template <typename A>
+inline Vec<A> splat(A value) {
+  return value - Vec<A>{};
+}
+
+inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  for (int i = 0; i < VecOf<float>::lanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  for (int i = 0; i < VecOf<double>::lanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// torch.relu keeps NaN.
+template <typename V>
+inline V relu(V x) {
+  return x <= V{} ? V{} : x;
+}
+
+// bfloat16, to nearest even, NaN kept quiet.
+inline Half16 to_bf16(Vec<float> x) {
+  Bits32 bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const Bits32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const auto is_nan = x != x;
+  const Bits32 chosen = is_nan ? (bits >> 16) | 0x40u : rounded;
+  return __builtin_convertvector(chosen, Half16);
+}
+
+inline Vec<float> from_bf16(Half16 h) {
+  const Bits32 bits = __builtin_convertvector(h, Bits32) << 16;
+  Vec<float> x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline Vec<float> load(const float* p) {
+  Vec<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<double> load(const double* p) {
+  Vec<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline Vec<float> load(const bf16* p) {
+  Half16 h;
+  std::memcpy(&h, p, sizeof h);
+  return from_bf16(h);
+}
+inline Vec<float> load(const f16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> v{};
+  for (int i = 0; i < VecOf<float>::lanes; ++i) {
+    _Float16 h;
+    std::memcpy(&h, p + i, sizeof h);
+    v[i] = float(h);
+  }
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, Vec<float> v) {
+  const Half16 h = to_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+inline void store(f16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VecOf<float>::lanes; ++i) {
+    const _Float16 h = _Float16(v[i]);
+    std::memcpy(p + i, &h, sizeof h);
+  }
+#endif
+}
+
+// The first `n` lanes; the others read as 0 and are not written.
+template <typename T>
+inline Vec<Acc<T>> load(const T* p, int n) {
+  if (n == VecOf<Acc<T>>::lanes) return load(p);
+  T lanes[VecOf<Acc<T>>::lanes] = {};
+  std::memcpy(lanes, p, size_t(n) * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+inline void store(T* p, Vec<Acc<T>> v, int n) {
+  if (n == VecOf<Acc<T>>::lanes) return store(p, v);
+  T lanes[VecOf<Acc<T>>::lanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, size_t(n) * sizeof(T));
+}
+
+// Calls body(i, n) for i = 0, lanes, 2 * lanes, ...; n is `lanes`, or what is left at the end. Inlined, the body is there
+// twice: where n is the constant `lanes` the partial loads and stores above become whole ones.
+template <typename A, typename Body>
+inline void for_lanes(int64_t size, Body&& body) {
+  constexpr int lanes = VecOf<A>::lanes;
+  int64_t i = 0;
+  for (; i + lanes <= size; i += lanes) body(i, lanes);
+  if (i < size) body(i, int(size - i));
+}
+
+template <typename A>
+inline A sum(Vec<A> v) {
+  A total = 0;
+  for (int i = 0; i < VecOf<A>::lanes; ++i) total += v[i];
+  return total;
+}
+
+// Calls f with a null pointer of the dtype's C++ type.
+template <typename F>
+inline void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(static_cast<float*>(nullptr));
+    case DType::f64:
+      return f(static_cast<double*>(nullptr));
+    case DType::bf16:
+      return f(static_cast<bf16*>(nullptr));
+    case DType::f16:
+      return f(static_cast<f16*>(nullptr));
+  }
+}
+
+}  // namespace ran::cpu::RAN_ISA

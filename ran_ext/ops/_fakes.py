@@ -1,0 +1,141 @@
+"""Shapes, dtypes and strides of the compiled ops, for ``torch.compile`` and fake tensors; and their operation counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
+
+from .. import _backend
+
+
+def _vector(x: Tensor, size: Any) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty([size], dtype=dtype)
+
+
+def _dense_like(x: Tensor) -> Tensor:
+    """As the C++ ``dense``: NCHW or channels_last, whichever x is, or its strides suggest."""
+    if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x)
+    last = x.dim() == 4 and torch._prims_common.suggest_memory_format(x) == torch.channels_last
+    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _register() -> None:
+    fake = torch.library.register_fake
+
+    @fake("ran_ext::attention_gate")
+    def _(trunk: Tensor, mask: Tensor, scale_factor: int) -> Tensor:
+        return _gate_like(trunk, scale_factor)
+
+    @fake("ran_ext::attention_gate_backward")
+    def _(dout: Tensor, trunk: Tensor, mask: Tensor, scale_factor: int) -> tuple[Tensor, Tensor]:
+        dtrunk = _gate_like(trunk, scale_factor)
+        if scale_factor == 1:
+            return dtrunk, torch.empty_like(dtrunk)
+        return dtrunk, mask.contiguous(memory_format=_format(dtrunk)).new_empty(mask.shape).contiguous(
+            memory_format=_format(dtrunk)
+        )
+
+    @fake("ran_ext::batch_norm_stats")
+    def _(x: Tensor) -> tuple[Tensor, Tensor]:
+        return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+    @fake("ran_ext::bn_relu")
+    def _(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = x.shape[1] if mean is None else 0
+        return _dense_like(x), _vector(x, size), _vector(x, size)
+
+    @fake("ran_ext::bn_relu_backward")
+    def _(dout: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return _dense_like(x), _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+    @fake("ran_ext::bn_relu_backward_reduce")
+    def _(dout: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return _vector(x, x.shape[1]), _vector(x, x.shape[1])
+
+    @fake("ran_ext::bn_relu_backward_apply")
+    def _(dout: Tensor, x: Tensor, *args: Any) -> Tensor:
+        return _dense_like(x)
+
+    @fake("ran_ext::update_running_stats")
+    def _(*args: Any) -> None:
+        return None
+
+    @fake("ran_ext::bn_relu_conv2d")
+    def _(
+        x: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: list[int],
+        padding: list[int],
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = x.shape[1] if mean is None else 0
+        return F.conv2d(_dense_like(x), weight, bias, stride, padding), _vector(x, size), _vector(x, size)
+
+    @fake("ran_ext::bn_relu_conv2d_backward")
+    def _(
+        dout: Tensor,
+        x: Tensor,
+        bn_weight: Tensor | None,
+        bn_bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+        eps: float,
+        batch_stats: bool,
+        wanted: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        empty = x.new_empty([0])
+        _, dweight, dbias = torch.ops.aten.convolution_backward(
+            dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
+        )
+        vector = _vector(x, x.shape[1])
+        return (
+            _dense_like(x) if wanted[0] else empty,
+            vector if wanted[0] else empty,
+            torch.empty_like(vector) if wanted[0] else empty,
+            dweight if wanted[1] else empty,
+            dbias if wanted[2] else empty,
+        )
+
+    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
+    def _(
+        x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any
+    ) -> int:
+        return int(conv_flop(x, weight, None, None, None, None, False, out_shape=out_shape[0]))
+
+    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
+    def _(
+        dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any
+    ) -> int:
+        shapes = [x, weight, None]
+        return int(
+            conv_backward_flop(dout, x, weight, None, None, None, None, False, None, None, args[-1], out_shape=shapes)
+        )
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
+
+
+def _gate_like(trunk: Tensor, scale_factor: int) -> Tensor:
+    return torch.empty_like(trunk) if scale_factor == 1 else _dense_like(trunk)
+
+
+if _backend._C is not None:
+    _register()
