@@ -38,18 +38,22 @@ class Config:
             which at 1e-8 makes no measurable difference) or ``nesterov`` (SGD with Nesterov momentum).
         lr: the highest learning rate; None for 1e-3 (adam) or 0.1 (nesterov).
         momentum: of ``nesterov``.
-        weight_decay, weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to
-            the loss; ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's
-            weight.
+        weight_decay: of the weights in ``weight_decay_scope``.
+        weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to the loss;
+            ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's weight.
         schedule: ``step`` (times ``lr_step_factor`` every ``lr_step_epochs`` epochs), ``onecycle`` (linear rise over
-            the first ``warmup`` of the run, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
+            the ``warmup``, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
+        lr_step_epochs: epochs between two steps of schedule ``step``.
+        lr_step_factor: of the learning rate at each of them.
+        warmup: share of the run in which ``onecycle`` rises.
         batch_size: images a step, over all processes together.
         epochs: at most.
         patience: stop after this many epochs without a better validation accuracy; 0 for never.
         select: which weights are tested and kept as ``model.pt``: those of the ``best`` validation accuracy, or the
             ``last``.
-        protocol: ``holdout`` validates on ``val_images`` images held out of the training set and reads the test set
-            once, at the end; ``report`` validates, and so selects, on the test set, as the report did.
+        protocol: ``holdout`` validates on images held out of the training set and reads the test set once, at the end;
+            ``report`` validates, and so selects, on the test set, as the report did.
+        val_images: held out by ``holdout``; 0 for none.
         augment: ``report`` (rotation, flip, shift), ``light`` (flip, shift by up to 2 whole pixels) or ``none``.
         normalize: ``per_pixel`` subtracts the training set's mean image, ``per_channel`` its channels' means, and
             divides by their standard deviations.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -36,10 +37,11 @@ class Evaluation:
         return (self.confusion.diag() / self.confusion.sum(1)).tolist()
 
     def to_dict(self) -> dict[str, Any]:
+        """The figures, fit for JSON."""
         return {
             "loss": self.loss,
             "accuracy": self.accuracy,
-            "per_class": self.per_class,
+            "per_class": [None if math.isnan(share) else share for share in self.per_class],
             "confusion": self.confusion.tolist(),
         }
 

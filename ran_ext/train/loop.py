@@ -87,8 +87,7 @@ def fit(
             run.select()
         test = None if interrupted or test_set is None else run.evaluate(test_set)
     result = run.result(test, interrupted)
-    for callback in run.callbacks:
-        callback.on_end(result)
+    run.tell(lambda callback: callback.on_end(result))
     return result
 
 

@@ -57,7 +57,7 @@ class Run:
     ):
         self.config, self.ranks, self.val_set = config, ranks, val_set
         self.out_dir, self.checkpoint_every = out_dir, checkpoint_every
-        self.callbacks = tuple(callbacks) if ranks.first else ()
+        self.callbacks = list(callbacks) if ranks.first else []
         self.images = len(train_set)
         self.normalize = build_normalize(train_set, config)
         self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
@@ -105,8 +105,7 @@ class Run:
         done = state.epoch * self.steps + state.history.count
         self.progress = Progress(config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
         self.start = time.perf_counter() - state.seconds
-        for callback in self.callbacks:
-            callback.on_start(state, done)
+        self.tell(lambda callback: callback.on_start(state, done))
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
@@ -159,8 +158,17 @@ class Run:
         self.progress.show(
             f"epoch {state.epoch + 1}/{self.config.epochs}", *state.history.mean(), images_per_second=images_per_second
         )
-        for callback in self.callbacks:
-            callback.on_steps(state.epoch * self.steps + first, rows, self.lr(first + len(rows) - 1), images_per_second)
+        start = state.epoch * self.steps + first
+        self.tell(lambda callback: callback.on_steps(start, rows, images_per_second))
+
+    def tell(self, event: Callable[[Callback], None]) -> None:
+        """Pass an event on; whoever cannot write its files is told no more, and the training goes on."""
+        for callback in tuple(self.callbacks):
+            try:
+                event(callback)
+            except OSError as error:
+                self.callbacks.remove(callback)
+                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {error}")
 
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""
@@ -188,8 +196,7 @@ class Run:
         if last or state.epoch % self.checkpoint_every == 0:
             self.save()
         self.progress.line(_epoch_line(figures, config.epochs))
-        for callback in self.callbacks:
-            callback.on_epoch(figures, state)
+        self.tell(lambda callback: callback.on_epoch(figures, state))
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:
         model, dtype = self.state.eval_model, self.config.torch_dtype

@@ -1,0 +1,178 @@
+"""The command line: one flag for each field of :class:`Config`, explained by its docstring."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import CHOICES, PRESETS, Config
+from .errors import TrainingError
+
+#: The name that stands for the embedded images, and the folder looked for first.
+SAMPLE, DATA_FOLDER = "sample", Path("data")
+#: Written beside the checkpoints: the recipe and the source of the images, for ``--resume``.
+RUN_FILE = "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        config: the recipe.
+        data: ``sample``, or a folder.
+        out: folder of the run.
+        resume: continue the run in ``out``.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        checkpoint_every: epochs.
+        tensorboard: whether to write TensorBoard's files.
+        quiet: print nothing but errors.
+        chose_data: why ``data`` is what it is, where nobody named it.
+    """
+
+    config: Config
+    data: str
+    out: Path
+    resume: bool
+    device: str
+    checkpoint_every: int
+    tensorboard: bool
+    quiet: bool
+    chose_data: str
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ran-ext-train",
+        description="Train a residual attention network on CIFAR-10. Under torchrun the processes share each batch.",
+    )
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        help="the recipe to start from: the report's, or one for the embedded sample on a small CPU (default: sample "
+        "for the embedded images, else report)",
+    )
+    run.add_argument(
+        "--data",
+        metavar="DIR",
+        help=f"folder of CIFAR-10, or '{SAMPLE}' for the embedded images (default: the folder {DATA_FOLDER} where "
+        "there is one and the preset is not 'sample', else the embedded images)",
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument(
+        "--checkpoint-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: 1)"
+    )
+    run.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="write no TensorBoard files")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    recipe = parser.add_argument_group("the recipe (defaults of the preset 'report')")
+    explained = _field_docs()
+    for field in dataclasses.fields(Config):
+        _add_field(recipe, field, explained.get(field.name, ""))
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """The options of a command line.
+
+    Raises:
+        TrainingError: they contradict each other or the run in the folder.
+        ValueError: a value is out of its range.
+        SystemExit: a flag is unknown or malformed (argparse prints why).
+    """
+    args = build_parser().parse_args(argv)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    if args.checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
+    if "model_options" in given:
+        given["model_options"] = dict(given["model_options"])
+    if args.resume and args.out is None:
+        raise TrainingError("--resume needs --out, the folder of the run to continue")
+    found = _read_run(args.out) if args.resume else None
+    chose = ""
+    if found:
+        base, data = found
+        if args.preset:
+            raise TrainingError("--resume takes the run's own settings: leave --preset out")
+        data = args.data or data
+    else:
+        data, chose = (args.data, "") if args.data else _choose_data(args.preset)
+        base = PRESETS[args.preset or ("sample" if data == SAMPLE else "report")]
+    config = dataclasses.replace(base, **given)
+    out = args.out or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if not args.resume and (out / "last.pt").exists():
+        raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+    return Options(
+        config, data, out, args.resume, args.device, args.checkpoint_every, args.tensorboard, args.quiet, chose
+    )
+
+
+def run_file(options: Options) -> bytes:
+    """The contents of ``run.json``."""
+    return (json.dumps({"data": options.data, "config": options.config.to_dict()}, indent=1) + "\n").encode()
+
+
+def _read_run(out: Path) -> tuple[Config, str] | None:
+    path = out / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+        return Config.from_dict(values["config"]), values["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{path} is damaged ({error}); delete it and give the run's own flags again") from error
+
+
+def _choose_data(preset: str | None) -> tuple[str, str]:
+    if preset == "sample":
+        return SAMPLE, "the preset is 'sample'"
+    if DATA_FOLDER.is_dir():
+        return str(DATA_FOLDER), "the folder is there"
+    return SAMPLE, f"there is no folder {DATA_FOLDER}; scripts/get_cifar10.py gets the whole set"
+
+
+def _field_docs() -> dict[str, str]:
+    """The explanation of each field, from the class's docstring; empty where Python runs without docstrings."""
+    arguments = (inspect.getdoc(Config) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    docs: dict[str, str] = {}
+    for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", arguments, re.MULTILINE):
+        for name in names.split(", "):
+            docs[name] = " ".join(re.sub(r":\w+:`([^`]*)`|``", r"\1", text).split())
+    return docs
+
+
+def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], text: str) -> None:
+    flag = "--" + field.name.replace("_", "-")
+    common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
+    text = (text.rstrip(".") + default).replace("%", "%%")
+    if field.name == "model_options":
+        group.add_argument(
+            "--model-option", type=_key_value, action="append", metavar="NAME=VALUE", help=text, **common
+        )
+    elif field.type == "bool":
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **common)
+    elif field.name in CHOICES:
+        group.add_argument(flag, choices=CHOICES[field.name], help=text, **common)
+    else:
+        kind = {"int": int, "float": float, "str": str}[str(field.type).split(" |")[0]]
+        group.add_argument(flag, type=kind, help=text, metavar=kind.__name__.upper(), **common)
+
+
+def _key_value(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

@@ -1,0 +1,154 @@
+"""``ran-ext-train``: train one of the networks on CIFAR-10."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import CIFAR10, DatasetError, split_validation
+from .arguments import RUN_FILE, SAMPLE, Options, parse, run_file
+from .batches import build_normalize
+from .callbacks import Callback
+from .checkpoint import write_atomically
+from .config import Config
+from .distributed import Ranks, process_group
+from .environment import environment
+from .errors import TrainingError, write_failure
+from .loop import fit
+from .report import PROTOCOLS, result_dict, table, write_curves, write_result
+from .results import Result
+from .run import LAST
+from .tensorboard import TensorBoardLogger
+
+#: Test images whose attention masks TensorBoard shows.
+MASK_IMAGES = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0, 1 after an error, 130 after an interruption."""
+    try:
+        options = parse(argv)
+        with process_group(options.device) as ranks:
+            return train(options, ranks)
+    except (TrainingError, DatasetError, ValueError) as error:
+        print(f"ran-ext-train: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ran-ext-train: interrupted", file=sys.stderr)
+        return 130
+
+
+def train(options: Options, ranks: Ranks) -> int:
+    """Train as ``options`` say; the exit status."""
+    config = options.config
+    train_set, val_set, test_set = load_data(options.data, config)
+    torch.backends.cudnn.benchmark = True
+    torch.manual_seed(config.seed)
+    model = config.create_model()
+    data = {
+        "source": options.data,
+        "training": len(train_set),
+        "validation": len(val_set) if val_set else 0,
+        "test": len(test_set),
+    }
+    if ranks.first:
+        begin(options, data, ranks)
+    result = fit(
+        model,
+        train_set,
+        val_set,
+        config,
+        options.out,
+        test_set=test_set,
+        ranks=ranks,
+        resume=options.resume,
+        callbacks=loggers(options, train_set, test_set) if ranks.first else (),
+        checkpoint_every=options.checkpoint_every,
+        quiet=options.quiet,
+    )
+    if ranks.first:
+        end(options, result, sum(p.numel() for p in model.parameters()), data, ranks)
+    return 130 if result.interrupted else 0
+
+
+def load_data(source: str, config: Config) -> tuple[CIFAR10, CIFAR10 | None, CIFAR10]:
+    """Training, validation and test images from ``sample`` or a folder, split as ``config.protocol`` says.
+
+    The images held out are the same ones for every seed, so that seeds can be compared.
+
+    Raises:
+        DatasetError: files are missing or damaged.
+        ValueError: there are not so many images to hold out.
+    """
+    train_set, test_set = (
+        CIFAR10.sample(split) if source == SAMPLE else CIFAR10(source, split) for split in ("train", "test")
+    )
+    if config.protocol == "report":
+        return train_set, test_set, test_set
+    if not config.val_images:
+        return train_set, None, test_set
+    train_set, val_set = split_validation(train_set, config.val_images)
+    return train_set, val_set, test_set
+
+
+def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Callback]:
+    """TensorBoard, where it is wanted and installed."""
+    if not options.tensorboard:
+        return []
+    try:
+        normalize = build_normalize(train_set, options.config)
+        return [TensorBoardLogger(options.out / "tensorboard", test_set.images[:MASK_IMAGES], normalize)]
+    except ImportError:
+        print("no TensorBoard files: pip install tensorboard", file=sys.stderr)
+        return []
+
+
+def begin(options: Options, data: Mapping[str, Any], ranks: Ranks) -> None:
+    """Make the run's folder and say what is about to happen."""
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out / RUN_FILE, run_file(options))
+    except OSError as error:
+        raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
+    if options.quiet:
+        return
+    config, facts = options.config, environment(ranks)
+    images = f"{data['training']:,} training, {data['validation']:,} validation, {data['test']:,} test images"
+    source = "embedded sample" if options.data == SAMPLE else options.data
+    reason = f" ({options.chose_data})" if options.chose_data else ""
+    print(f"data: {source}{reason}: {images}")
+    print(
+        f"model: {config.model}, {config.optimizer}, batch {config.batch_size}, at most {config.epochs} epochs, "
+        f"{config.dtype}, on {facts['device']} ({facts['cpu'] if facts['device'] == 'cpu' else facts['cuda']}), "
+        f"{facts['backend']} backend"
+    )
+    print(f"protocol {config.protocol}: {PROTOCOLS[config.protocol]}")
+    if options.resume and not (options.out / LAST).exists():
+        print(f"{options.out} holds no checkpoint yet: starting from the beginning")
+    print(f"folder: {options.out}", flush=True)
+
+
+def end(options: Options, result: Result, parameters: int, data: Mapping[str, Any], ranks: Ranks) -> None:
+    """Write the figures and say what happened."""
+    out = options.out
+    write_result(out / "result.json", result_dict(result, environment(ranks), data))
+    try:
+        write_curves(out / "curves.png", result)
+    except ImportError:
+        print("no curves.png: pip install matplotlib", file=sys.stderr)
+    if not options.quiet:
+        print(table(result, parameters, data, out))
+        if (out / "tensorboard").exists():
+            print(f"to look at the curves, the weights and the masks: tensorboard --logdir {out / 'tensorboard'}")
+    if result.interrupted:
+        print(f"interrupted; to continue: {_command()} --resume --out {out}", file=sys.stderr)
+
+
+def _command() -> str:
+    """How this program was called, without its flags."""
+    program = sys.argv[0]
+    return f"python {program}" if program.endswith(".py") else Path(program).name
