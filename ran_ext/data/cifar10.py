@@ -12,7 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .formats import CLASSES, SIDE, SPLITS, Batch, DatasetError, Records, find_layout, read_batch, read_tiles, verify
+from .formats import (
+    CLASSES,
+    SIDE,
+    SPLITS,
+    Batch,
+    DatasetError,
+    Records,
+    find_layout,
+    get_command,
+    read_batch,
+    read_tiles,
+    verify,
+)
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 #: The embedded images, as batches of their own; scripts/make_sample.py made them and prints these checksums.
@@ -60,8 +72,10 @@ class CIFAR10(Dataset[tuple[Any, int]]):
 
     def __init__(self, root: str | Path, split: str = "train", transform: Callable[[Tensor], Any] = to_float):
         batches = SPLITS[_checked(split, "CIFAR10")]
-        layout, folder = find_layout(Path(root), batches)
-        self._set([read_batch(layout, folder, batch, Path(root)) for batch in batches], split, transform)
+        command = get_command(Path(root))
+        layout, folder = find_layout(Path(root), batches, f"to get it: {command}")
+        advice = f"delete it and run: {command}"
+        self._set([read_batch(layout, folder, batch, advice) for batch in batches], split, transform)
 
     @classmethod
     def sample(cls, split: str = "train", transform: Callable[[Tensor], Any] = to_float) -> CIFAR10:

@@ -99,11 +99,13 @@ def read_python(folder: Path, batch: Batch) -> Records:
     path = folder / batch.stem
     try:
         content = _BatchUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        labels, pixels = np.asarray(content[b"labels"]), content[b"data"]
     except EOFError as error:
         raise DatasetError(f"{path}: the file ends early, it is a cut download or copy") from error
     except Exception as error:  # a damaged pickle raises whatever the opcode that it stumbles on raises
         raise DatasetError(f"{path}: not a CIFAR-10 Python batch: {error}") from error
+    if not (isinstance(content, dict) and {b"labels", b"data"} <= content.keys()):
+        raise DatasetError(f"{path}: not a CIFAR-10 Python batch: it holds no labels and data")
+    labels, pixels = np.asarray(content[b"labels"]), content[b"data"]
     if not (isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape == (batch.count, PIXELS)):
         what = f"{pixels.dtype} {pixels.shape}" if isinstance(pixels, np.ndarray) else type(pixels).__name__
         raise DatasetError(f"{path}: data must be uint8 ({batch.count}, {PIXELS}), got {what}")
@@ -137,7 +139,7 @@ def read_png(folder: Path, batch: Batch) -> Records:
     image_name, label_name = _png_files(batch)
     path = folder / image_name
     try:
-        labels = np.asarray(json.loads((folder / label_name).read_text()), np.int64)
+        labels = np.asarray(json.loads((folder / label_name).read_text()))
     except (ValueError, TypeError) as error:
         raise DatasetError(f"{folder / label_name}: not a JSON list of labels: {error}") from error
     image = _pixels(path)
@@ -196,7 +198,7 @@ LAYOUTS = (
 )
 
 
-def find_layout(root: Path, batches: Sequence[Batch]) -> tuple[Layout, Path]:
+def find_layout(root: Path, batches: Sequence[Batch], advice: str) -> tuple[Layout, Path]:
     """The first layout whose files for ``batches`` are all in ``root`` or in the layout's folder under it.
 
     Raises:
@@ -213,16 +215,15 @@ def find_layout(root: Path, batches: Sequence[Batch]) -> tuple[Layout, Path]:
                 partial = f"{folder} holds CIFAR-10 ({layout.name} layout), but {', '.join(missing)} is missing"
     looked = ", ".join(f"{layout.folder}/{layout.files(batches[0])[0]}" for layout in LAYOUTS)
     fault = partial or f"no CIFAR-10 in {root.resolve()} (looked for {looked})"
-    raise DatasetError(f"{fault}; to get it: {get_command(root)}")
+    raise DatasetError(f"{fault}; {advice}")
 
 
-def read_batch(layout: Layout, folder: Path, batch: Batch, root: Path | None = None) -> Records:
+def read_batch(layout: Layout, folder: Path, batch: Batch, advice: str) -> Records:
     """Records of one batch, (count, 3073) uint8, their checksum verified.
 
     Raises:
-        DatasetError: the file is short, altered or unreadable.
+        DatasetError: the file is short, altered or unreadable; the text ends in ``advice``.
     """
-    advice = f"delete it and run: {get_command(root or folder)}"
     try:
         records = layout.read(folder, batch)
     except DatasetError as error:

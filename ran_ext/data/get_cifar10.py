@@ -38,7 +38,7 @@ def is_complete(out: Path) -> bool:
     """Whether ``out`` holds all official binary files, verified."""
     try:
         for batch in all_batches():
-            read_batch(LAYOUTS[0], out / FOLDER, batch)
+            read_batch(LAYOUTS[0], out / FOLDER, batch, "")
     except DatasetError:
         return False
     return True
@@ -50,18 +50,21 @@ def convert(source: Path, out: Path) -> None:
     Raises:
         DatasetError: ``source`` holds no CIFAR-10, or not all of it as it should be.
     """
-    if source.is_file():
+    if source.is_dir():
+        _convert_folder(source, out)
+    elif source.is_file():
         with tempfile.TemporaryDirectory(prefix="unpacked-", dir=_work(out)) as folder:
             unpack(source, Path(folder))
-            _convert_folder(Path(folder), out, source)
-    elif source.is_dir():
-        _convert_folder(source, out, source)
+            try:
+                _convert_folder(Path(folder), out)
+            except DatasetError as error:  # the unpacked files are gone when this is read: name the archive
+                raise DatasetError(str(error).replace(str(Path(folder).resolve()), str(source))) from error
     else:
         raise DatasetError(f"{source}: no such file or folder; --source takes an archive or a folder with CIFAR-10")
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """The files that CIFAR-10 needs, from a tar archive into ``folder`` itself: no path of the archive's is followed."""
+    """What CIFAR-10 needs of a tar archive, into ``folder`` itself: no path of the archive's is followed."""
     wanted = {name for layout in LAYOUTS for batch in all_batches() for name in layout.files(batch)}
     try:
         with tarfile.open(archive) as tar:
@@ -77,16 +80,14 @@ def unpack(archive: Path, folder: Path) -> None:
         ) from error
 
 
-def _convert_folder(folder: Path, out: Path, source: Path) -> None:
-    try:
-        found = [(batch, *find_layout(folder, batches)) for batches in SPLITS.values() for batch in batches]
-    except DatasetError as error:
-        fault = str(error).partition("; to get it")[0].replace(str(folder.resolve()), str(source))
-        raise DatasetError(f"{source}: {fault}; give --source the whole data set, or use --source auto") from error
+def _convert_folder(folder: Path, out: Path) -> None:
+    advice = "get another copy for --source, or use --source auto"
+    folder = folder.resolve()
+    found = [(batch, *find_layout(folder, part, advice)) for part in SPLITS.values() for batch in part]
     staging = Path(tempfile.mkdtemp(prefix="staging-", dir=_work(out)))
     try:
         for batch, layout, place in tqdm(found, desc="verify and write", unit=" batches"):
-            records = read_batch(layout, place, batch)
+            records = read_batch(layout, place, batch, advice)
             with open(staging / f"{batch.stem}.bin", "wb") as file:
                 file.write(records.tobytes())
                 file.flush()
