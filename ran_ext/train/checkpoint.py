@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         CheckpointError: there is no such file, or it is damaged or no checkpoint of this package.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile("a checksum does not fit")
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {path}; name another, or train without --resume") from error

@@ -38,7 +38,7 @@ def out_of_memory_explained(device: torch.device, batch_size: int) -> Iterator[N
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        allocator = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+        allocator = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "you tried to allocate" in str(error)
         if not allocator:
             raise
         raise OutOfMemoryError(

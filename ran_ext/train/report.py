@@ -16,8 +16,8 @@ from .progress import duration
 from .results import EpochFigures, Result
 
 PROTOCOLS = {
-    "holdout": "selected on images held out of the training set; the test set was read once",
-    "report": "selected on the test set, as the report did: its figure is optimistic",
+    "holdout": "validated on images held out of the training set; the test set was read once, at the end",
+    "report": "validated and selected on the test set, as the report did: the figure is optimistic",
 }
 
 
@@ -81,6 +81,8 @@ def write_curves(path: Path, result: Result) -> None:
             if x == "epoch":
                 axis.xaxis.get_major_locator().set_params(integer=True)
                 axis.set_ylabel(label)
+            else:
+                axis.set_xlim(left=0)
             axis.set_xlabel(x_label)
             axis.grid(alpha=0.3)
             axis.legend()
