@@ -1,0 +1,206 @@
+"""Compile every CUDA kernel for several chips and hold it to its budget: registers, shared memory, no spills.
+
+    python scripts/check_cuda.py                 # against csrc/cuda/budgets.json
+    python scripts/check_cuda.py --update        # write what was found as the new budget
+    python scripts/check_cuda.py --archs 9.0a --files conv1x1_forward
+
+Needs nvcc; neither a GPU nor torch. Where cuobjdump is at hand (``pip install nvidia-cuda-cuobjdump
+nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory, and each pattern under "sass" in
+budgets.json names instructions that the kernels it matches must hold, such as HMMA (tensor cores) or LDG.E.128 (16-byte
+loads).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "_build"))
+import native  # noqa: E402
+
+BUDGETS = native.CSRC / "cuda" / "budgets.json"
+ARCHS = ["8.0", "9.0a", "10.0", "12.0"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel takes on one chip; shared memory is the static part, in bytes."""
+
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    spills: int
+
+
+def demangle(names: Sequence[str]) -> list[str]:
+    """Names as in the source, without namespaces, return type and parameters; as they are where c++filt is missing."""
+    if not names or not shutil.which("c++filt"):
+        return list(names)
+    full = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [short_name(line) for line in full.splitlines()]
+
+
+def short_name(signature: str) -> str:
+    """The kernel's own name and its template arguments.
+
+    >>> short_name("void ran::cuda::(anonymous namespace)::gate_kernel<float, (ran::Mode)1>(float*, long)")
+    'gate_kernel<float, (Mode)1>'
+    """
+    text = re.sub(r"^void |\(anonymous namespace\)::|\bran::(\w+::)*", "", signature)
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            return text[:position]
+    return text
+
+
+def parse_ptxas(said: str) -> list[Usage]:
+    """What ``ptxas -v`` printed, a kernel and chip at a time."""
+    found = []
+    for block in said.split("Compiling entry function '")[1:]:
+        name, arch = re.match(r"(\w+)' for '(\w+)'", block).groups()  # type: ignore[union-attr]
+        numbers = {
+            key: sum(int(number) for number in re.findall(pattern, block.split("Compile time")[0]))
+            for key, pattern in (
+                ("registers", r"Used (\d+) registers"),
+                ("shared", r"(\d+) bytes smem"),
+                ("spills", r"(\d+) bytes spill"),
+            )
+        }
+        found.append(Usage(name, arch, **numbers))
+    names = demangle([usage.kernel for usage in found])
+    return [Usage(name, u.arch, u.registers, u.shared, u.spills) for name, u in zip(names, found, strict=True)]
+
+
+def find_cuobjdump() -> str | None:
+    """The tool on PATH, else in the wheel ``nvidia-cuda-cuobjdump``."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    wheels = [str(tool) for folder in folders for tool in Path(folder).glob("*/bin/cuobjdump")]
+    return shutil.which("cuobjdump") or next(iter(wheels), None)
+
+
+def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], set[str]]:
+    """The instructions that each kernel of an object file holds, keyed by kernel and chip."""
+    arch, name, found = "", "", {}
+    for line in native.run([tool, "-sass", compiled]).splitlines():
+        if match := re.search(r"^\s*arch = (sm_\w+)|^code for (sm_\w+)|^\s*code for (sm_\w+)", line):
+            arch = next(group for group in match.groups() if group)
+        elif match := re.search(r"Function : (\S+)", line):
+            name = match.group(1)
+            found[name, arch] = set[str]()
+        elif name and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line)):
+            found[name, arch].add(match.group(1))
+    names = dict(zip({key[0]: 0 for key in found}, demangle(list({key[0]: 0 for key in found})), strict=True))
+    return {(names[key[0]], key[1]): held for key, held in found.items()}
+
+
+def sass_faults(held: dict[tuple[str, str], set[str]], wanted: dict[str, list[str]]) -> Iterator[str]:
+    """Local memory that a kernel touches, and instructions that it was to hold and does not."""
+    for (kernel, arch), instructions in sorted(held.items()):
+        local = sorted(name for name in instructions if name.split(".")[0] in ("LDL", "STL"))
+        if local:
+            yield f"{arch} {kernel}: touches local memory ({', '.join(local)})"
+        for pattern, prefixes in wanted.items():
+            missing = [p for p in prefixes if not any(name.startswith(p) for name in instructions)]
+            if re.search(pattern, kernel) and missing:
+                yield f"{arch} {kernel}: holds no {', '.join(missing)}"
+    for pattern in wanted:
+        if held and not any(re.search(pattern, kernel) for kernel, _ in held):
+            yield f"sass pattern {pattern!r} of {BUDGETS.name} matches no kernel"
+
+
+def budget_faults(usages: Sequence[Usage], budgets: dict[str, Any], whole: bool) -> Iterator[str]:
+    """Where a kernel takes more than its budget, or has none; ``whole``: where a budget has no kernel."""
+    for u in usages:
+        budget = budgets.get(u.arch, {}).get(u.kernel)
+        if u.spills:
+            yield f"{u.arch} {u.kernel}: {u.spills} bytes of spills; none are allowed"
+        if budget is None:
+            yield f"{u.arch} {u.kernel}: has no budget; --update writes it"
+            continue
+        for name, used in (("registers", u.registers), ("shared", u.shared)):
+            if used > budget[name]:
+                yield f"{u.arch} {u.kernel}: {used} {name}, and its budget is {budget[name]}"
+    seen = {(u.arch, u.kernel) for u in usages}
+    for arch in budgets.keys() - {"sass"} if whole else ():
+        for kernel in budgets[arch]:
+            if (arch, kernel) not in seen:
+                yield f"{arch} {kernel}: has a budget, but no kernel; --update drops it"
+
+
+def write_budgets(usages: Sequence[Usage], sass: dict[str, list[str]]) -> None:
+    """One line a kernel and chip, so that a change reads well in a diff."""
+    parts = ["{"]
+    for arch in sorted({u.arch for u in usages}, key=lambda name: int(re.sub(r"\D", "", name))):
+        rows = sorted({(u.kernel, u.registers, u.shared) for u in usages if u.arch == arch})
+        lines = [f'    {json.dumps(k)}: {{"registers": {r}, "shared": {s}}}' for k, r, s in rows]
+        parts.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  },")
+    patterns = [f"    {json.dumps(pattern)}: {json.dumps(names)}" for pattern, names in sass.items()]
+    parts.append('  "sass": {\n' + ",\n".join(patterns) + "\n  }\n}\n")
+    BUDGETS.write_text("\n".join(parts))
+
+
+def print_table(usages: Sequence[Usage]) -> None:
+    print(f"{'chip':8} {'regs':>4} {'smem':>6} {'spill':>5}  kernel")
+    for u in sorted(usages, key=lambda u: (u.kernel, u.arch)):
+        print(f"{u.arch:8} {u.registers:4} {u.shared:6} {u.spills:5}  {u.kernel}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--archs", nargs="+", default=ARCHS, metavar="X.Y")
+    parser.add_argument("--files", nargs="+", default=[], metavar="STEM", help="only these files of csrc/cuda")
+    parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name} with what was found")
+    arguments = parser.parse_args()
+    home = native.find_toolkit()
+    if home is None:
+        print("check_cuda: no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = native.cuda_tasks(Path(folder), home / "bin" / "nvcc", arguments.archs, ["-Xptxas=-v"])
+        chosen = [task for task in tasks if not arguments.files or task.source.stem in arguments.files]
+        if not chosen or len(chosen) < len(arguments.files):
+            print(f"check_cuda: --files must name files among: {' '.join(task.source.stem for task in tasks)}")
+            return 2
+        try:
+            with ThreadPoolExecutor(native.jobs()) as pool:
+                usages = [usage for said in pool.map(native.Compile.run, chosen) for usage in parse_ptxas(said)]
+            tool = find_cuobjdump()
+            sass = {key: held for task in chosen if tool for key, held in read_sass(tool, task.object).items()}
+        except native.BuildFailure as failure:
+            print(failure)
+            return 1
+    whole = not arguments.files and arguments.archs == ARCHS
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    wanted = budgets.get("sass", {})
+    print_table(usages)
+    if arguments.update:
+        if not whole:
+            print("check_cuda: --update takes all files and all chips: leave --files and --archs out")
+            return 2
+        write_budgets(usages, wanted)
+        budgets = json.loads(BUDGETS.read_text())
+    faults = [*budget_faults(usages, budgets, whole), *sass_faults(sass, wanted if whole else {})]
+    print(*(f"FAULT {fault}" for fault in faults), sep="\n")
+    read = "machine code read" if tool else "machine code not read: no cuobjdump"
+    print(f"{len(chosen)} files, {len(usages)} kernels on {len(arguments.archs)} chips, {len(faults)} faults, {read}")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
