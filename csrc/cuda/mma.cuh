@@ -58,6 +58,18 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
+// Two floats rounded to nearest even and packed, `low` in the low half; negative ones become 0, NaN stays.
+template <typename T>
+__device__ __forceinline__ unsigned pack_relu(float low, float high) {
+  unsigned pair;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
 }  // namespace ran
 
 #endif

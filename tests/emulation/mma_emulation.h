@@ -90,4 +90,14 @@ void cp_async_wait() {
   emu::land(kGroups);
 }
 
+// Two floats rounded to nearest even and packed, `low` in the low half; negative ones become 0, NaN stays.
+template <typename T>
+unsigned pack_relu(float low, float high) {
+  const auto half = [](float x) -> unsigned {
+    const float y = x > 0 || x != x ? x : 0.0f;
+    return std::is_same_v<T, __half> ? emu::float_to_f16(y) : emu::float_to_bf16(y);
+  };
+  return half(low) | half(high) << 16;
+}
+
 }  // namespace ran
