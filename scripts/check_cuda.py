@@ -5,9 +5,9 @@
     python scripts/check_cuda.py --archs 9.0a --files conv1x1_forward
 
 Needs nvcc; neither a GPU nor torch. Where cuobjdump is at hand (``pip install nvidia-cuda-cuobjdump
-nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory, and each pattern under "sass" in
-budgets.json names instructions that the kernels it matches must hold, such as HMMA (tensor cores) or LDG.E.128 (16-byte
-loads).
+nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory, and each pattern under "sass"
+in budgets.json names instructions that the kernels it matches must hold, such as HMMA (tensor cores) or LDG.E.128
+(16-byte loads).
 """
 
 from __future__ import annotations
