@@ -54,7 +54,7 @@ def test_bad_json_is_refused(text):
 
 
 def test_model_options_that_do_not_fit_name_the_model():
-    with pytest.raises(ValueError, match="model_options do not fit ran_base.*depth"):
+    with pytest.raises(ValueError, match=r"model_options do not fit ran_base.*depth"):
         Config(model="ran_base", model_options={"depth": 3}).create_model()
 
 

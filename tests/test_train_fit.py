@@ -31,7 +31,6 @@ CONFIG = Config(
     epochs=3,
     patience=0,
     ema=0.9,
-    dtype="bfloat16",
     channels_last=True,
 )
 
@@ -142,12 +141,8 @@ def test_model_pt_holds_the_best_epoch_and_loads_by_itself(images, val_images, u
     whole, out = uninterrupted
     accuracies = [row.val_accuracy for row in whole.figures]
     assert whole.selected_epoch == whole.best_epoch == accuracies.index(max(accuracies)) + 1
-    found = evaluate(
-        load_model(out / "model.pt"),
-        val_images,
-        load_normalize(out / "model.pt", torch.channels_last),
-        dtype=torch.bfloat16,
-    )
+    normalize = load_normalize(out / "model.pt", torch.channels_last)
+    found = evaluate(load_model(out / "model.pt"), val_images, normalize)
     row = whole.figures[whole.selected_epoch - 1]
     assert found.accuracy == row.val_accuracy == whole.test.accuracy
     assert found.loss == pytest.approx(row.val_loss, rel=1e-6)
@@ -174,12 +169,15 @@ def test_training_learns(images, tmp_path):
     assert result.figures[-1].train_loss < 0.6 * result.figures[0].train_loss
 
 
-def test_early_stopping_ends_the_run(images, val_images, tmp_path):
-    config = Config(model_options={"width": 0.125}, batch_size=40, epochs=30, patience=2, lr=1e-12, schedule="constant")
-    result = run(images, val_images, config, tmp_path)
+def test_early_stopping_counts_on_over_an_interruption(images, val_images, tmp_path):
+    # nothing is learnt, so the first epoch stays the best
+    config = Config(model_options={"width": 0.125}, batch_size=40, epochs=30, patience=4, lr=1e-12, schedule="constant")
+    cut = run(images, val_images, config, tmp_path, callbacks=[InterruptAt(2)])
+    assert cut.interrupted
+    assert not cut.stopped_early
+    result = run(images, val_images, config, tmp_path, resume=True)
     assert result.stopped_early
-    assert len(result.figures) == result.best_epoch + 2 < 30
-    assert not run(images, val_images, config, tmp_path, resume=True).interrupted
+    assert result.best_epoch + 4 == len(result.figures) < 30
 
 
 def test_without_validation_the_last_epoch_is_kept(images, tmp_path):

@@ -194,12 +194,11 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
 
 
 def test_the_cpu_allocators_failure_is_explained():
-    with pytest.raises(OutOfMemoryError, match="out of memory on cpu with batch size 8"):
-        with out_of_memory_explained(torch.device("cpu"), 8):
-            torch.empty(1 << 60, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="shape"):
-        with out_of_memory_explained(torch.device("cpu"), 8):
-            torch.zeros(2, 3) @ torch.zeros(2, 3)
+    cpu = torch.device("cpu")
+    with pytest.raises(OutOfMemoryError, match="on cpu with batch size 8; train"), out_of_memory_explained(cpu, 8):
+        torch.empty(1 << 60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory_explained(cpu, 8):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
 def test_progress_in_a_log_is_a_line_now_and_then():

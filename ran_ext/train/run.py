@@ -109,14 +109,18 @@ class Run:
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
-        state = self.state
-        while state.epoch < self.config.epochs and not state.stopping.should_stop:
+        while not self.finished:
             images_per_second = self.train_epoch(stop)
-            if images_per_second is None:
+            if images_per_second is not None:
+                self.finish_epoch(images_per_second)
+            if not self.finished and self.agree_to_stop(stop):
                 self.save()
                 return True
-            self.finish_epoch(images_per_second)
         return False
+
+    @property
+    def finished(self) -> bool:
+        return self.state.epoch == self.config.epochs or self.state.stopping.should_stop
 
     def train_epoch(self, stop: StopRequest) -> float | None:
         """Images a second of the epoch's steps; None if it was left before its last step."""
@@ -190,10 +194,9 @@ class Run:
         better = val is not None and state.stopping.update(state.epoch, val.accuracy)
         state.figures.append(figures)
         state.epoch, state.history.count = state.epoch + 1, 0
-        last = state.epoch == config.epochs or state.stopping.should_stop
-        if better if config.select == "best" else last:
+        if better if config.select == "best" else self.finished:
             self.save_selected(figures)  # before last.pt: a run that dies between the two repeats the epoch
-        if last or state.epoch % self.checkpoint_every == 0:
+        if self.finished or state.epoch % self.checkpoint_every == 0:
             self.save()
         self.progress.line(_epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))

@@ -1,0 +1,223 @@
+"""The command: what it writes and says, how it is interrupted, continued and misused."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from ran_ext.data import CIFAR10
+from ran_ext.train import Config, Ranks, cli, load_checkpoint
+from ran_ext.train import arguments as train_arguments
+from ran_ext.train.arguments import parse
+
+SMALL = ["--data", "sample", "--preset", "sample", "--model-option", "width=0.125", "--device", "cpu"]
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """The embedded sample, cut down to 80 training and 30 test images."""
+    whole = CIFAR10.sample
+
+    def few(split="train"):
+        return whole(split).subset(torch.arange(80 if split == "train" else 30))
+
+    monkeypatch.setattr(CIFAR10, "sample", staticmethod(few))
+
+
+def test_a_run_leaves_its_figures_its_curves_and_tensorboard(few_images, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.main([*SMALL, "--epochs", "2", "--batch-size", "20", "--val-images", "20", "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert "data: embedded sample: 60 training, 20 validation, 30 test images" in said.out
+    for row in (
+        "112,858 parameters",
+        "epochs     2 of 2 (all); figures of epoch 2 (last)",
+        "test       loss",
+        "curves.png",
+    ):
+        assert row in said.out
+    assert "epoch 2/2: training loss" in said.err
+
+    result = json.loads((out / "result.json").read_text())
+    assert Config.from_dict(result["config"]).model_options == {"width": 0.125}
+    assert [row["epoch"] for row in result["epochs"]] == [1, 2]
+    assert result["environment"]["torch"] == torch.__version__
+    assert sum(map(sum, result["test"]["confusion"])) == 30
+    assert 0 < result["epochs"][0]["seconds"] < result["wall_seconds"]
+    assert Image.open(out / "curves.png").size[0] > 1000
+    check_tensorboard(out / "tensorboard", result)
+
+
+def check_tensorboard(folder, result):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = events.Tags()
+    assert [event.step for event in events.Scalars("step/loss")] == list(range(6))
+    mean = sum(event.value for event in events.Scalars("step/loss")[:3]) / 3
+    assert mean == pytest.approx(result["epochs"][0]["train_loss"], rel=1e-5)
+    for name in ("training_loss", "validation_accuracy", "learning_rate", "images_per_second", "wall_seconds"):
+        assert len(events.Scalars(f"epoch/{name}")) == 2
+    assert tags["histograms"] == ["last_layer/weight"]
+    assert tags["images"] == ["attention/stage1.1.gate", "attention/stage2.1.gate"]
+
+
+#: The command in a process of its own, on the same few images as `few_images`.
+PROGRAM = """
+import sys, torch
+from ran_ext.data import CIFAR10
+from ran_ext.train.cli import main
+whole = CIFAR10.sample
+CIFAR10.sample = staticmethod(lambda split="train": whole(split).subset(torch.arange(80 if split == "train" else 30)))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_with_a_checkpoint_and_resume_goes_on(few_images, tmp_path, number):
+    out = tmp_path / "run"
+    flags = [
+        *SMALL,
+        "--epochs",
+        "15",
+        "--batch-size",
+        "20",
+        "--val-images",
+        "20",
+        "--no-tensorboard",
+        "--dtype",
+        "float32",
+        "--out",
+        str(out),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", PROGRAM, *flags]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert "stopping after this step" in errors
+    assert f"--resume --out {out}" in errors
+    assert "Traceback" not in errors
+    assert json.loads((out / "result.json").read_text())["interrupted"]
+    done = load_checkpoint(out / "last.pt")["epoch"]
+    assert 1 <= done < 15
+
+    assert cli.main(["--resume", "--out", str(out), "--device", "cpu", "--no-tensorboard", "--quiet"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert [row["epoch"] for row in result["epochs"]] == list(range(1, 16))
+    assert not result["interrupted"]
+
+
+def test_resume_keeps_the_runs_settings_and_refuses_others(few_images, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--epochs", "1", "--batch-size", "20", "--val-images", "20", "--out", str(out), "--quiet"]
+    assert cli.main([*SMALL, *flags]) == 0
+    capsys.readouterr()
+    assert parse(["--resume", "--out", str(out)]).config == parse([*SMALL, *flags[:-1], "--resume"][4:]).config
+    assert cli.main(["--resume", "--out", str(out), "--lr", "0.5", "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert "error: the checkpoint belongs to another run: lr is 0.5 here and 0.002 there" in said
+    assert said.count("\n") == 1
+    assert cli.main([*SMALL, *flags]) == 1
+    assert "holds a run already: add --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume"], "--resume needs --out"),
+        (["--data", "sample", "--epochs", "0"], "epochs must be a whole number >= 1"),
+        (["--data", "sample", "--val-images", "5000"], "choose a smaller count"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--data", "sample", "--device", "abacus"], "no device named 'abacus'"),
+        (["--data", "sample", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
+        (["--data", "sample", "--val-images", "0", "--select", "best"], "without val_set"),
+        (["--data", "sample", "--model-option", "depth=3"], "model_options do not fit ran_compact"),
+    ],
+)
+def test_a_misuse_is_one_line_and_status_1(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*flags, "--quiet"]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("ran-ext-train: error: ")
+    assert said.count("\n") == 1
+
+
+def test_the_data_is_the_folder_where_there_is_one_else_the_sample(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alone = parse([])
+    assert (alone.data, alone.config) == ("sample", train_arguments.PRESETS["sample"])
+    assert "there is no folder data" in alone.chose_data
+    (tmp_path / "data").mkdir()
+    found = parse([])
+    assert (found.data, found.config) == ("data", Config())
+    assert parse(["--preset", "sample"]).data == "sample"
+    assert parse(["--data", "sample", "--preset", "report"]).config == Config()
+
+
+def test_protocols_split_the_images_as_they_say():
+    holdout = cli.load_data("sample", Config(val_images=256))
+    assert [len(part) for part in holdout] == [1792, 256, 512]
+    train, val, test = cli.load_data("sample", Config(protocol="report"))
+    assert (len(train), len(test)) == (2048, 512)
+    assert val is test
+    assert cli.load_data("sample", Config(val_images=0))[1] is None
+
+
+def test_every_field_of_the_recipe_has_a_flag_with_its_explanation():
+    docs = train_arguments._field_docs()
+    assert list(docs) == [field.name for field in dataclasses.fields(Config)]
+    assert all(len(text) > 3 for text in docs.values())
+    assert "``" not in "".join(docs.values())
+    options = parse(
+        ["--data", "sample", "--no-channels-last", "--dropout", "0.25", "--model-option", "conv_bias=false"]
+    )
+    assert options.config.channels_last is False
+    assert options.config.dropout == 0.25
+    assert options.config.model_options == {"conv_bias": False}
+
+
+def test_missing_tensorboard_and_matplotlib_cost_one_line_each(few_images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    flags = ["--epochs", "1", "--batch-size", "40", "--val-images", "20", "--out", str(tmp_path / "run"), "--quiet"]
+    assert cli.main([*SMALL, *flags]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "no TensorBoard files: pip install tensorboard",
+        "no curves.png: pip install matplotlib",
+    ]
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_full_disk_at_the_end_is_one_line(few_images, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "result.json.partial").symlink_to("/dev/full")
+    flags = ["--epochs", "1", "--batch-size", "40", "--val-images", "20", "--out", str(out), "--quiet"]
+    assert cli.main([*SMALL, *flags]) == 1
+    assert "cannot write" in (said := capsys.readouterr().err)
+    assert "the disk is full" in said
+
+
+def test_environment_says_which_backend_runs():
+    from ran_ext import set_backend
+    from ran_ext.train.environment import environment
+
+    with set_backend("reference"):
+        facts = environment(Ranks(0, 1, torch.device("cpu")))
+    assert facts["backend"] == "reference"
+    assert facts["device"] == "cpu"
+    assert facts["threads"] == torch.get_num_threads()
