@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +110,7 @@ class Compile:
         return said
 
 
-def compile_all(tasks: Sequence[Compile], force: bool = False) -> list[str]:
+def compile_all(tasks: Sequence[Compile]) -> list[str]:
     """Compile what changed, ``jobs()`` at a time; the objects in the order of ``tasks``."""
 
     def one(task: Compile) -> None:
@@ -120,7 +120,12 @@ def compile_all(tasks: Sequence[Compile], force: bool = False) -> list[str]:
             print(said, flush=True)
 
     with ThreadPoolExecutor(jobs()) as pool:
-        list(pool.map(one, [task for task in tasks if force or not task.is_fresh()]))
+        running = [pool.submit(one, task) for task in tasks if not task.is_fresh()]
+        try:
+            for task in as_completed(running):
+                task.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure, what has not begun does not begin
     return [str(task.object) for task in tasks]
 
 

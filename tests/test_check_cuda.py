@@ -1,0 +1,70 @@
+"""scripts/check_cuda.py: what it reads from the tools' output, and when it finds fault."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "scripts" / "check_cuda.py")
+check = importlib.util.module_from_spec(spec)
+sys.modules["check_cuda"] = check  # dataclasses look their module up
+spec.loader.exec_module(check)
+
+PTXAS = """ptxas info    : Compiling entry function '_ZN3ran4cuda4gateIfLi4EEEvPfl' for 'sm_80'
+ptxas info    : Function properties for _ZN3ran4cuda4gateIfLi4EEEvPfl
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 40 registers, used 1 barriers, 400 bytes cmem[0], 1024 bytes smem
+ptxas info    : Compile time = 5.1 ms
+"""
+SASS = """
+Fatbin elf code:
+================
+arch = sm_80
+	code for sm_80
+		Function : plain_kernel
+        /*0010*/              @!P2 LDG.E.128.CONSTANT R14, [R14.64] ;     /* 0x0000000a0e0ea981 */
+        /*0020*/                   STL [R1], R16 ;                        /* 0x0000000a10107981 */
+"""
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
+def test_holds_kernels_to_their_budget():
+    usages = check.parse_ptxas(PTXAS)
+    assert usages == [check.Usage("gate<float, 4>", "sm_80", 40, 1024, 12)]
+    budgets = {"sm_80": {"gate<float, 4>": {"registers": 39, "shared": 1024}, "gone": {"registers": 1, "shared": 0}}}
+    faults = list(check.budget_faults(usages, budgets, whole=True))
+    assert [fault.split(": ")[1] for fault in faults] == [
+        "12 bytes of spills; none are allowed",
+        "40 registers, and its budget is 39",
+        "has a budget, but no kernel; --update drops it",
+    ]
+    assert "has no budget" in " ".join(check.budget_faults(usages, {}, whole=False))
+
+
+def test_reads_machine_code(monkeypatch):
+    monkeypatch.setattr(check.native, "run", lambda command: SASS)
+    monkeypatch.setattr(check, "demangle", list)
+    held = check.read_sass("cuobjdump", Path("x.o"))
+    assert held == {("plain_kernel", "sm_80"): {"LDG.E.128.CONSTANT", "STL"}}
+    faults = list(check.sass_faults(held, {"plain": ["LDG.E.128", "HMMA"], "other": []}))
+    assert faults == [
+        "sm_80 plain_kernel: touches local memory (STL)",
+        "sm_80 plain_kernel: holds no HMMA",
+        "sass pattern 'other' of budgets.json matches no kernel",
+    ]
+
+
+def test_budgets_are_written_as_they_are_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "BUDGETS", tmp_path / "budgets.json")
+    usages = [check.Usage("b", "sm_90a", 32, 0, 0), check.Usage("a", "sm_80", 40, 1024, 0)]
+    check.write_budgets(usages, {"a": ["HMMA"]})
+    budgets = check.json.loads(check.BUDGETS.read_text())
+    assert budgets == {
+        "sm_80": {"a": {"registers": 40, "shared": 1024}},
+        "sm_90a": {"b": {"registers": 32, "shared": 0}},
+        "sass": {"a": ["HMMA"]},
+    }
+    assert list(check.budget_faults(usages, budgets, whole=True)) == []
