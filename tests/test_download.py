@@ -101,6 +101,13 @@ def test_server_that_stops_sending_is_given_up_and_the_part_kept(tmp_path, serve
     assert download(archive, tmp_path).read_bytes() == server.content
 
 
+def test_server_that_neither_resumes_nor_finishes_is_given_up(tmp_path, server, archive):
+    server.ranges, server.limit = False, archive.size // 2
+    with pytest.raises(DownloadError, match=rf"{archive.size // 2} of {archive.size} bytes are here"):
+        download(archive, tmp_path)
+    assert len(server.asked) == 1 + downloads.ATTEMPTS
+
+
 @pytest.mark.parametrize("old", [0, 1000], ids=["fresh", "resumed"])
 def test_wrong_checksum_is_deleted_and_the_next_run_is_clean(tmp_path, server, archive, old):
     part = tmp_path / f"{archive.name}.part"

@@ -69,8 +69,8 @@ def download(archive: Archive, folder: Path) -> Path:
 
 def _fetch_all(archive: Archive, part: Path) -> None:
     """Fill ``part``, asking again where a connection breaks; a server that never answers is not asked twice."""
-    failures, answered = 0, False
-    while (have := _size(part)) < archive.size:
+    failures, answered, most = 0, False, _size(part)
+    while _size(part) < archive.size:
         try:
             _fetch_rest(archive, part)
             fault = "the connection closed early"
@@ -80,8 +80,8 @@ def _fetch_all(archive: Archive, part: Path) -> None:
                 part.unlink(missing_ok=True)  # the server's file is shorter than what we have: begin again
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             fault = str(getattr(error, "reason", "") or error or type(error).__name__)
-        progress = _size(part) > have
-        answered |= progress
+        progress = _size(part) > most  # more than ever: a server that cannot resume may bring less each time
+        answered, most = answered or progress, max(most, _size(part))
         failures = 0 if progress else failures + 1
         if failures and (failures == ATTEMPTS or not answered):
             raise DownloadError(
