@@ -1,0 +1,141 @@
+// The gradient of a 1x1 convolution's input, with the ReLU's mask and both sums of batch normalisation's backward pass
+// in the epilogue.
+#include "conv1x1_partials.cuh"
+#include "conv1x1_product.cuh"
+
+namespace ran::cuda {
+namespace conv1x1 {
+namespace {
+
+template <typename T>
+struct DgradArgs {
+  ProductArgs<T> product;
+  T* dz;
+  const T* x;
+  BatchNorm<float> norm;
+  GradientSums* partials;  // [gridDim.x][columns]
+};
+
+// Of a tile's columns, side by side in shared memory.
+struct ColumnTable {
+  Shared<float> scale, shift, mean;
+
+  template <int kColumns>
+  static __device__ __forceinline__ ColumnTable fill(Shared<float> at, const BatchNorm<float>& norm, int first,
+                                                     int channels) {
+    const ColumnTable table{at, at + kColumns, at + 2 * kColumns};
+    for (int i = thread_rank(); i < kColumns; i += kThreads) {
+      const ScaleShift<float> s = channel_scale_shift(norm, first + i, channels);
+      table.scale[i] = s.scale;
+      table.shift[i] = s.shift;
+      table.mean[i] = first + i < channels ? norm.mean[first + i] : 0;
+    }
+    return table;
+  }
+};
+
+// A thread's 8 of a table's columns.
+__device__ __forceinline__ void load_vector(Shared<float> table, float (&v)[8]) {
+  const Pack<float, 4> low = load_pack<4>(table + 8 * threadIdx.x), high = load_pack<4>(table + 8 * threadIdx.x + 4);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = low.value[i], v[i + 4] = high.value[i];
+}
+
+template <typename Tile, typename T, bool kNormalise>
+__global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> args) {
+  Product<Tile, T, false, true> product(args.product, dynamic_shared<T>());
+  product.start();
+  const int rows = args.product.a.rows, columns = args.product.columns;
+  const int column = product.first_column() + 8 * threadIdx.x;
+  ColumnTable table;
+  if constexpr (kNormalise)
+    table = ColumnTable::fill<Tile::kColumns>(product.table(), args.norm, product.first_column(), columns);
+  GradientSums total[8] = {};
+
+  const auto fetch_x = [&](int row) {
+    const bool wanted = kNormalise && row < rows && column < columns;
+    return wanted ? load_pack<8>(args.x + static_cast<int64_t>(row) * columns + column) : Pack<T, 8>{};
+  };
+  for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
+    typename decltype(product)::Sums sums;
+    product.run(sums);
+    float scale[8], shift[8], mean[8];
+    if constexpr (kNormalise)
+      load_vector(table.scale, scale), load_vector(table.shift, shift), load_vector(table.mean, mean);
+    visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_x,
+                     [&](int row, const Pack<T, 8>& packed_x, float (&dz)[8]) {
+                       if (row >= rows || column >= columns) return;
+                       float x[8];
+                       unpack(packed_x, x);
+                       if constexpr (kNormalise) {
+#pragma unroll
+                         for (int i = 0; i < 8; ++i)  // where z is NaN the gradient passes, as in torch
+                           dz[i] = normalise(x[i], ScaleShift<float>{scale[i], shift[i]}) <= 0 ? 0 : dz[i];
+                       }
+                       const auto rounded = pack_floats<T>(dz);
+                       store_pack<8>(args.dz + static_cast<int64_t>(row) * columns + column, rounded);
+                       if constexpr (kNormalise) {
+                         unpack(rounded, dz);
+#pragma unroll
+                         for (int i = 0; i < 8; ++i)
+                           total[i] = {total[i].dz + dz[i], std::fma(dz[i], x[i] - mean[i], total[i].dz_xhat)};
+                       }
+                     });
+  }
+  if constexpr (kNormalise)
+    leave_partials<Tile>(total, args.partials, product.first_column(), columns, product.stage());
+}
+
+// One channel a column of threads; the partial dz_xhat still lack their common factor 1 / standard deviation.
+__global__ void gradient_sums_kernel(float* sum_dz, float* sum_dz_xhat, const GradientSums* partials,
+                                     const BatchNorm<float> norm, int blocks, int channels) {
+  RAN_SHARED(GradientSums, scratch, kMergeWidth * kMergeRows / 2);
+  const int channel = blockIdx.x * kMergeWidth + threadIdx.x;
+  const GradientSums all = merge_blocks(partials, blocks, channels, channel, scratch);
+  if (threadIdx.y != 0 || channel >= channels) return;
+  sum_dz[channel] = all.dz;
+  sum_dz_xhat[channel] = all.dz_xhat / std::sqrt(norm.var[channel] + static_cast<float>(norm.eps));
+}
+
+template <typename T>
+cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
+  const Conv1x1Shape& s = p.shape;
+  const int rows = static_cast<int>(s.rows()), c_in = static_cast<int>(s.c_in), c_out = static_cast<int>(s.c_out);
+  const bool normalise = p.norm.mean != nullptr;
+  const Plan plan = make_plan(rows, c_out, c_in, dgrad_table_bytes());
+  auto* partials = static_cast<GradientSums*>(p.workspace);
+  if (rows > 0) {
+    const DgradArgs<T> args{{{static_cast<const T*>(p.dy), rows, c_out},
+                             {static_cast<const T*>(p.weight), c_out, c_in},
+                             c_in,
+                             plan.row_tiles,
+                             plan.resident},
+                            static_cast<T*>(p.dz),
+                            static_cast<const T*>(p.x),
+                            p.norm,
+                            partials};
+    const cudaError_t error = with_tile(plan.tile, [&](auto t) {
+      using Tile = decltype(t);
+      const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles), dim3(Tile::kVectors, Tile::kRowGroups),
+                              plan.shared_bytes};
+      return normalise ? RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T, true>, args)
+                       : RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T, false>, args);
+    });
+    if (error != cudaSuccess) return error;
+  }
+  if (!normalise) return cudaSuccess;
+  return RAN_LAUNCH(merge_shape(c_in), stream, gradient_sums_kernel, p.sum_dz, p.sum_dz_xhat,
+                    static_cast<const GradientSums*>(partials), p.norm, plan.row_blocks, c_in);
+}
+
+}  // namespace
+}  // namespace conv1x1
+
+cudaError_t conv1x1_dgrad(const Conv1x1Dgrad& p, DType dtype, cudaStream_t stream) {
+  if (!conv1x1_supported(Conv1x1Pass::dgrad, p.shape, dtype, nullptr) ||
+      !aligned16(p.dz, p.dy, p.x, p.weight, p.workspace))
+    return cudaErrorInvalidValue;
+  return dtype == DType::bf16 ? conv1x1::dgrad<bf16>(p, stream) : conv1x1::dgrad<f16>(p, stream);
+}
+
+}  // namespace ran::cuda

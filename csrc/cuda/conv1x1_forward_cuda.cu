@@ -1,0 +1,178 @@
+// y = conv1x1(relu(bn(x))) + bias + residual, with the attention gate and the next batch normalisation's statistics in
+// the epilogue.
+#include "batch_norm.cuh"
+#include "conv1x1_partials.cuh"
+#include "conv1x1_product.cuh"
+
+namespace ran::cuda {
+namespace conv1x1 {
+namespace {
+
+template <typename T>
+struct ForwardArgs {
+  ProductArgs<T> product;
+  T* y;
+  T* gated;
+  const T* trunk;
+  int gate_h, gate_w, gate_scale;
+  const T* bias;
+  const T* residual;
+  BatchNorm<float> norm;
+  Moments<float>* partials;  // [gridDim.x][columns]; null: no statistics
+  int64_t* batches;          // num_batches_tracked, to be incremented; may be null
+};
+
+// Mean and sum of squared deviations of a thread's 8 columns, row by row (Welford 1962).
+struct ColumnMoments {
+  float count = 0, mean[8] = {}, m2[8] = {};
+
+  __device__ __forceinline__ void add(const float (&v)[8]) {
+    count += 1;
+    const float share = 1 / count;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float delta = v[i] - mean[i];
+      mean[i] = std::fma(delta, share, mean[i]);
+      m2[i] = std::fma(delta, v[i] - mean[i], m2[i]);
+    }
+  }
+};
+
+// Gates the pixels of the trunk, 1 or 4 for each of the mask's, of the rows that this thread has just written to y.
+template <typename Tile, typename T>
+__device__ __forceinline__ void gate_rows(const ForwardArgs<T>& args, int first_row, int column,
+                                          ColumnMoments& moments) {
+  constexpr int kRowsAPass = 32 / Tile::kVectors;
+  const Pixels& mask_pixels = args.product.a.pixels;
+  const int columns = args.product.columns, scale = args.gate_scale;
+  const int row0 = first_row + thread_rank() / 32 * Tile::kWarpRows + thread_rank() % 32 / Tile::kVectors;
+  for (int i = 0; i < Tile::kWarpRows / kRowsAPass * scale * scale; ++i) {
+    const int row = row0 + i / (scale * scale) * kRowsAPass;
+    if (row >= args.product.a.rows || column >= columns) return;
+    const int image_row = row / mask_pixels.out_w, image = image_row / mask_pixels.out_h;
+    const int y = (image_row - image * mask_pixels.out_h) * scale + i / scale % scale;
+    const int x = (row - image_row * mask_pixels.out_w) * scale + i % scale;
+    if (y >= args.gate_h || x >= args.gate_w) continue;
+    const int64_t at = ((static_cast<int64_t>(image) * args.gate_h + y) * args.gate_w + x) * columns + column;
+    float v[8], mask[8];
+    load<8>(args.y + static_cast<int64_t>(row) * columns + column, mask);
+    load<8>(args.trunk + at, v);
+#pragma unroll
+    for (int c = 0; c < 8; ++c) v[c] = gate(v[c], mask[c]);
+    const auto rounded = pack_floats<T>(v);
+    store_pack<8>(args.gated + at, rounded);
+    unpack(rounded, v);
+    moments.add(v);
+  }
+}
+
+template <typename Tile, typename T, bool kNormalise>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<T> args) {
+  Product<Tile, T, kNormalise, false> product(args.product, dynamic_shared<T>());
+  product.start();
+  if constexpr (kNormalise) product.fill_table(args.norm);
+  if (args.batches && thread_rank() == 0 && blockIdx.x == 0 && blockIdx.y == 0) ++*args.batches;
+
+  const int rows = args.product.a.rows, columns = args.product.columns;
+  const int column = product.first_column() + 8 * threadIdx.x;
+  const auto bias = args.bias && column < columns ? load_pack<8>(args.bias + column) : Pack<T, 8>{};
+  ColumnMoments moments;
+
+  const auto fetch_residual = [&](int row) {
+    const bool wanted = args.residual && row < rows && column < columns;
+    return wanted ? load_pack<8>(args.residual + static_cast<int64_t>(row) * columns + column) : Pack<T, 8>{};
+  };
+  const auto finish = [&](int row, const Pack<T, 8>& residual, float (&v)[8]) {
+    if (row >= rows || column >= columns) return;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = v[i] + to_float(bias.value[i]) + to_float(residual.value[i]);
+    const auto rounded = pack_floats<T>(v);
+    store_pack<8>(args.y + static_cast<int64_t>(row) * columns + column, rounded);
+    if (!args.partials || args.gated) return;
+    unpack(rounded, v);
+    moments.add(v);
+  };
+  for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
+    typename decltype(product)::Sums sums;
+    product.run(sums);
+    visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_residual, finish);
+    if (args.gated) gate_rows<Tile>(args, tile * Tile::kRows, column, moments);
+  }
+
+  if (args.partials == nullptr) return;
+  Moments<float> state[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) state[i] = {moments.count, moments.mean[i], moments.m2[i]};
+  leave_partials<Tile>(state, args.partials, product.first_column(), columns, product.stage());
+}
+
+// One channel a column of threads. The batch has been counted by the kernel before, so that all blocks see one number.
+__global__ void statistics_kernel(const Conv1x1Statistics out, const Moments<float>* partials, int blocks,
+                                  int channels) {
+  RAN_SHARED(Moments<float>, scratch, kMergeWidth * kMergeRows / 2);
+  const int channel = blockIdx.x * kMergeWidth + threadIdx.x;
+  const Moments<float> all = merge_blocks(partials, blocks, channels, channel, scratch);
+  if (threadIdx.y != 0 || channel >= channels) return;
+  const float var = all.count > 0 ? all.m2 / all.count : 0;
+  out.mean[channel] = all.mean;
+  out.var[channel] = var;
+  if (out.running.mean) {
+    const float factor =
+        out.running.momentum >= 0 ? out.running.momentum : 1 / static_cast<float>(*out.running.batches);
+    update_running(out.running, factor, channel, all.mean, all.m2 / (all.count - 1));
+  }
+}
+
+template <typename T>
+cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
+  const Conv1x1Shape& s = p.shape;
+  const int rows = static_cast<int>(s.rows()), c_in = static_cast<int>(s.c_in), c_out = static_cast<int>(s.c_out);
+  const bool normalise = p.norm.mean != nullptr;
+  const Plan plan = make_plan(rows, c_in, c_out, forward_table_bytes(c_in));
+  auto* partials = p.statistics.mean ? static_cast<Moments<float>*>(p.workspace) : nullptr;
+  const ForwardArgs<T> args{{{static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
+                             {static_cast<const T*>(p.weight), c_out, c_in},
+                             c_out,
+                             plan.row_tiles,
+                             plan.resident},
+                            static_cast<T*>(p.y),
+                            static_cast<T*>(p.gate.out),
+                            static_cast<const T*>(p.gate.trunk),
+                            static_cast<int>(p.gate.h),
+                            static_cast<int>(p.gate.w),
+                            p.gate.scale,
+                            static_cast<const T*>(p.bias),
+                            static_cast<const T*>(p.residual),
+                            p.norm,
+                            partials,
+                            partials ? p.statistics.running.batches : nullptr};
+  const cudaError_t error = with_tile(plan.tile, [&](auto t) {
+    using Tile = decltype(t);
+    const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles), dim3(Tile::kVectors, Tile::kRowGroups),
+                            plan.shared_bytes};
+    return normalise ? RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, true>, args)
+                     : RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, false>, args);
+  });
+  if (error != cudaSuccess || !partials) return error;
+  return RAN_LAUNCH(merge_shape(c_out), stream, statistics_kernel, p.statistics,
+                    static_cast<const Moments<float>*>(partials), plan.row_blocks, c_out);
+}
+
+bool gate_fits(const Conv1x1Gate& gate, const Conv1x1Shape& s) {
+  if (!gate.out) return true;
+  return gate.trunk && (gate.scale == 1 || gate.scale == 2) && blocks_for(gate.h, gate.scale) == s.out_h() &&
+         blocks_for(gate.w, gate.scale) == s.out_w();
+}
+
+}  // namespace
+}  // namespace conv1x1
+
+cudaError_t conv1x1_forward(const Conv1x1Forward& p, DType dtype, cudaStream_t stream) {
+  if (!conv1x1_supported(Conv1x1Pass::forward, p.shape, dtype, nullptr) || !conv1x1::gate_fits(p.gate, p.shape) ||
+      !aligned16(p.y, p.gate.out, p.gate.trunk, p.x, p.weight, p.bias, p.residual, p.workspace))
+    return cudaErrorInvalidValue;
+  if (p.shape.rows() == 0) return cudaSuccess;
+  return dtype == DType::bf16 ? conv1x1::forward<bf16>(p, stream) : conv1x1::forward<f16>(p, stream);
+}
+
+}  // namespace ran::cuda

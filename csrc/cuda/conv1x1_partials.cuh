@@ -1,0 +1,50 @@
+// What blocks leave for each other in the workspace, and its merge in a fixed order by a second kernel.
+#pragma once
+
+#include "conv1x1_tile.cuh"
+#include "reduce.cuh"
+
+namespace ran::cuda::conv1x1 {
+
+// The second kernel's blocks: 32 results wide, the partial ones dealt to 8 rows of threads.
+inline constexpr int kMergeWidth = 32, kMergeRows = 8;
+
+inline LaunchShape merge_shape(int64_t results) {
+  return {dim3(static_cast<unsigned>(blocks_for(results, kMergeWidth))), dim3(kMergeWidth, kMergeRows)};
+}
+
+// Four sums side by side.
+struct alignas(16) Sum4 {
+  float value[4];
+};
+__device__ __forceinline__ Sum4 merge(const Sum4& a, const Sum4& b) {
+  return {{a.value[0] + b.value[0], a.value[1] + b.value[1], a.value[2] + b.value[2], a.value[3] + b.value[3]}};
+}
+
+// The merge over blocks of partials[block][index] of `width`; row 0 of the threads has it. All threads must come.
+template <typename State>
+__device__ __forceinline__ State merge_blocks(const State* partials, int blocks, int64_t width, int64_t index,
+                                              Shared<State> scratch) {
+  State state[1] = {};
+  if (index < width)
+    for (int block = threadIdx.y; block < blocks; block += kMergeRows)
+      state[0] = merge(state[0], partials[block * width + index]);
+  merge_rows<1>(state, scratch);
+  return state[0];
+}
+
+// Merges what the threads of a block have on their 8 columns, and leaves it in the workspace. `scratch` may have been
+// in use up to here.
+template <typename Tile, typename State>
+__device__ __forceinline__ void leave_partials(State (&state)[8], State* partials, int first_column, int columns,
+                                               Shared<float> scratch) {
+  static_assert(sizeof(State) * 8 * kThreads / 2 <= sizeof(float) * kWarps * Tile::kStageFloats);
+  __syncthreads();
+  merge_rows<8>(state, shared_cast<State>(scratch));
+  const int column = first_column + 8 * threadIdx.x;
+  if (threadIdx.y != 0 || column >= columns) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) partials[static_cast<int64_t>(blockIdx.x) * columns + column + i] = state[i];
+}
+
+}  // namespace ran::cuda::conv1x1
