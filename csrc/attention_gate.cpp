@@ -23,11 +23,11 @@ GateShape gate_shape(const Tensor& trunk, const Tensor& mask, int64_t scale) {
   }
   RAN_CHECK_VALUE(trunk.dim() == 4 && mask.dim() == 4, kOp, "trunk and mask must be (N, C, H, W), got trunk ",
                   trunk.sizes(), " and mask ", mask.sizes());
-  const GateShape shape{trunk.size(0), trunk.size(1), trunk.size(2), trunk.size(3), scale,
-                        format_of(trunk) == at::MemoryFormat::ChannelsLast};
+  const GateShape shape{trunk.size(0), trunk.size(1), trunk.size(2),
+                        trunk.size(3), scale,         format_of(trunk) == at::MemoryFormat::ChannelsLast};
   const std::array<int64_t, 4> expected{shape.n, shape.c, shape.mask_h(), shape.mask_w()};
-  RAN_CHECK_VALUE(mask.sizes() == at::IntArrayRef(expected), kOp, "mask must be ", at::IntArrayRef(expected), " for trunk ",
-                  trunk.sizes(), " and scale_factor ", scale, ", got ", mask.sizes());
+  RAN_CHECK_VALUE(mask.sizes() == at::IntArrayRef(expected), kOp, "mask must be ", at::IntArrayRef(expected),
+                  " for trunk ", trunk.sizes(), " and scale_factor ", scale, ", got ", mask.sizes());
   return shape;
 }
 
@@ -63,15 +63,18 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);
   if (shape.numel() == 0) return {dtrunk, dmask.zero_()};
-  cpu_kernels().attention_gate_backward(dtrunk.data_ptr(), dmask.data_ptr(), dout.const_data_ptr(), trunk.const_data_ptr(),
-                                        mask.const_data_ptr(), dtype, shape);
+  cpu_kernels().attention_gate_backward(dtrunk.data_ptr(), dmask.data_ptr(), dout.const_data_ptr(),
+                                        trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
   return {dtrunk, dmask};
 }
 
 // The same in ATen's own ops, for derivatives of the derivative.
 Tensor composed(const Tensor& trunk, Tensor mask, int64_t scale) {
   if (scale != 1)
-    mask = mask.repeat_interleave(scale, 2).repeat_interleave(scale, 3).narrow(2, 0, trunk.size(2)).narrow(3, 0, trunk.size(3));
+    mask = mask.repeat_interleave(scale, 2)
+               .repeat_interleave(scale, 3)
+               .narrow(2, 0, trunk.size(2))
+               .narrow(3, 0, trunk.size(3));
   return (at::sigmoid(mask) + 1) * trunk;
 }
 

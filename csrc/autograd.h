@@ -28,8 +28,7 @@ inline variable_list differentiate(const Tensor& out, const variable_list& input
                                               /*allow_unused=*/true);
   variable_list result;
   auto next = found.begin();
-  for (const Tensor& input : inputs)
-    result.push_back(input.defined() && input.requires_grad() ? *next++ : Tensor());
+  for (const Tensor& input : inputs) result.push_back(input.defined() && input.requires_grad() ? *next++ : Tensor());
   return result;
 }
 

@@ -1,6 +1,7 @@
 // Torch side of batch normalisation + ReLU, and of the running statistics.
 #include "bn_relu.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
@@ -15,8 +16,8 @@ constexpr const char* kOp = "bn_relu";
 // A per-channel vector in the kernels' precision; undefined where it is absent.
 Tensor channel_vector(const char* op, const Tensor& x, const OptTensor& t, const char* name) {
   if (!present(t)) return Tensor();
-  RAN_CHECK_VALUE(t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device(), op, name, " must be [", x.size(1),
-                  "] on ", x.device(), ", got ", t->sizes(), " on ", t->device());
+  RAN_CHECK_VALUE(t->dim() == 1 && t->size(0) == x.size(1) && t->device() == x.device(), op, name, " must be [",
+                  x.size(1), "] on ", x.device(), ", got ", t->sizes(), " on ", t->device());
   return t->to(acc_type(x)).contiguous();
 }
 
@@ -39,8 +40,8 @@ Tensor dense_activation(const char* op, const Tensor& x) {
 }
 
 Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like) {
-  RAN_CHECK_VALUE(dout.sizes() == like.sizes() && dout.scalar_type() == like.scalar_type(), op, "dout must be ", like.sizes(),
-                  " ", like.scalar_type(), ", got ", dout.sizes(), " ", dout.scalar_type());
+  RAN_CHECK_VALUE(dout.sizes() == like.sizes() && dout.scalar_type() == like.scalar_type(), op, "dout must be ",
+                  like.sizes(), " ", like.scalar_type(), ", got ", dout.sizes(), " ", dout.scalar_type());
   return dout.contiguous(format_of(like));
 }
 
@@ -68,15 +69,16 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
   return sums;
 }
 
-void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums, double count) {
+void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
+                double count) {
   if (x.numel())
     cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
-                                         sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr, count,
-                                         dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+                                         sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
+                                         count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
 }
 
-Tensor bn_relu_composed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
-                        bool batch_stats, double eps) {
+Tensor bn_relu_composed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                        const Tensor& var, bool batch_stats, double eps) {
   const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean);
   const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var);
   return at::relu(at::batch_norm(x, weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
@@ -87,12 +89,13 @@ namespace {
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
 // out, and the batch's mean and biased variance; those two are empty where the statistics were given.
-Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean, const OptTensor& var,
-                 double eps) {
+Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
+                 const OptTensor& var, double eps) {
   const Tensor x = dense_activation(kOp, x_);
   if (present(mean)) {
     const auto options = x.options().dtype(acc_type(x));
-    return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), at::empty({0}, options), at::empty({0}, options)};
+    return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), at::empty({0}, options),
+            at::empty({0}, options)};
   }
   auto [batch_mean, batch_var] = batch_norm_stats(x);
   return {bn_relu_apply(x, {kOp, x, weight, bias, batch_mean, batch_var, eps}), batch_mean, batch_var};
@@ -110,7 +113,8 @@ Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor
 
 // The two halves of bn_relu_backward, between which synchronised batch normalisation adds up the processes' sums.
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& dout, const Tensor& x_, const OptTensor& weight,
-                                                   const OptTensor& bias, const Tensor& mean, const Tensor& var, double eps) {
+                                                   const OptTensor& bias, const Tensor& mean, const Tensor& var,
+                                                   double eps) {
   const Tensor x = dense_activation(kOp, x_);
   const BackwardSums sums = bn_relu_sums(gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps});
   return {sums.dz, sums.dz_xhat};
@@ -126,22 +130,30 @@ Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTen
   return dx;
 }
 
-// Blends one batch's statistics into the running ones. A forward pass inside backward is an activation checkpoint's second:
-// its batch has been counted.
-void update_running_stats(Tensor running_mean, Tensor running_var, const OptTensor& num_batches_tracked, const Tensor& mean,
-                          const Tensor& var, int64_t count, std::optional<double> momentum) {
+// Blends one batch's statistics into the running ones. A forward pass inside backward is an activation checkpoint's
+// second: its batch has been counted.
+void update_running_stats(Tensor running_mean, Tensor running_var, const OptTensor& num_batches_tracked,
+                          const Tensor& mean, const Tensor& var, int64_t count, std::optional<double> momentum) {
   RAN_CHECK_VALUE(momentum.has_value() || present(num_batches_tracked), "update_running_stats",
                   "momentum=None (cumulative average) needs num_batches_tracked");
   if (torch::autograd::get_current_graph_task_id() != -1) return;
   at::NoGradGuard no_grad;
   double factor = momentum.value_or(0.0);
   if (present(num_batches_tracked)) {
-    num_batches_tracked->add_(1);
-    if (!momentum) factor = 1.0 / num_batches_tracked->item<double>();
+    const int64_t batches = *num_batches_tracked->mutable_data_ptr<int64_t>() += 1;
+    if (!momentum) factor = 1.0 / double(batches);
   }
   const double unbiased = count > 1 ? double(count) / double(count - 1) : 1.0;
-  running_mean.mul_(1 - factor).add_(mean, factor);
-  running_var.mul_(1 - factor).add_(var, factor * unbiased);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running_mean.scalar_type(), "update_running_stats", [&] {
+    // One loop over both vectors: four small ATen ops a layer would show in a training step's time.
+    auto running_m = running_mean.accessor<scalar_t, 1>(), running_v = running_var.accessor<scalar_t, 1>();
+    const Tensor m64 = mean.to(at::kDouble), v64 = var.to(at::kDouble);
+    const auto m = m64.accessor<const double, 1>(), v = v64.accessor<const double, 1>();
+    for (int64_t c = 0; c < m.size(0); ++c) {
+      running_m[c] = scalar_t((1 - factor) * double(running_m[c]) + factor * m[c]);
+      running_v[c] = scalar_t((1 - factor) * double(running_v[c]) + factor * unbiased * v[c]);
+    }
+  });
 }
 
 struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
@@ -152,8 +164,8 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var] = op.call(x, weight, bias, mean, var, eps);
     const bool given = present(mean);
-    ctx->save_for_backward({x, weight.value_or(Tensor()), bias.value_or(Tensor()), given ? *mean : batch_mean,
-                            given ? *var : batch_var});
+    ctx->save_for_backward(
+        {x, weight.value_or(Tensor()), bias.value_or(Tensor()), given ? *mean : batch_mean, given ? *var : batch_var});
     ctx->saved_data["batch_stats"] = !given;
     ctx->saved_data["eps"] = eps;
     ctx->mark_non_differentiable({batch_mean, batch_var});
@@ -161,8 +173,8 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<Tensors3(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&,
-                                            const Tensor&, double, bool)>("ran_ext::bn_relu_backward");
+    static const auto op = find_op<Tensors3(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&,
+                                            const Tensor&, const Tensor&, double, bool)>("ran_ext::bn_relu_backward");
     variable_list result(6);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -200,13 +212,15 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "bn_relu_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
       "bool batch_stats) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
-      "bn_relu_backward_reduce(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps) -> "
+      "bn_relu_backward_reduce(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float "
+      "eps) -> "
       "(Tensor sum_dz, Tensor sum_dz_xhat)");
   m.def(
       "bn_relu_backward_apply(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
       "Tensor sum_dz, Tensor sum_dz_xhat, float count) -> Tensor");
   m.def(
-      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor mean, "
+      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor "
+      "mean, "
       "Tensor var, int count, float? momentum) -> ()");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {

@@ -1,5 +1,5 @@
-// Torch side of conv2d(relu(batch_norm(x))) + residual: fused where a kernel takes the shape, else one fused BN-ReLU pass
-// before ATen's convolution. Backward computes the activation again from x, so only x is kept.
+// Torch side of conv2d(relu(batch_norm(x))) + residual: fused where a kernel takes the shape, else one fused BN-ReLU
+// pass before ATen's convolution. Backward computes the activation again from x, so only x is kept.
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -19,8 +19,8 @@ using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 struct Convolution {
   at::IntArrayRef stride, padding;
 
-  bool is_pointwise(const Tensor& weight) const {
-    return weight.size(2) == 1 && weight.size(3) == 1 && stride[0] == 1 && stride[1] == 1 && padding[0] == 0 && padding[1] == 0;
+  int64_t out_size(const Tensor& x, const Tensor& weight, int i) const {
+    return (x.size(2 + i) + 2 * padding[i] - weight.size(2 + i)) / stride[i] + 1;
   }
 };
 
@@ -32,30 +32,42 @@ void check(const Tensor& x, const Tensor& weight, const Convolution& conv) {
   RAN_CHECK_VALUE(conv.stride.size() == 2 && conv.padding.size() == 2, kOp, "stride and padding must be pairs");
 }
 
-// The 1x1 convolution as a matrix product, where the CPU has a kernel for this shape.
-std::optional<cpu::Conv1x1Shape> conv1x1_shape(const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (!conv.is_pointwise(weight) || !x.is_contiguous(at::MemoryFormat::ChannelsLast)) return std::nullopt;
-  const cpu::Conv1x1Shape shape{x.size(0) * x.size(2) * x.size(3), x.size(1), weight.size(0)};
-  if (!cpu_kernels().conv1x1_supported(dtype_of(x, kOp, "x"), shape)) return std::nullopt;
+// The convolution for this library's own matrix products, where the CPU has them for it.
+std::optional<cpu::ConvShape> native_shape(const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return std::nullopt;
+  const cpu::ConvShape shape{x.size(0),
+                             x.size(2),
+                             x.size(3),
+                             x.size(1),
+                             conv.out_size(x, weight, 0),
+                             conv.out_size(x, weight, 1),
+                             weight.size(0),
+                             weight.size(2),
+                             weight.size(3),
+                             conv.stride[0],
+                             conv.stride[1],
+                             conv.padding[0],
+                             conv.padding[1]};
+  if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape)) return std::nullopt;
   return shape;
 }
 
-// A 1x1 weight has one memory layout, whatever its strides say.
-const void* pointwise_data(const Tensor& weight) {
-  TORCH_INTERNAL_ASSERT(weight.is_non_overlapping_and_dense());
-  return weight.const_data_ptr();
+std::optional<cpu::ConvShape> native_pointwise(const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  const auto shape = native_shape(x, weight, conv);
+  return shape && shape->is_pointwise() ? shape : std::nullopt;
 }
 
-Tensor forward(const Tensor& x, const BatchNormArgs& bn, const Tensor& weight_, const OptTensor& bias, const OptTensor& residual,
-               const Convolution& conv) {
-  if (const auto shape = conv1x1_shape(x, weight_, conv)) {
+Tensor forward(const Tensor& x, const BatchNormArgs& bn, const Tensor& weight_, const OptTensor& bias,
+               const OptTensor& residual, const Convolution& conv) {
+  if (const auto shape = native_pointwise(x, weight_, conv)) {
     const Tensor weight = weight_.contiguous();
     Tensor out = at::empty({x.size(0), shape->co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
     const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
     const Tensor added = present(residual) ? gradient_like(kOp, *residual, out) : Tensor();
-    cpu_kernels().conv1x1_forward(out.data_ptr(), x.const_data_ptr(), pointwise_data(weight),
+    cpu_kernels().conv1x1_forward(out.data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
                                   bias32.defined() ? bias32.const_data_ptr<float>() : nullptr,
-                                  added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"), *shape, bn.kernel);
+                                  added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"), *shape,
+                                  bn.kernel);
     return out;
   }
   Tensor out = at::conv2d(bn_relu_apply(x, bn), weight_, bias, conv.stride, conv.padding);
@@ -78,46 +90,85 @@ Tensors3 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
   return {forward(x, bn, weight, bias, residual, conv), batch_mean, batch_var};
 }
 
-// dx, dbn_weight, dbn_bias, dweight, dbias; `wanted` says which of (dx and BN's, dweight, dbias) to compute, the others are
-// empty.
-Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                                 const Tensor& mean, const Tensor& var, const Tensor& weight, at::IntArrayRef stride,
-                                 at::IntArrayRef padding, double eps, bool batch_stats, std::array<bool, 3> wanted) {
+// The gradients of the convolution of relu(bn(x)): dz (x's own, masked by the ReLU) with its sums, dweight and dbias.
+struct ConvGradients {
+  Tensor dz, dweight, dbias;
+  BackwardSums sums;
+};
+
+void native_weight_gradient(ConvGradients& out, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
+                            const Tensor& weight, const cpu::ConvShape& shape, bool want_bias) {
+  out.dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
+  Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
+  // A larger kernel reads each activation many times: it is written out once rather than computed again for every tap.
+  const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, bn);
+  cpu_kernels().conv_weight_gradient(out.dweight.data_ptr(), want_bias ? dbias.data_ptr<float>() : nullptr,
+                                     dy.const_data_ptr(), a.const_data_ptr(), dtype_of(x, kOp, "x"), shape,
+                                     shape.taps() == 1 ? &bn.kernel : nullptr);
+  if (want_bias) out.dbias = dbias.to(x.scalar_type());
+}
+
+ConvGradients conv_gradients(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
+                             const Convolution& conv, std::array<bool, 3> wanted) {
+  ConvGradients out;
+  const auto shape = native_shape(x, weight, conv);
+  const Tensor dy = shape ? dout.contiguous(at::MemoryFormat::ChannelsLast) : dout;
+  if (shape && wanted[1]) {
+    native_weight_gradient(out, dy, x, bn, weight, *shape, wanted[2]);
+    wanted[1] = wanted[2] = false;
+  }
+  if (shape && shape->is_pointwise() && wanted[0]) {
+    const Tensor w = weight.contiguous();
+    out.dz = at::empty_like(x);
+    out.sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
+    cpu_kernels().conv1x1_data_gradient(out.dz.data_ptr(), out.sums.dz.data_ptr<float>(),
+                                        out.sums.dz_xhat.data_ptr<float>(), dy.const_data_ptr(), x.const_data_ptr(),
+                                        w.const_data_ptr(), dtype_of(x, kOp, "x"), *shape, bn.kernel);
+    wanted[0] = false;
+  }
+  if (!wanted[0] && !wanted[1] && !wanted[2]) return out;
+  const Tensor a = wanted[1] ? bn_relu_apply(x, bn) : x;  // the data gradient needs its shape only
+  auto [da, dweight, dbias] = at::convolution_backward(dy, a, weight, at::IntArrayRef(weight.size(0)), conv.stride,
+                                                       conv.padding, {1, 1}, false, {0, 0}, 1, wanted);
+  if (wanted[0]) {
+    out.dz = da.contiguous(format_of(x));
+    out.sums = bn_relu_sums(out.dz, x, bn);
+  }
+  if (wanted[1]) out.dweight = dweight;
+  if (wanted[2]) out.dbias = dbias;
+  return out;
+}
+
+// dx, dbn_weight, dbn_bias, dweight, dbias; `wanted` says which of (dx and BN's, dweight, dbias) to compute, the others
+// are empty.
+Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
+                                 const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
+                                 at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
+                                 std::array<bool, 3> wanted) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
   check(x, weight, conv);
+  const std::array<int64_t, 4> out_sizes{x.size(0), weight.size(0), conv.out_size(x, weight, 0),
+                                         conv.out_size(x, weight, 1)};
+  RAN_CHECK_VALUE(dout.sizes() == at::IntArrayRef(out_sizes) && dout.scalar_type() == x.scalar_type(), kOp,
+                  "dout must be ", at::IntArrayRef(out_sizes), " ", x.scalar_type(), ", got ", dout.sizes(), " ",
+                  dout.scalar_type());
   const BatchNormArgs bn(kOp, x, bn_weight, bn_bias, mean, var, eps);
-  const double count = double(view_of(x).count());
-  const Tensor none = at::empty({0}, x.options());
-  if (const auto shape = wanted[0] && wanted[1] ? conv1x1_shape(x, weight, conv) : std::nullopt) {
-    const Tensor dy = dout.contiguous(at::MemoryFormat::ChannelsLast), w = weight.contiguous();
-    RAN_CHECK_VALUE(dy.numel() == shape->m * shape->co && dy.scalar_type() == x.scalar_type(), kOp, "dout must be the result's ",
-                    "shape and dtype, got ", dout.sizes(), " ", dout.scalar_type());
-    Tensor dx = at::empty_like(x), dweight = at::empty_like(w), dbias = wanted[2] ? at::empty({shape->co}, bn.mean.options()) : none;
-    const BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
-    cpu_kernels().conv1x1_backward(dx.data_ptr(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(), dweight.data_ptr(),
-                                   wanted[2] ? dbias.data_ptr<float>() : nullptr, dy.const_data_ptr(), x.const_data_ptr(),
-                                   pointwise_data(w), dtype_of(x, kOp, "x"), *shape, bn.kernel);
-    bn_relu_dx(dx, dx, x, bn, batch_stats ? &sums : nullptr, count);
-    return {dx, sums.dz_xhat, sums.dz, dweight, dbias.to(x.scalar_type())};
-  }
-  const Tensor a = wanted[1] ? bn_relu_apply(x, bn) : x;  // the data gradient needs its shape only
-  auto [da, dweight, dbias] = at::convolution_backward(dout, a, weight, at::IntArrayRef(weight.size(0)), stride, padding, {1, 1},
-                                                       false, {0, 0}, 1, wanted);
-  if (!wanted[0]) return {none, none, none, dweight, wanted[2] ? dbias : none};
-  Tensor dx = da.contiguous(format_of(x));
-  const BackwardSums sums = bn_relu_sums(dx, x, bn);
-  bn_relu_dx(dx, dx, x, bn, batch_stats ? &sums : nullptr, count);
-  return {dx, sums.dz_xhat, sums.dz, wanted[1] ? dweight : none, wanted[2] ? dbias : none};
+  ConvGradients g = conv_gradients(dout, x, bn, weight, conv, wanted);
+  if (wanted[0]) bn_relu_dx(g.dz, g.dz, x, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+  return {or_empty(g.dz), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
 }
 
 struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                               const OptTensor& mean, const OptTensor& var, const Tensor& weight, const OptTensor& bias,
-                               const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, double eps) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight,
+                               const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
+                               const Tensor& weight, const OptTensor& bias, const OptTensor& residual,
+                               at::IntArrayRef stride, at::IntArrayRef padding, double eps) {
     static const auto op =
-        find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&,
-                         const OptTensor&, const OptTensor&, at::IntArrayRef, at::IntArrayRef, double)>("ran_ext::bn_relu_conv2d");
+        find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                         const Tensor&, const OptTensor&, const OptTensor&, at::IntArrayRef, at::IntArrayRef, double)>(
+            "ran_ext::bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var] =
         op.call(x, bn_weight, bn_bias, mean, var, weight, bias, residual, stride, padding, eps);
@@ -134,9 +185,10 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<Tensors5(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&,
-                                            const Tensor&, const Tensor&, at::IntArrayRef, at::IntArrayRef, double, bool,
-                                            std::array<bool, 3>)>("ran_ext::bn_relu_conv2d_backward");
+    static const auto op =
+        find_op<Tensors5(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&, const Tensor&, const Tensor&,
+                         const Tensor&, at::IntArrayRef, at::IntArrayRef, double, bool, std::array<bool, 3>)>(
+            "ran_ext::bn_relu_conv2d_backward");
     variable_list result(11);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -155,8 +207,8 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     }
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0) || ctx->needs_input_grad(1) || ctx->needs_input_grad(2),
                                      weight.requires_grad(), bias.defined() && bias.requires_grad()};
-    auto [dx, dbn_weight, dbn_bias, dweight, dbias] = op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride,
-                                                              padding, eps, batch_stats, wanted);
+    auto [dx, dbn_weight, dbn_bias, dweight, dbias] =
+        op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted);
     if (wanted[0]) {
       result[0] = dx;
       if (bn_weight.defined()) result[1] = dbn_weight.to(bn_weight.scalar_type());
@@ -168,26 +220,30 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
   }
 };
 
-Tensors3 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
-                                 const OptTensor& var, const Tensor& weight, const OptTensor& bias, const OptTensor& residual,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, double eps) {
+Tensors3 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                                 const OptTensor& mean, const OptTensor& var, const Tensor& weight,
+                                 const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, double eps) {
   const variable_list out =
       BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, weight, bias, residual, stride, padding, eps);
   return {out[0], out[1], out[2]};
 }
 
-// Autocast as eager PyTorch's: the convolution in the lower precision, batch normalisation's vectors as they are. Where x
-// itself is wider (a network's first layer) it is normalised in that precision and rounded once, after the ReLU; where the
-// residual is wider the sum is.
+// Autocast as eager PyTorch's: the convolution in the lower precision, batch normalisation's vectors as they are. Where
+// x itself is wider (a network's first layer) it is normalised in that precision and rounded once, after the ReLU;
+// where the residual is wider the sum is.
 template <at::DeviceType device>
-Tensors3 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
-                                 const OptTensor& var, const Tensor& weight, const OptTensor& bias, const OptTensor& residual,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, double eps) {
+Tensors3 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                                 const OptTensor& mean, const OptTensor& var, const Tensor& weight,
+                                 const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, double eps) {
   static const auto op =
-      find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, const Tensor&,
-                       const OptTensor&, const OptTensor&, at::IntArrayRef, at::IntArrayRef, double)>("ran_ext::bn_relu_conv2d");
-  static const auto bn_relu_op = find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                                                  const OptTensor&, double)>("ran_ext::bn_relu");
+      find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&,
+                       const Tensor&, const OptTensor&, const OptTensor&, at::IntArrayRef, at::IntArrayRef, double)>(
+          "ran_ext::bn_relu_conv2d");
+  static const auto bn_relu_op =
+      find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, const OptTensor&, double)>(
+          "ran_ext::bn_relu");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   if (x.scalar_type() != lower && x.scalar_type() != at::kDouble) {
     auto [a, batch_mean, batch_var] = bn_relu_op.call(x, bn_weight, bn_bias, mean, var, eps);
@@ -209,10 +265,12 @@ Tensors3 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
-      "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor weight, Tensor? bias, "
+      "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, Tensor weight, Tensor? "
+      "bias, "
       "Tensor? residual, int[2] stride, int[2] padding, float eps) -> (Tensor out, Tensor mean, Tensor var)");
   m.def(
-      "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, Tensor "
+      "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, "
+      "Tensor "
       "weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }

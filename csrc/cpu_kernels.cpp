@@ -6,9 +6,9 @@
 namespace ran {
 
 namespace cpu {
-#define RAN_DECLARE(isa)       \
-  namespace isa {              \
-  extern const Kernels table;  \
+#define RAN_DECLARE(isa)      \
+  namespace isa {             \
+  extern const Kernels table; \
   }
 RAN_DECLARE(baseline)
 #ifdef RAN_X86_ISAS

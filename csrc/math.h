@@ -27,8 +27,8 @@ template <typename T>
 RAN_HD T sigmoid(T x) {
   const T e = std::exp(-x);
 #if defined(__CUDA_ARCH__)
-  // Within 2 ulp, in a fifth of the instructions of the exact division, which would keep the gate from running at the
-  // memory's speed. From e = 2^126 on it gives 0, as does rounding to any format that is not float.
+  // Within 2 ulp, without the exact division's many instructions: the gate is to run at the memory's speed. Results
+  // below 2^-126 become 0.
   if constexpr (sizeof(T) == sizeof(float)) return __fdividef(T(1), T(1) + e);
 #endif
   return T(1) / (T(1) + e);
@@ -79,8 +79,8 @@ RAN_HD Moments<T> merge(Moments<T> a, Moments<T> b) {
   return {count, std::fma(delta, share, a.mean), a.m2 + b.m2 + (a.count * delta) * (share * delta)};
 }
 
-// Batch normalisation's backward with the batch's own statistics: dx = a * dz + b * (x - mean) + c. Subtracting the mean
-// first keeps the digits that b * x would lose where |mean| is much larger than the standard deviation.
+// Batch normalisation's backward with the batch's own statistics: dx = a * dz + b * (x - mean) + c. Subtracting the
+// mean first keeps the digits that b * x would lose where |mean| is much larger than the standard deviation.
 template <typename T>
 struct DxCoefficients {
   T a, b, c, mean;

@@ -10,8 +10,8 @@
 #include "cpu/kernels.h"
 #include "types.h"
 
-// The C++ checks keep a kernel from reading out of bounds whoever calls it; the Python functions in ran_ext/ops check first,
-// for every backend and with the public names.
+// The C++ checks keep a kernel from reading out of bounds whoever calls it; the Python functions in ran_ext/ops check
+// first, for every backend and with the public names.
 #define RAN_CHECK_VALUE(condition, op, ...) TORCH_CHECK_VALUE(condition, op, ": ", __VA_ARGS__)
 #define RAN_CHECK_TYPE(condition, op, ...) TORCH_CHECK_TYPE(condition, op, ": ", __VA_ARGS__)
 

@@ -25,8 +25,8 @@ struct GateShape {
   int64_t numel() const { return n * c * h * w; }
 };
 
-// What batch normalisation does to a channel: vectors of `channels` values, Acc being float (double where x is double; void
-// where the dtype is known at run time only). weight and bias may be null (1 and 0).
+// What batch normalisation does to a channel: vectors of `channels` values, Acc being float (double where x is double;
+// void where the dtype is known at run time only). weight and bias may be null (1 and 0).
 template <typename Acc>
 struct BatchNorm {
   const Acc* mean;

@@ -6,14 +6,14 @@ initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import cast
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
+from .ops.sync import sync_bn_relu_conv2d
 
 
 class AttentionGate(nn.Module):
@@ -43,6 +43,13 @@ class BNReLU(nn.BatchNorm2d):
     >>> BNReLU(8)(torch.randn(2, 8, 4, 4)).min().item()
     0.0
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _bn_relu(self, x)
+
+
+class SyncBNReLU(nn.SyncBatchNorm):
+    """:class:`BNReLU` with the statistics of all processes; made by :func:`convert_sync_batchnorm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _bn_relu(self, x)
@@ -87,7 +94,7 @@ class BNReLUConv2d(nn.Module):
         if not (isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and _is_plain(conv)):
             out = conv(F.relu(bn(x)))
             return out if residual is None else out + residual
-        if _synchronises(bn):
+        if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
             return sync_bn_relu_conv2d(x, bn, conv, residual)
         return ops.bn_relu_conv2d(
             x,
@@ -139,9 +146,9 @@ class ResidualUnit(nn.Module):
 class SoftMaskBranch(nn.Module):
     """The mask's bottom-up, top-down branch; returns logits at **half** the resolution of its input.
 
-    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's output of
-    that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask at low
-    resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
+    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's output
+    of that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask at
+    low resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
     rounds up and up-sampling is cropped to the level it meets, so every size works.
     """
 
@@ -208,11 +215,39 @@ class AttentionModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if min(x.shape[-2:]) < self.min_size:
             raise ValueError(
-                f"AttentionModule: depth {self.depth} needs an input of at least {self.min_size}x{self.min_size} pixels, "
-                f"got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
+                f"AttentionModule: depth {self.depth} needs an input of at least {self.min_size}x{self.min_size} "
+                f"pixels, got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
             )
         x = self.pre(x)
         return self.post(self.gate(self.trunk(x), self.mask(x)))
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """``module`` with every batch normalisation synchronised over the processes, fusions kept.
+
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` does the same for all but :class:`BNReLU`, whose ReLU it would drop. Keys
+    of the state_dict stay as they are.
+
+    Args:
+        module: converted in place; what is returned replaces it where ``module`` itself is a batch normalisation.
+        process_group: None for all processes.
+
+    >>> convert_sync_batchnorm(BNReLU(8))
+    SyncBNReLU(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    if isinstance(module, BNReLU):
+        converted = SyncBNReLU(
+            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, process_group
+        )
+        converted.weight, converted.bias = module.weight, module.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(converted, name, getattr(module, name))
+        return converted.train(module.training)
+    if isinstance(module, nn.BatchNorm2d):
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group))
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, process_group))
+    return module
 
 
 def _units(channels: int, count: int, bias: bool) -> nn.Sequential:
@@ -229,17 +264,12 @@ def _is_plain(conv: nn.Module) -> bool:
     )
 
 
-def _synchronises(bn: nn.Module) -> bool:
-    return (
-        isinstance(bn, nn.SyncBatchNorm)
-        and bn.training
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-    )
+def _synchronises(bn: nn.SyncBatchNorm) -> bool:
+    return bn.training and dist.is_available() and dist.is_initialized()
 
 
 def _bn_relu(bn: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Tensor:
-    if _synchronises(bn):
+    if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
         return sync_bn_relu(x, bn)
     return ops.bn_relu(
         x,
@@ -254,11 +284,13 @@ def _bn_relu(bn: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Tensor:
     )
 
 
-__all__: Iterable[str] = [
+__all__ = [
     "AttentionGate",
     "AttentionModule",
     "BNReLU",
     "BNReLUConv2d",
     "ResidualUnit",
     "SoftMaskBranch",
+    "SyncBNReLU",
+    "convert_sync_batchnorm",
 ]

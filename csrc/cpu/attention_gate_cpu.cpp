@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // values that are worth a thread
 
-// exp to within 1 ulp: 2^k * p(r), with x = k ln 2 + r and ln 2 in two parts (Cody and Waite 1980). NaN stays NaN; the ends
-// are clamped where the result would leave the normal range, which sigmoid cannot tell from 0 and 1.
+// exp to within 1 ulp: 2^k * p(r), with x = k ln 2 + r and ln 2 in two parts (Cody and Waite 1980). NaN stays NaN; the
+// ends are clamped where the result would leave the normal range, which sigmoid cannot tell from 0 and 1.
 inline Vec<float> exp(Vec<float> x) {
   x = x > 88.0f ? splat(88.0f) : x;
   x = x < -87.0f ? splat(-87.0f) : x;
@@ -92,32 +92,35 @@ template <typename T, typename A = Acc<T>>
 void backward_scaled(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
   const int64_t images = g.channels_last ? g.n : g.n * g.c, width = g.channels_last ? g.c : 1;
   const int64_t row_size = g.w * width, mask_size = g.mask_w() * width;
-  parallel_for(0, images * g.mask_h(), std::max<int64_t>(1, kGrain / (row_size * g.scale)), [&](int64_t begin, int64_t end) {
-    std::vector<A> s(size_t(mask_size), A(0)), slope(s), sums(s), wide(static_cast<size_t>(row_size)), product(wide);
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t image = row / g.mask_h(), top = row % g.mask_h() * g.scale;
-      for_lanes<A>(mask_size, [&](int64_t i, int n) {
-        const Sigmoid<Vec<A>> gate(load(mask + row * mask_size + i, n));
-        store(s.data() + i, gate.s, n);
-        store(slope.data() + i, gate.s * gate.complement, n);
-      });
-      std::fill(sums.begin(), sums.end(), A(0));
-      for (int64_t x = 0; x < g.w; ++x) std::copy_n(s.data() + x / g.scale * width, width, wide.data() + x * width);
-      for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y) {
-        const int64_t at = (image * g.h + y) * row_size;
-        for_lanes<A>(row_size, [&](int64_t i, int n) {
-          const Vec<A> d = load(dout + at + i, n);
-          store(dtrunk + at + i, fma(load(wide.data() + i, n), d, d), n);
-          store(product.data() + i, d * load(trunk + at + i, n), n);
-        });
-        for (int64_t x = 0; x < g.w; ++x)
-          for (int64_t c = 0; c < width; ++c) sums[x / g.scale * width + c] += product[x * width + c];
-      }
-      for_lanes<A>(mask_size, [&](int64_t i, int n) {
-        store(dmask + row * mask_size + i, load(sums.data() + i, n) * load(slope.data() + i, n), n);
-      });
-    }
-  });
+  parallel_for(0, images * g.mask_h(), std::max<int64_t>(1, kGrain / (row_size * g.scale)),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<A> s(size_t(mask_size), A(0)), slope(s), sums(s), wide(static_cast<size_t>(row_size)),
+                     product(wide);
+                 for (int64_t row = begin; row < end; ++row) {
+                   const int64_t image = row / g.mask_h(), top = row % g.mask_h() * g.scale;
+                   for_lanes<A>(mask_size, [&](int64_t i, int n) {
+                     const Sigmoid<Vec<A>> gate(load(mask + row * mask_size + i, n));
+                     store(s.data() + i, gate.s, n);
+                     store(slope.data() + i, gate.s * gate.complement, n);
+                   });
+                   std::fill(sums.begin(), sums.end(), A(0));
+                   for (int64_t x = 0; x < g.w; ++x)
+                     std::copy_n(s.data() + x / g.scale * width, width, wide.data() + x * width);
+                   for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y) {
+                     const int64_t at = (image * g.h + y) * row_size;
+                     for_lanes<A>(row_size, [&](int64_t i, int n) {
+                       const Vec<A> d = load(dout + at + i, n);
+                       store(dtrunk + at + i, fma(load(wide.data() + i, n), d, d), n);
+                       store(product.data() + i, d * load(trunk + at + i, n), n);
+                     });
+                     for (int64_t x = 0; x < g.w; ++x)
+                       for (int64_t c = 0; c < width; ++c) sums[x / g.scale * width + c] += product[x * width + c];
+                   }
+                   for_lanes<A>(mask_size, [&](int64_t i, int n) {
+                     store(dmask + row * mask_size + i, load(sums.data() + i, n) * load(slope.data() + i, n), n);
+                   });
+                 }
+               });
 }
 
 }  // namespace
@@ -128,14 +131,13 @@ void attention_gate_forward(void* out, const void* trunk, const void* mask, DTyp
     T* const o = static_cast<T*>(out);
     const T *const tr = static_cast<const T*>(trunk), *const m = static_cast<const T*>(mask);
     if (g.scale != 1) return forward_scaled(o, tr, m, g);
-    parallel_for(0, g.numel(), kGrain, [&](int64_t begin, int64_t end) {
-      forward_row(o + begin, tr + begin, m + begin, end - begin);
-    });
+    parallel_for(0, g.numel(), kGrain,
+                 [&](int64_t begin, int64_t end) { forward_row(o + begin, tr + begin, m + begin, end - begin); });
   });
 }
 
-void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType dtype,
-                             GateShape g) {
+void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask,
+                             DType dtype, GateShape g) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     T *const dt = static_cast<T*>(dtrunk), *const dm = static_cast<T*>(dmask);

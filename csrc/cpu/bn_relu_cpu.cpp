@@ -1,7 +1,7 @@
 // Batch normalisation + ReLU, forward and backward, over dense NCHW and channels_last tensors.
 //
-// Statistics are taken in two passes over tiles that fit a core's cache (mean, then squared deviations from it) and merged
-// by Chan's formula: exact where sum and sum of squares would cancel, at one read of memory.
+// Statistics are taken in two passes over tiles that fit a core's cache (mean, then squared deviations from it) and
+// merged by Chan's formula: exact where sum and sum of squares would cancel, at one read of memory.
 #include <algorithm>
 #include <vector>
 
@@ -20,7 +20,8 @@ constexpr int64_t kGrain = 32768;     // values that are worth a thread
 
 int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
-// ---- channels_last: [rows][channels]; a task is one tile of rows, one block of channels -------------------------------
+// ---- channels_last: [rows][channels]; a task is one tile of rows, one block of channels
+// -------------------------------
 
 template <typename A>
 constexpr int64_t channel_block() {
@@ -32,13 +33,14 @@ template <typename A, typename Body>
 void for_row_tiles(ChannelView v, Body&& body) {
   const int64_t blocks = tiles_of(v.channels, channel_block<A>());
   const int64_t tasks = tiles_of(v.outer, kTileRows) * blocks;
-  parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (kTileRows * channel_block<A>())), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t tile = task / blocks, c = task % blocks * channel_block<A>();
-      const int64_t row = tile * kTileRows;
-      body(tile, row, std::min(kTileRows, v.outer - row), c, std::min(channel_block<A>(), v.channels - c));
-    }
-  });
+  parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (kTileRows * channel_block<A>())),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t task = begin; task < end; ++task) {
+                   const int64_t tile = task / blocks, c = task % blocks * channel_block<A>();
+                   const int64_t row = tile * kTileRows;
+                   body(tile, row, std::min(kTileRows, v.outer - row), c, std::min(channel_block<A>(), v.channels - c));
+                 }
+               });
 }
 
 // Column sums over the rows of a tile of K quantities that f(vector of x, row, channel, lanes) gives.
@@ -94,13 +96,14 @@ void stats_rows(A* mean, A* var, const T* x, ChannelView v) {
 
 template <typename T, typename A = Acc<T>>
 void forward_rows(T* out, const T* x, ChannelView v, const ScaleShiftTable<A>& table) {
-  parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for_lanes<A>(v.channels, [&](int64_t i, int n) {
-        const Vec<A> z = fma(load(x + row * v.channels + i, n), load(table.scale + i, n), load(table.shift + i, n));
-        store(out + row * v.channels + i, relu(z), n);
+  parallel_for(
+      0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+          for_lanes<A>(v.channels, [&](int64_t i, int n) {
+            const Vec<A> z = fma(load(x + row * v.channels + i, n), load(table.scale + i, n), load(table.shift + i, n));
+            store(out + row * v.channels + i, relu(z), n);
+          });
       });
-  });
 }
 
 template <typename T, typename A = Acc<T>>
@@ -123,21 +126,24 @@ void reduce_rows(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelVi
 
 template <bool kBatchStats, typename T, typename A = Acc<T>>
 void apply_rows(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShiftTable<A>& table, const DxTable<A>& k) {
-  parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      for_lanes<A>(v.channels, [&](int64_t i, int n) {
-        const int64_t at = row * v.channels + i;
-        const Vec<A> value = load(x + at, n);
-        const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
-        const Vec<A> dz = z <= Vec<A>{} ? Vec<A>{} : load(dout + at, n);
-        Vec<A> rest{};
-        if constexpr (kBatchStats) rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
-        store(dx + at, fma(load(k.a + i, n), dz, rest), n);
-      });
-  });
+  parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t row = begin; row < end; ++row)
+                   for_lanes<A>(v.channels, [&](int64_t i, int n) {
+                     const int64_t at = row * v.channels + i;
+                     const Vec<A> value = load(x + at, n);
+                     const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
+                     const Vec<A> dz = z <= Vec<A>{} ? Vec<A>{} : load(dout + at, n);
+                     Vec<A> rest{};
+                     if constexpr (kBatchStats)
+                       rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
+                     store(dx + at, fma(load(k.a + i, n), dz, rest), n);
+                   });
+               });
 }
 
-// ---- NCHW: [outer][channels][inner]; a task is one plane ---------------------------------------------------------------
+// ---- NCHW: [outer][channels][inner]; a task is one plane
+// ---------------------------------------------------------------
 
 template <typename Body>
 void for_planes(ChannelView v, Body&& body) {
@@ -165,7 +171,8 @@ void stats_planes(A* mean, A* var, const T* x, ChannelView v) {
       A tail = 0;  // the lanes past the end read as 0: take their squares out again
       const int64_t extra = (VecOf<A>::lanes - size % VecOf<A>::lanes) % VecOf<A>::lanes;
       if (extra) tail = A(extra) * tile_mean * tile_mean;
-      partial[plane] = merge(partial[plane], Moments<double>{double(size), double(tile_mean), double(sum<A>(m2) - tail)});
+      partial[plane] =
+          merge(partial[plane], Moments<double>{double(size), double(tile_mean), double(sum<A>(m2) - tail)});
     }
   });
   for (int64_t c = 0; c < v.channels; ++c) {
@@ -180,7 +187,8 @@ template <typename T, typename A = Acc<T>>
 void forward_planes(T* out, const T* x, ChannelView v, const ScaleShiftTable<A>& table) {
   for_planes(v, [&](int64_t, int64_t c, int64_t at) {
     const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
-    for_lanes<A>(v.inner, [&](int64_t i, int n) { store(out + at + i, relu(fma(load(x + at + i, n), scale, shift)), n); });
+    for_lanes<A>(v.inner,
+                 [&](int64_t i, int n) { store(out + at + i, relu(fma(load(x + at + i, n), scale, shift)), n); });
   });
 }
 
@@ -215,7 +223,8 @@ void reduce_planes(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, Channel
 }
 
 template <bool kBatchStats, typename T, typename A = Acc<T>>
-void apply_planes(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShiftTable<A>& table, const DxTable<A>& k) {
+void apply_planes(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShiftTable<A>& table,
+                  const DxTable<A>& k) {
   for_planes(v, [&](int64_t, int64_t c, int64_t at) {
     const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
     const Vec<A> a = splat(k.a[c]), b = splat(k.b[c]), constant = splat(k.c[c]);
@@ -248,8 +257,8 @@ void bn_relu_forward(void* out, const void* x, DType dtype, ChannelView v, Batch
   });
 }
 
-void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype, ChannelView v,
-                             BatchNorm<void> bn) {
+void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
+                             ChannelView v, BatchNorm<void> bn) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
@@ -266,7 +275,8 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     const ScaleShiftTable<A> table(typed<A>(bn), v.channels);
-    const DxTable<A> k(typed<A>(bn), static_cast<const A*>(sum_dz), static_cast<const A*>(sum_dz_xhat), A(count), v.channels);
+    const DxTable<A> k(typed<A>(bn), static_cast<const A*>(sum_dz), static_cast<const A*>(sum_dz_xhat), A(count),
+                       v.channels);
     const auto rows = sum_dz ? &apply_rows<true, T> : &apply_rows<false, T>;
     const auto planes = sum_dz ? &apply_planes<true, T> : &apply_planes<false, T>;
     const auto run = v.inner == 1 ? rows : planes;

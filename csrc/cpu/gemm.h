@@ -1,7 +1,7 @@
 // The matrix product under the 1x1 convolutions, for AVX-512: register tiles of 8 x 32 over packed operands.
 //
-// A "word" is 32 bits: one float, or a pair of bfloat16 along the summed dimension that one vdpbf16ps instruction multiplies
-// and adds. Both dtypes then share every layout and loop:
+// A "word" is 32 bits: one float, or a pair of bfloat16 along the summed dimension that one vdpbf16ps instruction
+// multiplies and adds. Both dtypes then share every layout and loop:
 //   A strip  [K / 16][8 rows][16 words]   broadcast word by word
 //   B panel  [K][32 columns]              two vectors a step
 #pragma once
@@ -58,7 +58,8 @@ inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, 
   }
 }
 
-// tile += A^T * B, A being [words][stride] with the tile's 8 rows side by side: the weight gradient, summed over pixels.
+// tile += A^T * B, A being [words][stride] with the tile's 8 rows side by side: the weight gradient, summed over
+// pixels.
 template <typename T>
 inline void multiply_columns(Tile<T>& tile, const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words) {
   for (int64_t k = 0; k < words; ++k, a += stride, b += kColumns) {
@@ -101,7 +102,8 @@ inline void pack_rows(uint32_t* panels, const T* weight, int64_t k, int64_t n) {
         words = bits_of(load(row));
       else
         words = interleave(load(row), load(row + n));
-      std::memcpy(panels + (column / kColumns * (k / values) + word) * kColumns + column % kColumns, &words, sizeof words);
+      std::memcpy(panels + (column / kColumns * (k / values) + word) * kColumns + column % kColumns, &words,
+                  sizeof words);
     }
 }
 

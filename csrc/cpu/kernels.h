@@ -1,7 +1,8 @@
 // The CPU kernels, compiled once for each instruction set; csrc/cpu_kernels.cpp picks a set at run time.
 //
-// Order of arguments: outputs, inputs, sizes, options. Vectors of one value a channel are float (double for f64 data). Every
-// sum is taken over tiles of fixed size that are merged in fixed order: results do not depend on the number of threads.
+// Order of arguments: outputs, inputs, sizes, options. Vectors of one value a channel are float (double for f64 data).
+// Every sum is taken over tiles of fixed size that are merged in fixed order: results do not depend on the number of
+// threads.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +11,22 @@
 
 namespace ran::cpu {
 
-// A channels_last 1x1 convolution of stride 1 as a matrix product: out (m, co) = relu(bn(x (m, ci))) * weight^T (co, ci).
-struct Conv1x1Shape {
-  int64_t m, ci, co;
+// A convolution of channels_last tensors: x (n, h, w, ci), weight (co, kh, kw, ci), out (n, ho, wo, co).
+struct ConvShape {
+  int64_t n, h, w, ci, ho, wo, co, kh, kw, stride_h, stride_w, pad_h, pad_w;
+
+  int64_t pixels() const { return n * ho * wo; }  // of the output
+  int64_t taps() const { return kh * kw; }
+  // Each output pixel reads the one input pixel of its own place.
+  bool is_pointwise() const { return taps() == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0; }
 };
 
 struct Kernels {
   const char* name;
 
   void (*attention_gate_forward)(void* out, const void* trunk, const void* mask, DType, GateShape);
-  void (*attention_gate_backward)(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType,
-                                  GateShape);
+  void (*attention_gate_backward)(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask,
+                                  DType, GateShape);
 
   // mean and biased variance of each channel; both (channels,)
   void (*batch_norm_stats)(void* mean, void* var, const void* x, DType, ChannelView);
@@ -34,14 +40,17 @@ struct Kernels {
   void (*bn_relu_backward_apply)(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
                                  double count, DType, ChannelView, BatchNorm<void>);
 
-  // Whether the two below take this shape; they may be null.
-  bool (*conv1x1_supported)(DType, Conv1x1Shape);
-  // out = relu(bn(x)) * weight^T + bias + residual; bias (float) and residual may be null
+  // Whether the three below take this convolution; the first two take pointwise ones only.
+  bool (*conv_supported)(DType, ConvShape);
+  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null
   void (*conv1x1_forward)(void* out, const void* x, const void* weight, const float* bias, const void* residual, DType,
-                          Conv1x1Shape, BatchNorm<void>);
-  // dz (m, ci) = dout * weight where z > 0, with its two sums; dweight (co, ci) and dbias (co, float; may be null)
-  void (*conv1x1_backward)(void* dz, float* sum_dz, float* sum_dz_xhat, void* dweight, float* dbias, const void* dout,
-                           const void* x, const void* weight, DType, Conv1x1Shape, BatchNorm<void>);
+                          ConvShape, BatchNorm<void>);
+  // dz = (dout * weight^T) where z > 0, with the two sums of bn_relu_backward_reduce
+  void (*conv1x1_data_gradient)(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                                const void* weight, DType, ConvShape, BatchNorm<void>);
+  // dweight and dbias (float; may be null) of a convolution of relu(bn(x)), or, with `bn` null, of x itself
+  void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
+                               const BatchNorm<void>* bn);
 };
 
 }  // namespace ran::cpu

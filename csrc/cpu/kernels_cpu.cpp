@@ -1,6 +1,5 @@
 // One table of kernels for the instruction set this file is compiled for.
 #include "kernels.h"
-
 #include "kernels_isa.h"
 
 namespace ran::cpu::RAN_ISA {
@@ -10,16 +9,9 @@ namespace ran::cpu::RAN_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    RAN_STRING(RAN_ISA),
-    attention_gate_forward,
-    attention_gate_backward,
-    batch_norm_stats,
-    bn_relu_forward,
-    bn_relu_backward_reduce,
-    bn_relu_backward_apply,
-    conv1x1_supported,
-    conv1x1_forward,
-    conv1x1_backward,
+    RAN_STRING(RAN_ISA), attention_gate_forward,  attention_gate_backward, batch_norm_stats,
+    bn_relu_forward,     bn_relu_backward_reduce, bn_relu_backward_apply,  conv_supported,
+    conv1x1_forward,     conv1x1_data_gradient,   conv_weight_gradient,
 };
 
 }  // namespace ran::cpu::RAN_ISA

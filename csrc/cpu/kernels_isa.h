@@ -16,10 +16,12 @@ void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, 
 void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
                             double count, DType, ChannelView, BatchNorm<void>);
 
-bool conv1x1_supported(DType, Conv1x1Shape);
+bool conv_supported(DType, ConvShape);
 void conv1x1_forward(void* out, const void* x, const void* weight, const float* bias, const void* residual, DType,
-                     Conv1x1Shape, BatchNorm<void>);
-void conv1x1_backward(void* dz, float* sum_dz, float* sum_dz_xhat, void* dweight, float* dbias, const void* dout,
-                      const void* x, const void* weight, DType, Conv1x1Shape, BatchNorm<void>);
+                     ConvShape, BatchNorm<void>);
+void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                           const void* weight, DType, ConvShape, BatchNorm<void>);
+void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
+                          const BatchNorm<void>* bn);
 
 }  // namespace ran::cpu::RAN_ISA

@@ -21,7 +21,8 @@ struct ScaleShiftTable {
     scale = storage.get();
     shift = scale + channels;
     for (int64_t c = 0; c < channels; ++c) {
-      const auto s = scale_shift(bn.mean[c], bn.var[c], bn.weight ? bn.weight[c] : A(1), bn.bias ? bn.bias[c] : A(0), A(bn.eps));
+      const auto s =
+          scale_shift(bn.mean[c], bn.var[c], bn.weight ? bn.weight[c] : A(1), bn.bias ? bn.bias[c] : A(0), A(bn.eps));
       scale[c] = s.scale;
       shift[c] = s.shift;
     }
@@ -39,8 +40,8 @@ struct DxTable {
     b = a + channels;
     c = b + channels;
     for (int64_t i = 0; i < channels; ++i) {
-      const auto k = dx_coefficients(bn.mean[i], bn.var[i], bn.weight ? bn.weight[i] : A(1), A(bn.eps), sum_dz ? sum_dz[i] : A(0),
-                                     sum_dz_xhat ? sum_dz_xhat[i] : A(0), count);
+      const auto k = dx_coefficients(bn.mean[i], bn.var[i], bn.weight ? bn.weight[i] : A(1), A(bn.eps),
+                                     sum_dz ? sum_dz[i] : A(0), sum_dz_xhat ? sum_dz_xhat[i] : A(0), count);
       a[i] = k.a;
       b[i] = k.b;
       c[i] = k.c;
@@ -51,8 +52,8 @@ struct DxTable {
   A *a, *b, *c;
 };
 
-// Adds up the tiles' sums of dz and of dz * (x - mean), [tile][2][channel], in order and in double; the second becomes the sum
-// of dz * xhat.
+// Adds up the tiles' sums of dz and of dz * (x - mean), [tile][2][channel], in order and in double; the second becomes
+// the sum of dz * xhat.
 template <typename A>
 inline void finish_sums(A* sum_dz, A* sum_dz_xhat, const A* partial, int64_t tiles, int64_t channels, BatchNorm<A> bn) {
   std::vector<double> total(size_t(2 * channels), 0.0);

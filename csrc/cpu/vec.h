@@ -1,8 +1,8 @@
 // One SIMD vector of accumulators (float, or double for double data) and its loads and stores from any dtype.
 //
-// Every file of cpu/ is compiled once for each instruction set, with RAN_ISA naming the namespace; setup.py holds the flags.
-// Arithmetic is GCC's vector extension, so that `a * b + c` reads as it does on paper; only what that extension lacks is
-// an intrinsic.
+// Every file of cpu/ is compiled once for each instruction set, with RAN_ISA naming the namespace; setup.py holds the
+// flags. Arithmetic is GCC's vector extension, so that `a * b + c` reads as it does on paper; only what that extension
+// lacks is an intrinsic.
 #pragma once
 
 #if defined(__AVX2__)
@@ -174,8 +174,8 @@ inline void store(T* p, Vec<Acc<T>> v, int n) {
   std::memcpy(p, lanes, size_t(n) * sizeof(T));
 }
 
-// Calls body(i, n) for i = 0, lanes, 2 * lanes, ...; n is `lanes`, or what is left at the end. Inlined, the body is there
-// twice: where n is the constant `lanes` the partial loads and stores above become whole ones.
+// Calls body(i, n) for i = 0, lanes, 2 * lanes, ...; n is `lanes`, or what is left at the end. Inlined, the body is
+// there twice: where n is the constant `lanes` the partial loads and stores above become whole ones.
 template <typename A, typename Body>
 inline void for_lanes(int64_t size, Body&& body) {
   constexpr int lanes = VecOf<A>::lanes;

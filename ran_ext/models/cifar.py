@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,8 +36,8 @@ class ResidualAttentionNetwork(nn.Module):
         super().__init__()
         if width <= 0 or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
             raise ValueError(
-                "ResidualAttentionNetwork: width, num_classes and in_channels must be positive and dropout in [0, 1), got "
-                f"width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
+                "ResidualAttentionNetwork: width, num_classes and in_channels must be positive and dropout in [0, 1), "
+                f"got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
             )
 
         def wide(channels: int) -> int:
@@ -82,7 +81,7 @@ class ResidualAttentionNetwork(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
     def l2_penalty(self) -> Tensor:
-        """Sum of squares of the dense layer's weight: the report's "L2 norm"; multiply by the decay and add to the loss.
+        """Sum of squares of the dense layer's weight: the report's "L2 norm", to be scaled and added to the loss.
 
         >>> model = ran_compact()
         >>> bool(torch.isclose(model.l2_penalty(), (model.fc.weight**2).sum()))

@@ -1,4 +1,4 @@
-"""Shapes, dtypes and strides of the compiled ops, for ``torch.compile`` and fake tensors; and their operation counts."""
+"""Shapes, dtypes and strides of the compiled ops for ``torch.compile`` and fake tensors, and operation counts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _dense_like(x: Tensor) -> Tensor:
 
 
 def _register() -> None:
-    fake = torch.library.register_fake
+    fake: Any = torch.library.register_fake
 
     @fake("ran_ext::attention_gate")
     def _(trunk: Tensor, mask: Tensor, scale_factor: int) -> Tensor:
@@ -115,13 +115,30 @@ def _register() -> None:
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
     def _(
-        x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any
+        x: Any,
+        bn_weight: Any,
+        bn_bias: Any,
+        mean: Any,
+        var: Any,
+        weight: Any,
+        *args: Any,
+        out_shape: Any,
+        **kwargs: Any,
     ) -> int:
         return int(conv_flop(x, weight, None, None, None, None, False, out_shape=out_shape[0]))
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
     def _(
-        dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any
+        dout: Any,
+        x: Any,
+        bn_weight: Any,
+        bn_bias: Any,
+        mean: Any,
+        var: Any,
+        weight: Any,
+        *args: Any,
+        out_shape: Any,
+        **kwargs: Any,
     ) -> int:
         shapes = [x, weight, None]
         return int(
