@@ -2,6 +2,7 @@
 // CPU (tests/emulation).
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -30,12 +31,50 @@ struct LaunchShape {
 // Number of blocks of `per_block` needed for `count`.
 inline int64_t blocks_for(int64_t count, int64_t per_block) { return (count + per_block - 1) / per_block; }
 
+constexpr int kCellThreads = 256;
+
+// A grid over `rows` x `columns` of work in blocks of kCellThreads, as wide as the columns allow; for_each_cell walks
+// it.
+inline LaunchShape cells_shape(int64_t rows, int64_t columns) {
+  unsigned width = 1;
+  while (width < kCellThreads && width < columns) width *= 2;
+  const unsigned height = kCellThreads / width;
+  LaunchShape shape;
+  shape.block = dim3(width, height);
+  shape.grid = dim3(static_cast<unsigned>(std::min<int64_t>(blocks_for(rows, height), 0x7fffffff)),
+                    static_cast<unsigned>(std::min<int64_t>(blocks_for(columns, width), 0xffff)));
+  return shape;
+}
+
+template <typename Body>
+__device__ __forceinline__ void for_each_cell(int64_t rows, int columns, Body&& body) {
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows; row += int64_t(gridDim.x) * blockDim.y)
+    for (int column = blockIdx.y * blockDim.x + threadIdx.x; column < columns; column += gridDim.y * blockDim.x)
+      body(row, column);
+}
+
+struct Quotient {
+  int64_t quotient;
+  int remainder;
+};
+
+// a / b for a >= 0 and b > 0, in 32 bits where a has no more.
+__device__ __forceinline__ Quotient divide(int64_t a, int b) {
+  if (a >> 32 == 0) {
+    const unsigned quotient = static_cast<unsigned>(a) / static_cast<unsigned>(b);
+    return {quotient, static_cast<int>(static_cast<unsigned>(a) - quotient * static_cast<unsigned>(b))};
+  }
+  const int64_t quotient = a / b;
+  return {quotient, static_cast<int>(a - quotient * b)};
+}
+
 #if defined(RAN_EMULATE)
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, void (*kernel)(Parameters...),
                    Arguments... arguments) {
-  emu::run(name, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
+  static const std::string full = emu::kernel_name(name, __PRETTY_FUNCTION__);
+  emu::run(full.c_str(), {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
            [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaGetLastError();
 }

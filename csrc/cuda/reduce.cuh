@@ -15,17 +15,17 @@ __device__ __forceinline__ GradientSums merge(GradientSums a, GradientSums b) {
   return {a.dz + b.dz, a.dz_xhat + b.dz_xhat};
 }
 
+__device__ __forceinline__ float merge(float a, float b) { return a + b; }
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
   return x;
 }
 
+__device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 __device__ __forceinline__ GradientSums shuffle_xor(GradientSums s, int lanes) {
   return {__shfl_xor_sync(~0u, s.dz, lanes), __shfl_xor_sync(~0u, s.dz_xhat, lanes)};
-}
-__device__ __forceinline__ Moments<float> shuffle_xor(Moments<float> m, int lanes) {
-  return {__shfl_xor_sync(~0u, m.count, lanes), __shfl_xor_sync(~0u, m.mean, lanes), __shfl_xor_sync(~0u, m.m2, lanes)};
 }
 
 // The block is blockDim.x columns by blockDim.y (a power of two) rows of threads, each with V states. Merges the rows
@@ -51,6 +51,28 @@ __device__ __forceinline__ void merge_rows(State (&state)[V], Shared<State> scra
     }
     __syncthreads();
   }
+}
+
+// The block's threads, all in x, walk rows of `lanes` (a power of two <= 32) threads, each with V states of its own
+// columns. Merges the states of every column; thread c < V * lanes returns that of column c. `scratch`: V * lanes
+// states a warp, free to use again after the next barrier.
+template <int V, typename State>
+__device__ __forceinline__ State merge_columns(State (&state)[V], int lanes, Shared<State> scratch) {
+  const int columns = V * lanes, lane = threadIdx.x % 32;
+  for (int apart = 16; apart >= lanes; apart /= 2)
+#pragma unroll
+    for (int i = 0; i < V; ++i) state[i] = merge(state[i], shuffle_xor(state[i], apart));
+  if (lane < lanes)
+#pragma unroll
+    for (int i = 0; i < V; ++i) scratch[threadIdx.x / 32 * columns + lane * V + i] = state[i];
+  __syncthreads();
+  State total{};
+  if (static_cast<int>(threadIdx.x) < columns)
+    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+      const State other = scratch[warp * columns + threadIdx.x];
+      total = merge(total, other);
+    }
+  return total;
 }
 
 // True in every thread of the block that comes last of `blocks`; it then sees what all the others wrote before. The

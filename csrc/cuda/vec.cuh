@@ -71,22 +71,19 @@ template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> pack_floats(const float (&v)[V]) {
   Pack<T, V> pack;
 #if !defined(RAN_EMULATE)
-  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
-    using Pair = std::conditional_t<std::is_same_v<T, bf16>, __nv_bfloat162, __half2>;
+  if constexpr (std::is_same_v<T, bf16> && V % 2 == 0) {
 #pragma unroll
-    for (int i = 0; i < V; i += 2) {
-      Pair& pair = reinterpret_cast<Pair&>(pack.value[i]);
-      if constexpr (std::is_same_v<T, bf16>) {
-        pair = __floats2bfloat162_rn(v[i], v[i + 1]);
-      } else {
-        pair = __floats2half2_rn(v[i], v[i + 1]);
-      }
-    }
-    return pack;
-  }
+    for (int i = 0; i < V; i += 2)
+      reinterpret_cast<__nv_bfloat162&>(pack.value[i]) = __floats2bfloat162_rn(v[i], v[i + 1]);
+  } else if constexpr (std::is_same_v<T, f16> && V % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < V; i += 2) reinterpret_cast<__half2&>(pack.value[i]) = __floats2half2_rn(v[i], v[i + 1]);
+  } else
 #endif
+  {
 #pragma unroll
-  for (int i = 0; i < V; ++i) pack.value[i] = from_float<T>(v[i]);
+    for (int i = 0; i < V; ++i) pack.value[i] = from_float<T>(v[i]);
+  }
   return pack;
 }
 
@@ -133,6 +130,12 @@ cudaError_t with_type(DType dtype, F&& f) {
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+// Calls f with the vector width as a constant: 16 bytes, or one value where the host found that it does not fit.
+template <typename T, typename F>
+cudaError_t with_vector(bool fits, F&& f) {
+  return fits ? f(std::integral_constant<int, kVector<T>>{}) : f(std::integral_constant<int, 1>{});
 }
 
 }  // namespace ran

@@ -5,7 +5,7 @@
 // Not emulated: the memory model (fences do nothing; one thread runs at a time), partial warps, and speed.
 #pragma once
 
-#include <tuple>
+#include <utility>
 
 #include "global_memory.h"
 #include "number_types.h"
@@ -23,6 +23,14 @@
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+using std::max;
+using std::min;
+template <typename T>
+T __ldcg(const T* p) {
+  emu::check_global(p, sizeof(T), alignof(T));
+  return *p;
+}
 
 // Barriers. Every thread of the group must come, and to the same call.
 inline void __syncthreads(int line = __builtin_LINE()) {

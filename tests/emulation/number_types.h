@@ -57,6 +57,7 @@ inline uint16_t float_to_f16(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits<uint32_t>(value) >> 16) & 0x8000);
   const float magnitude = std::fabs(value);
   if (value != value) return 0x7fff;
+  if (magnitude == 0) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00;  // from half-way above the largest number on
   int exponent;
   std::frexp(magnitude, &exponent);

@@ -19,6 +19,7 @@
 #include <functional>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "number_types.h"
@@ -101,6 +102,16 @@ inline unsigned cluster_size = 1;
   if (line) std::fprintf(stderr, ", line %d", line);
   std::fprintf(stderr, ": %s\n", text);
   std::_Exit(3);
+}
+
+// From the launch as written, "name<T, V>, first argument, ...", and a signature with the types: "name<T, V> [with
+// ...]".
+inline std::string kernel_name(const std::string& launch, const std::string& signature) {
+  size_t end = 0;
+  for (int depth = 0; end < launch.size() && (depth > 0 || launch[end] != ','); ++end)
+    depth += (launch[end] == '<' || launch[end] == '(') - (launch[end] == '>' || launch[end] == ')');
+  const size_t types = signature.find("[with");
+  return launch.substr(0, end) + (types == std::string::npos ? "" : " " + signature.substr(types));
 }
 
 }  // namespace emu

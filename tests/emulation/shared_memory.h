@@ -124,11 +124,13 @@ class Shared {
     emu::Region* region_;
     size_t offset_;
   };
-  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % emu::kGranule == 0);
 
   Shared() = default;
   Shared(emu::Region* region, size_t offset) : region(region), offset(offset) {}
-  Reference operator[](ptrdiff_t i) const { return {region, offset + i * sizeof(T)}; }
+  Reference operator[](ptrdiff_t i) const {
+    static_assert(std::is_trivially_copyable_v<T> && sizeof(T) % emu::kGranule == 0);
+    return {region, offset + i * sizeof(T)};
+  }
   Reference operator*() const { return (*this)[0]; }
   Shared operator+(ptrdiff_t i) const { return {region, offset + i * sizeof(T)}; }
   Shared operator-(ptrdiff_t i) const { return *this + -i; }

@@ -1,0 +1,133 @@
+// What the batch normalisation kernels share: how a tensor is split over blocks, per-channel coefficients, and the end
+// of a reduction.
+#pragma once
+
+#include "kernels.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace ran::cuda {
+
+constexpr int kReduceThreads = 256;
+constexpr int kLoads = 4;  // 16-byte loads in flight a thread and tensor
+
+// A reduction's grid: x over groups of channels, y over tiles of a channel's values. The tiles depend on the shape
+// alone, so that the order of a sum, and the workspace, do not depend on where the tensor lies.
+struct Tiling {
+  int64_t tile, tiles;  // values of a channel in a tile; their number
+};
+
+inline Tiling tiling(const ChannelView& view) {
+  constexpr int64_t kMaxBlocks = 512, kTileValues = 8192, kTileChannels = 256;
+  const bool rows = view.inner == 1;
+  const int64_t channels = rows ? std::min(view.channels, kTileChannels) : 1;
+  const int64_t groups = blocks_for(view.channels, channels), least = blocks_for(kTileValues, channels);
+  const int64_t tiles =
+      std::clamp(blocks_for(view.count(), least), int64_t(1), std::max(kMaxBlocks / groups, int64_t(1)));
+  const int64_t tile = blocks_for(blocks_for(view.count(), tiles), 8) * 8;  // whole vectors
+  return {tile, blocks_for(view.count(), tile)};
+}
+
+// channels_last: blockDim.x threads over vectors of channels, the rest over rows. NCHW: a block has one channel.
+inline LaunchShape reduce_shape(const ChannelView& view, int vector) {
+  unsigned width = 1;
+  LaunchShape shape;
+  if (view.inner == 1) {
+    while (width < 32 && width * vector < view.channels) width *= 2;
+    shape.grid.x = static_cast<unsigned>(blocks_for(view.channels, int64_t(width) * vector));
+  } else {
+    shape.grid.x = static_cast<unsigned>(view.channels);
+  }
+  shape.grid.y = static_cast<unsigned>(tiling(view).tiles);
+  shape.block = dim3(width, kReduceThreads / width);
+  return shape;
+}
+
+template <int V>
+struct ChannelScales {
+  float scale[V], shift[V];
+
+  __device__ __forceinline__ ChannelScales(const BatchNorm<float>& norm, int64_t channel) {
+    float mean[V], var[V];
+    load_channels<V>(norm.mean, channel, 0.0f, mean);
+    load_channels<V>(norm.var, channel, 1.0f, var);
+    load_channels<V>(norm.weight, channel, 1.0f, scale);
+    load_channels<V>(norm.bias, channel, 0.0f, shift);
+#pragma unroll
+    for (int i = 0; i < V; ++i) set(i, mean[i], var[i], scale[i], shift[i], static_cast<float>(norm.eps));
+  }
+  __device__ __forceinline__ void set(int i, float mean, float var, float weight, float bias, float eps) {
+    const ScaleShift<float> s = scale_shift(mean, var, weight, bias, eps);
+    scale[i] = s.scale;
+    shift[i] = s.shift;
+  }
+  __device__ __forceinline__ float z(int i, float x) const {
+    return normalise(x, ScaleShift<float>{scale[i], shift[i]});
+  }
+};
+
+// One channel's values in NCHW, as a flat array of vectors from vector `first` on.
+template <int V>
+struct ChannelWalk {
+  int64_t plane_stride, base;
+  int vectors, first;  // a plane; the first's place in its plane
+
+  __device__ __forceinline__ ChannelWalk(const ChannelView& view, int64_t channel, int64_t start) {
+    vectors = static_cast<int>(view.inner / V);
+    const auto [plane, place] = divide(start / V, vectors);
+    first = place;
+    plane_stride = view.channels * view.inner;
+    base = plane * plane_stride + channel * view.inner;
+  }
+  __device__ __forceinline__ int64_t offset(int vector) const {
+    const auto [plane, place] = divide(int64_t(first) + vector, vectors);
+    return base + plane * plane_stride + int64_t(place) * V;
+  }
+};
+
+// How a state looks in the workspace.
+__device__ __forceinline__ float2 partial_of(Moments<float> m) { return make_float2(m.mean, m.m2); }
+__device__ __forceinline__ float2 partial_of(GradientSums s) { return make_float2(s.dz, s.dz_xhat); }
+
+// Ends a reduction: merges the block's rows of threads, then, in the last block of a channel group, all tiles.
+// read(partial, tile) gives a tile's state; finish(i, state) takes channel + i's result. True in that last block's
+// threads.
+template <int V, typename State, typename Read, typename Finish>
+__device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspace, unsigned* counters, int64_t channel,
+                                             int64_t channels, Shared<State> scratch, Shared<unsigned> flag,
+                                             Read&& read, Finish&& finish) {
+  const bool mine = threadIdx.y == 0 && channel < channels;
+  merge_rows<V>(state, scratch);
+  const int tiles = gridDim.y;
+  if (tiles > 1) {
+    if (mine)
+#pragma unroll
+      for (int i = 0; i < V; ++i) workspace[blockIdx.y * channels + channel + i] = partial_of(state[i]);
+    if (!last_block(counters + blockIdx.x, tiles, flag)) return false;
+#pragma unroll
+    for (int i = 0; i < V; ++i) state[i] = State{};
+    if (channel < channels)
+      for (int tile = threadIdx.y; tile < tiles; tile += blockDim.y)
+#pragma unroll
+        for (int i = 0; i < V; ++i)
+          state[i] = merge(state[i], read(__ldcg(workspace + tile * channels + channel + i), tile));
+    merge_rows<V>(state, scratch);
+  }
+  if (mine)
+#pragma unroll
+    for (int i = 0; i < V; ++i) finish(i, state[i]);
+  return true;
+}
+
+// Weight of the new statistics. With momentum=None, torch's cumulative average.
+__device__ __forceinline__ float running_factor(const RunningStatistics& running) {
+  return running.momentum >= 0.0f ? running.momentum : 1.0f / static_cast<float>(*running.batches + 1);
+}
+
+__device__ __forceinline__ void update_running(const RunningStatistics& running, float factor, int64_t channel,
+                                               float mean, float unbiased) {
+  running.mean[channel] = factor * mean + (1.0f - factor) * running.mean[channel];
+  running.var[channel] = factor * unbiased + (1.0f - factor) * running.var[channel];
+}
+
+}  // namespace ran::cuda

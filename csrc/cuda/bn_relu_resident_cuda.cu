@@ -1,0 +1,356 @@
+// BN-ReLU in one kernel each way, channels_last: a group of blocks reads its slab of channels once, keeps it in shared
+// memory, agrees on the sums, and writes the result. Forward moves 2 tensors, backward 3 (4 with a residual gradient).
+//
+// The group is a cluster, which reads its blocks' sums from their shared memories, or, without clusters, a share of a
+// cooperative launch, which passes them through the workspace.
+#include "batch_norm.cuh"
+#include "mma.cuh"
+
+namespace ran::cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+// Where a block's part of the tensor lies: `rows` rows of `lanes` vectors, the first at `base`.
+struct Slab {
+  int64_t base, stride, channel;
+  int lanes, rows, rank, group;
+};
+
+template <int V>
+__device__ __forceinline__ Slab slab_of_block(const ChannelView& view, int lanes, int group) {
+  const int slab = blockIdx.x / group, rank = blockIdx.x % group;
+  const int64_t share = (view.outer + group - 1) / group, start = rank * share, channel = int64_t(slab) * lanes * V;
+  const int rows = static_cast<int>(max(min(share, view.outer - start), int64_t(0)));
+  return {start * view.channels + channel, view.channels, channel, lanes, rows, rank, group};
+}
+
+// Calls body(offset in the tensor, offset in the slab) for the thread's vectors, which are the same on every walk, and
+// in one column: what a thread copies, only it reads.
+template <int V, typename Body>
+__device__ __forceinline__ void for_each_vector(const Slab& slab, Body&& body) {
+  const int lane = threadIdx.x % slab.lanes, step = kThreads / slab.lanes;
+#pragma unroll 4
+  for (int row = threadIdx.x / slab.lanes; row < slab.rows; row += step)
+    body(slab.base + row * slab.stride + lane * V, (row * slab.lanes + lane) * V);
+}
+
+// Shared memory after the tensors: scratch, what the group reads of this block, and coefficients.
+constexpr size_t kScratchBytes = kWarps * sizeof(GradientSums),
+                 kChannelBytes = kScratchBytes + sizeof(float2) + sizeof(float4);
+
+struct Exchange {
+  Shared<float4> coefficients;
+  Shared<float2> published;
+  Shared<float> scratch;
+
+  __device__ __forceinline__ Exchange(Shared<unsigned char> p, int channels)
+      : coefficients(shared_cast<float4>(p)),
+        published(shared_cast<float2>(p + channels * static_cast<int>(sizeof(float4)))),
+        scratch(shared_cast<float>(p + channels * static_cast<int>(sizeof(float4) + sizeof(float2)))) {}
+};
+
+// Every block's value of column threadIdx.x < columns, in the group's order: use(rank, value). A barrier of the group
+// lies before; the caller places the one behind it, before which no block may go on to end.
+template <bool kClusters, typename Use>
+__device__ __forceinline__ void exchange(const Exchange& shared, float2* workspace, const Slab& slab, int columns,
+                                         float2 mine, Use&& use) {
+  const int column = threadIdx.x, first = blockIdx.x - slab.rank;
+  if (column < columns) {
+    if constexpr (kClusters) {
+      shared.published[column] = mine;
+    } else {
+      workspace[blockIdx.x * columns + column] = mine;
+    }
+  }
+  if constexpr (kClusters) {
+    cluster_sync();
+  } else {
+    grid_sync();
+  }
+  if (column >= columns) return;
+  for (int rank = 0; rank < slab.group; ++rank) {
+    if constexpr (kClusters) {
+      const float2 value = cluster_shared(shared.published, rank)[column];
+      use(rank, value);
+    } else {
+      use(rank, __ldcg(workspace + (first + rank) * columns + column));
+    }
+  }
+}
+
+template <bool kClusters>
+__device__ __forceinline__ void sync_coefficients() {
+  if constexpr (kClusters) {
+    cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
+struct ForwardOutput {
+  float *mean, *var;
+  RunningStatistics running;
+  unsigned* counters;
+};
+
+// By the threads of the slab's first block: `m` is the batch's moments of channel threadIdx.x of the slab.
+__device__ __forceinline__ void write_statistics(const ForwardOutput& out, const Slab& slab, int columns,
+                                                 Moments<float> m) {
+  RAN_SHARED(unsigned, flag, 1);
+  if (static_cast<int>(threadIdx.x) < columns) {
+    const int64_t channel = slab.channel + threadIdx.x;
+    out.mean[channel] = m.mean;
+    out.var[channel] = m.m2 / m.count;
+    if (out.running.mean)
+      update_running(out.running, running_factor(out.running), channel, m.mean, m.m2 / (m.count - 1.0f));
+  }
+  // Every slab has read the number of batches before the last one counts this batch.
+  if (out.running.batches && last_block(out.counters, gridDim.x / slab.group, flag) && threadIdx.x == 0)
+    ++*out.running.batches;
+}
+
+template <typename T, bool kClusters>
+__global__ void __launch_bounds__(kThreads, 1)
+    resident_forward_kernel(T* __restrict__ y, ForwardOutput out, const T* __restrict__ x, const float* weight,
+                            const float* bias, ChannelView view, float eps, int lanes, int group, int tile_bytes,
+                            float2* workspace) {
+  constexpr int V = kVector<T>;
+  const Slab slab = slab_of_block<V>(view, lanes, group);
+  const int columns = lanes * V, column = threadIdx.x;
+  const auto held = dynamic_shared<T>();
+  const Exchange shared(dynamic_shared<unsigned char>() + tile_bytes, columns);
+  for_each_vector<V>(slab, [&](int64_t at, int kept) { cp_async16(held + kept, x + at); });
+  cp_async_commit();
+  // As in bn_relu_statistics_cuda.cu, all is relative to the channel's first value.
+  float pivot[V];
+  load<V>(x + slab.channel + threadIdx.x % lanes * V, pivot);
+  cp_async_wait<0>();
+
+  // The block's own mean, then the squares of what is left.
+  float sum[V] = {}, mean[V], m2[V] = {};
+  for_each_vector<V>(slab, [&](int64_t, int kept) {
+    float v[V];
+    load<V>(held + kept, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] += v[i] - pivot[i];
+  });
+  const float count = static_cast<float>(slab.rows);
+  const float block_mean = merge_columns<V>(sum, lanes, shared.scratch) / max(count, 1.0f);
+  if (column < columns) shared.coefficients[column] = make_float4(block_mean, 0.0f, 0.0f, 0.0f);
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < V; ++i) mean[i] = float4(shared.coefficients[threadIdx.x % lanes * V + i]).x;
+  for_each_vector<V>(slab, [&](int64_t, int kept) {
+    float v[V];
+    load<V>(held + kept, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float far = v[i] - pivot[i] - mean[i];
+      m2[i] = std::fma(far, far, m2[i]);
+    }
+  });
+  const float block_m2 = merge_columns<V>(m2, lanes, shared.scratch);
+
+  Moments<float> total{};
+  const int64_t share = (view.outer + group - 1) / group;
+  exchange<kClusters>(shared, workspace, slab, columns, make_float2(block_mean, block_m2), [&](int rank, float2 part) {
+    const float rows = static_cast<float>(max(min(share, view.outer - rank * share), int64_t(0)));
+    total = merge(total, Moments<float>{rows, part.x, part.y});
+  });
+  if (column < columns) {
+    const int64_t channel = slab.channel + column;
+    total.mean += to_float(x[channel]);
+    const ScaleShift<float> s = scale_shift(total.mean, total.m2 / total.count, weight ? weight[channel] : 1.0f,
+                                            bias ? bias[channel] : 0.0f, eps);
+    shared.coefficients[column] = make_float4(s.scale, s.shift, 0.0f, 0.0f);
+  }
+  sync_coefficients<kClusters>();
+  if (slab.rank == 0) write_statistics(out, slab, columns, total);
+
+  ScaleShift<float> scales[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float4 k = shared.coefficients[threadIdx.x % lanes * V + i];
+    scales[i].scale = k.x;
+    scales[i].shift = k.y;
+  }
+  for_each_vector<V>(slab, [&](int64_t at, int kept) {
+    float v[V];
+    load<V>(held + kept, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = relu(normalise(v[i], scales[i]));
+    store<V>(y + at, v);
+  });
+}
+
+struct BackwardOutput {
+  float *sum_dz, *sum_dz_xhat;
+};
+
+template <typename T, bool kClusters>
+__global__ void __launch_bounds__(kThreads, 1)
+    resident_backward_kernel(T* __restrict__ dx_out, BackwardOutput out, const T* __restrict__ dout,
+                             const T* __restrict__ x, const T* __restrict__ residual, ChannelView view,
+                             BatchNorm<float> norm, int lanes, int group, int tile_bytes, float2* workspace) {
+  constexpr int V = kVector<T>;
+  const Slab slab = slab_of_block<V>(view, lanes, group);
+  const int columns = lanes * V, column = threadIdx.x;
+  const auto held = dynamic_shared<T>(), held_dout = held + tile_bytes / 2 / static_cast<int>(sizeof(T));
+  const Exchange shared(dynamic_shared<unsigned char>() + tile_bytes, columns);
+  for_each_vector<V>(slab, [&](int64_t at, int kept) {
+    cp_async16(held + kept, x + at);
+    cp_async16(held_dout + kept, dout + at);
+  });
+  cp_async_commit();
+  const int64_t own = slab.channel + threadIdx.x % lanes * V;
+  const ChannelScales<V> scales(norm, own);
+  float mean[V];
+  load_channels<V>(norm.mean, own, 0.0f, mean);
+  cp_async_wait<0>();
+
+  GradientSums sums[V] = {};  // dz_xhat: of dz * (x - mean) until the end
+  for_each_vector<V>(slab, [&](int64_t, int kept) {
+    float d[V], v[V];
+    load<V>(held_dout + kept, d);
+    load<V>(held + kept, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float dz = relu_backward(d[i], scales.z(i, v[i]));
+      sums[i].dz += dz;
+      sums[i].dz_xhat = std::fma(dz, v[i] - mean[i], sums[i].dz_xhat);
+    }
+  });
+  const GradientSums block = merge_columns<V>(sums, lanes, shared_cast<GradientSums>(shared.scratch));
+  GradientSums total{};
+  exchange<kClusters>(shared, workspace, slab, columns, partial_of(block),
+                      [&](int, float2 part) { total = merge(total, GradientSums{part.x, part.y}); });
+  if (column < columns) {
+    const int64_t channel = slab.channel + column;
+    const float var = norm.var[channel], eps = static_cast<float>(norm.eps);
+    total.dz_xhat /= std::sqrt(var + eps);
+    const auto k = dx_coefficients(norm.mean[channel], var, norm.weight ? norm.weight[channel] : 1.0f, eps, total.dz,
+                                   total.dz_xhat, static_cast<float>(view.outer));
+    shared.coefficients[column] = make_float4(k.a, k.b, k.c, k.mean);
+    if (slab.rank == 0) {
+      out.sum_dz[channel] = total.dz;
+      out.sum_dz_xhat[channel] = total.dz_xhat;
+    }
+  }
+  sync_coefficients<kClusters>();
+
+  DxCoefficients<float> coefficients[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float4 k = shared.coefficients[threadIdx.x % lanes * V + i];
+    coefficients[i] = DxCoefficients<float>{k.x, k.y, k.z, k.w};
+  }
+  for_each_vector<V>(slab, [&](int64_t at, int kept) {
+    float d[V], v[V], r[V] = {};
+    load<V>(held_dout + kept, d);
+    load<V>(held + kept, v);
+    if (residual) load<V>(residual + at, r);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float gradient = dx(relu_backward(d[i], scales.z(i, v[i])), v[i], coefficients[i]);
+      v[i] = residual ? gradient + r[i] : gradient;
+    }
+    store<V>(dx_out + at, v);
+  });
+}
+
+int bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+size_t tile_bytes(const ChannelView& view, const ResidentPlan& plan, int tensors) {
+  return blocks_for(view.outer, plan.group) * plan.slab_bytes * tensors;
+}
+
+LaunchShape resident_shape(const ChannelView& view, DType dtype, const ResidentPlan& plan, int tensors) {
+  LaunchShape shape;
+  shape.grid = dim3(static_cast<unsigned>(view.channels * bytes_of(dtype) / plan.slab_bytes * plan.group));
+  shape.block = dim3(kThreads);
+  shape.shared_bytes = tile_bytes(view, plan, tensors) + plan.slab_bytes / bytes_of(dtype) * kChannelBytes;
+  shape.cluster = plan.clusters ? plan.group : 1;
+  shape.cooperative = !plan.clusters;
+  return shape;
+}
+
+}  // namespace
+
+// The widest slab (whole sectors, long rows) that still gives nearly every SM a block; else the one with most blocks.
+ResidentPlan bn_relu_resident_plan(ChannelView view, DType dtype, const Device& device, int tensors) {
+  ResidentPlan best;
+  if (dtype == DType::f64 || view.inner != 1 || view.numel() == 0) return best;
+  int64_t most = 0;
+  const int64_t row_bytes = view.channels * bytes_of(dtype);
+  for (const int slab_bytes : {128, 64, 32, 16}) {
+    if (row_bytes % slab_bytes || (slab_bytes == 16 && row_bytes % 32 == 0)) continue;
+    const int64_t slabs = row_bytes / slab_bytes;
+    ResidentPlan plan{1, slab_bytes, device.max_cluster > 1};
+    if (plan.clusters) {
+      while (plan.group * 2 <= device.max_cluster && slabs * plan.group * 2 <= device.sm_count) plan.group *= 2;
+    } else {
+      plan.group = static_cast<int>(std::max<int64_t>(1, device.sm_count / slabs));
+    }
+    const auto fits = [&] { return resident_shape(view, dtype, plan, tensors).shared_bytes <= device.shared_bytes; };
+    while (plan.clusters && !fits() && plan.group * 2 <= device.max_cluster) plan.group *= 2;
+    const int64_t blocks = slabs * plan.group;
+    if (!fits() || (!plan.clusters && blocks > device.sm_count)) continue;
+    const int64_t busy = std::min<int64_t>(blocks, device.sm_count);
+    if (busy * 10 > most * 11) {
+      best = plan;
+      most = busy;
+    }
+  }
+  return best;
+}
+
+bool bn_relu_resident_fits(ChannelView view, DType dtype, const Device& device, int tensors) {
+  return bn_relu_resident_plan(view, dtype, device, tensors).group > 0;
+}
+
+size_t bn_relu_resident_workspace_bytes(ChannelView view, DType dtype, const ResidentPlan& plan) {
+  (void)dtype;  // a float2 a channel and block of its group, whatever the tensor holds
+  return plan.clusters ? 0 : view.channels * plan.group * sizeof(float2);
+}
+
+cudaError_t bn_relu_resident_forward(void* out, float* mean, float* var, const void* x, const float* weight,
+                                     const float* bias, DType dtype, ChannelView view, double eps,
+                                     RunningStatistics running, const ResidentPlan& plan, void* workspace,
+                                     unsigned* counters, cudaStream_t stream) {
+  if (view.numel() == 0) return cudaSuccess;
+  if (plan.group == 0 || !aligned16(out, x)) return cudaErrorInvalidValue;
+  const LaunchShape shape = resident_shape(view, dtype, plan, 1);
+  const ForwardOutput statistics{mean, var, running, counters};
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto launch = [&](auto clusters) {
+      return RAN_LAUNCH(shape, stream, resident_forward_kernel<T, decltype(clusters)::value>, static_cast<T*>(out),
+                        statistics, static_cast<const T*>(x), weight, bias, view, static_cast<float>(eps),
+                        plan.slab_bytes / 16, plan.group, static_cast<int>(tile_bytes(view, plan, 1)),
+                        static_cast<float2*>(workspace));
+    };
+    return plan.clusters ? launch(std::true_type{}) : launch(std::false_type{});
+  });
+}
+
+cudaError_t bn_relu_resident_backward(void* dx, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                                      const void* residual, DType dtype, ChannelView view, BatchNorm<float> norm,
+                                      const ResidentPlan& plan, void* workspace, cudaStream_t stream) {
+  if (view.numel() == 0) return cudaSuccess;
+  if (plan.group == 0 || !aligned16(dx, dout, x, residual)) return cudaErrorInvalidValue;
+  const LaunchShape shape = resident_shape(view, dtype, plan, 2);
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto launch = [&](auto clusters) {
+      return RAN_LAUNCH(shape, stream, resident_backward_kernel<T, decltype(clusters)::value>, static_cast<T*>(dx),
+                        BackwardOutput{sum_dz, sum_dz_xhat}, static_cast<const T*>(dout), static_cast<const T*>(x),
+                        static_cast<const T*>(residual), view, norm, plan.slab_bytes / 16, plan.group,
+                        static_cast<int>(tile_bytes(view, plan, 2)), static_cast<float2*>(workspace));
+    };
+    return plan.clusters ? launch(std::true_type{}) : launch(std::false_type{});
+  });
+}
+
+}  // namespace ran::cuda

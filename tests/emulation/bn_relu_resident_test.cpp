@@ -1,0 +1,129 @@
+// The one-kernel BN-ReLU, by clusters and by cooperative launches, against double; and which shapes fit.
+#include "../../csrc/cuda/bn_relu_resident_cuda.cu"
+#include "bn_relu_reference.h"
+
+using namespace check;
+using emu::Buffer;
+using ran::cuda::Device;
+using ran::cuda::ResidentPlan;
+
+template <typename T>
+void name_case(const char* what, const ran::ChannelView& view, const ResidentPlan& plan, int option) {
+  begin_case("%s %s %ldx%ld %s of %d, slab %d bytes, option %d", what, Type<T>::name, view.outer, view.channels,
+             plan.clusters ? "cluster" : "cooperative group", plan.group, plan.slab_bytes, option);
+}
+
+template <typename T>
+void check_resident_forward(const ran::ChannelView& view, const ResidentPlan& plan, Inputs inputs) {
+  name_case<T>("bn_relu_resident_forward", view, plan, static_cast<int>(inputs));
+  Buffer<T> x(view.numel()), out(view.numel());
+  fill_activation(x, view, inputs);
+  Vectors v(view.channels, inputs != Inputs::far, false);
+  Buffer<float> running_mean(view.channels), running_var(view.channels);
+  Buffer<int64_t> batches(1);
+  Buffer<unsigned> counters(1);
+  counters[0] = 0;
+  Buffer<char> workspace(ran::cuda::bn_relu_resident_workspace_bytes(view, Type<T>::dtype, plan));
+  run_schedules(
+      [&] {
+        for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = 1, running_var[c] = 2;
+        batches[0] = 3;
+        const ran::BatchNorm<float> norm = v.norm();
+        return ran::cuda::bn_relu_resident_forward(out.data(), v.mean.data(), v.var.data(), x.data(), norm.weight,
+                                                   norm.bias, Type<T>::dtype, view, v.eps,
+                                                   {running_mean.data(), running_var.data(), batches.data(), -1.0f},
+                                                   plan, workspace.data(), counters.data(), nullptr);
+      },
+      out, v.mean, v.var, running_mean, running_var, batches);
+  EXPECT(counters[0] == 0 && batches[0] == 4);
+  check_statistics(view, x, v.mean, v.var, inputs);
+  if (inputs != Inputs::constant) check_forward(view, out, x, v, false);
+  const double n = view.count();
+  for (int64_t c = 0; c < view.channels; ++c) {
+    expect_close("running_mean", running_mean, c, 0.75 + 0.25 * v.mean[c], 1 + std::fabs(v.mean[c]));
+    expect_close("running_var", running_var, c, 1.5 + 0.25 * v.var[c] * n / (n - 1), 2 + v.var[c]);
+  }
+}
+
+template <typename T>
+void check_resident_backward(const ran::ChannelView& view, const ResidentPlan& plan, Inputs inputs,
+                             bool with_residual) {
+  const bool whole = inputs == Inputs::whole;
+  name_case<T>("bn_relu_resident_backward", view, plan, static_cast<int>(inputs) * 2 + with_residual);
+  Buffer<T> x(view.numel()), dout(view.numel()), residual(view.numel()), dx(view.numel());
+  fill_activation(x, view, inputs);
+  fill(dout, -4, 4, whole);
+  fill(residual, -4, 4, whole);
+  const Vectors v(view.channels, inputs != Inputs::whole, whole);
+  Buffer<float> dz(view.channels), dz_xhat(view.channels);
+  Buffer<char> workspace(ran::cuda::bn_relu_resident_workspace_bytes(view, Type<T>::dtype, plan));
+  run_schedules(
+      [&] {
+        return ran::cuda::bn_relu_resident_backward(dx.data(), dz.data(), dz_xhat.data(), dout.data(), x.data(),
+                                                    with_residual ? residual.data() : nullptr, Type<T>::dtype, view,
+                                                    v.norm(), plan, workspace.data(), nullptr);
+      },
+      dx, dz, dz_xhat);
+  const Sums sums = sums_of(view, dout, x, v);
+  check_sums(sums, dz, dz_xhat, whole);
+  check_dx(view, dx, dout, x, with_residual ? &residual : nullptr, v, &sums);
+}
+
+void check_plans() {
+  begin_case("bn_relu_resident_plan");
+  const Device h200{132, 227 << 10, 16}, portable{132, 227 << 10, 8}, a100{108, 163 << 10, 1};
+  const ran::DType bf16_ = ran::DType::bf16, f32 = ran::DType::f32;
+  const auto fits = [](ran::ChannelView view, ran::DType dtype, const Device& device, int tensors) {
+    return ran::cuda::bn_relu_resident_fits(view, dtype, device, tensors);
+  };
+  // Batch 128: every shape of the networks, forward and backward; batch 1024: 8x8 forward, 16x16 not.
+  const ran::ChannelView batch128[] = {{32768, 128, 1}, {32768, 64, 1}, {8192, 256, 1}, {2048, 1024, 1}, {2048, 64, 1}};
+  for (const auto& view : batch128) {
+    const ResidentPlan plan = ran::cuda::bn_relu_resident_plan(view, bf16_, h200, 1);
+    EXPECT(plan.group >= 1 && plan.group <= 16 && plan.clusters);
+    EXPECT(view.channels * 2 % plan.slab_bytes == 0);
+    EXPECT(fits(view, bf16_, h200, 2));
+    EXPECT(fits(view, bf16_, portable, 1));
+    EXPECT(fits(view, bf16_, a100, 1));
+  }
+  EXPECT(fits({65536, 256, 1}, bf16_, h200, 1));
+  EXPECT(!fits({262144, 128, 1}, bf16_, h200, 1));
+  EXPECT(!fits({262144, 128, 1}, bf16_, a100, 1));
+  EXPECT(!fits({8192, 256, 1}, ran::DType::f64, h200, 1));
+  EXPECT(!fits({8192, 256, 4}, bf16_, h200, 1));  // NCHW
+  EXPECT(!fits({8192, 12, 1}, bf16_, h200, 1));   // rows that are not whole vectors
+  EXPECT(!fits({0, 64, 1}, bf16_, h200, 1));
+  EXPECT(fits({512, 4, 1}, f32, h200, 2));
+  EXPECT(!fits({512, 100000, 1}, bf16_, a100, 1));  // more slabs than blocks that are resident at once
+}
+
+int main() {
+  check_plans();
+  for_each_type([](auto type) {
+    using T = decltype(type);
+    const int vector = 16 / sizeof(T);
+    for (const bool clusters : {true, false}) {
+      const std::tuple<int64_t, int64_t, int, int> shapes[] = {// rows, vectors a row, group, slab bytes
+                                                               {67, 2, 2, 32},
+                                                               {300, 8, 1, 128},
+                                                               {1100, 1, 4, 16},
+                                                               {5, 4, 8, 32},
+                                                               {9, 4, 2, 64}};
+      for (const auto& [rows, vectors, group, slab_bytes] : shapes) {
+        const ran::ChannelView view{rows, vectors * vector, 1};
+        const ResidentPlan plan{group, slab_bytes, clusters};
+        for (const Inputs inputs : kAllInputs) check_resident_forward<T>(view, plan, inputs);
+        for (const Inputs inputs : {Inputs::random, Inputs::whole, Inputs::nan})
+          check_resident_backward<T>(view, plan, inputs, inputs != Inputs::nan);
+      }
+    }
+  });
+  begin_case("a tensor off its 16 bytes, a plan that does not fit");
+  Buffer<float> x(64, 1), v(64);
+  const ran::cuda::RunningStatistics none;
+  for (const ResidentPlan& plan : {ResidentPlan{1, 16, false}, ResidentPlan{}})
+    EXPECT(ran::cuda::bn_relu_resident_forward(x.data(), v.data(), v.data(), x.data(), nullptr, nullptr,
+                                               ran::DType::f32, {8, 8, 1}, 0, none, plan, nullptr, nullptr,
+                                               nullptr) == cudaErrorInvalidValue);
+  std::puts("bn_relu_resident: ok");
+}

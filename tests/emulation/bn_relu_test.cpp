@@ -1,0 +1,123 @@
+// The streaming BN-ReLU kernels against double.
+#include "../../csrc/cuda/bn_relu_apply_cuda.cu"
+#include "../../csrc/cuda/bn_relu_backward_cuda.cu"
+#include "../../csrc/cuda/bn_relu_statistics_cuda.cu"
+#include "bn_relu_reference.h"
+
+using namespace check;
+using emu::Buffer;
+
+struct Scratch {
+  Buffer<char> workspace;
+  Buffer<unsigned> counters;
+  explicit Scratch(const ran::ChannelView& view)
+      : workspace(ran::cuda::bn_relu_workspace_bytes(view)), counters(ran::cuda::bn_relu_counters(view)) {
+    std::memset(counters.data(), 0, counters.bytes());
+  }
+  ~Scratch() {
+    for (size_t i = 0; i < counters.size(); ++i) EXPECT(counters[i] == 0);
+  }
+};
+
+template <typename T>
+void name_case(const char* what, const ran::ChannelView& view, size_t shift, int option) {
+  begin_case("%s %s %ldx%ldx%ld shift %zu option %d", what, Type<T>::name, view.outer, view.channels, view.inner, shift,
+             option);
+}
+
+template <typename T>
+void check_bn_statistics(const ran::ChannelView& view, size_t shift, Inputs inputs) {
+  name_case<T>("bn_relu_statistics", view, shift, static_cast<int>(inputs));
+  Buffer<T> x(view.numel(), shift);
+  Buffer<float> mean(view.channels), var(view.channels), running_mean(view.channels), running_var(view.channels);
+  Buffer<int64_t> batches(1);
+  Scratch scratch(view);
+  fill_activation(x, view, inputs);
+  const bool cumulative = inputs == Inputs::random;
+  const ran::cuda::RunningStatistics running{running_mean.data(), running_var.data(), batches.data(),
+                                             cumulative ? -1.0f : 0.25f};
+  run_schedules(
+      [&] {
+        for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = 1, running_var[c] = 2;
+        batches[0] = 3;
+        return ran::cuda::bn_relu_statistics(mean.data(), var.data(), x.data(), Type<T>::dtype, view, running,
+                                             scratch.workspace.data(), scratch.counters.data(), nullptr);
+      },
+      mean, var, running_mean, running_var, batches);
+  EXPECT(batches[0] == 4);
+  check_statistics(view, x, mean, var, inputs);
+  const double n = view.count();
+  for (int64_t c = 0; c < view.channels; ++c) {
+    const double factor = cumulative ? 1.0 / 4 : 0.25;
+    expect_close("running_mean", running_mean, c, 1 - factor + factor * mean[c], 1 + std::fabs(mean[c]));
+    if (n > 1)
+      expect_close("running_var", running_var, c, 2 * (1 - factor) + factor * var[c] * n / (n - 1), 2 + var[c]);
+  }
+}
+
+template <typename T>
+void check_bn_forward(const ran::ChannelView& view, size_t shift, Inputs inputs) {
+  const bool whole = inputs == Inputs::whole;
+  name_case<T>("bn_relu_forward", view, shift, static_cast<int>(inputs));
+  Buffer<T> x(view.numel(), shift), out(view.numel(), shift);
+  fill_activation(x, view, inputs);
+  const Vectors v(view.channels, view.channels % 2 == 0, whole);
+  run_schedules(
+      [&] { return ran::cuda::bn_relu_forward(out.data(), x.data(), Type<T>::dtype, view, v.norm(), nullptr); }, out);
+  check_forward(view, out, x, v, whole);
+}
+
+template <typename T>
+void check_bn_backward(const ran::ChannelView& view, size_t shift, Inputs inputs, bool with_residual) {
+  const bool whole = inputs == Inputs::whole;
+  name_case<T>("bn_relu_backward", view, shift, static_cast<int>(inputs) * 2 + with_residual);
+  Buffer<T> x(view.numel(), shift), dout(view.numel(), shift), residual(view.numel(), shift), dx(view.numel(), shift);
+  fill_activation(x, view, inputs);
+  fill(dout, -4, 4, whole);
+  fill(residual, -4, 4, whole);
+  const Vectors v(view.channels, view.channels % 2 == 0, whole);
+  Buffer<float> dz(view.channels), dz_xhat(view.channels);
+  Scratch scratch(view);
+  run_schedules(
+      [&] {
+        return ran::cuda::bn_relu_backward_reduce(dz.data(), dz_xhat.data(), dout.data(), x.data(), Type<T>::dtype,
+                                                  view, v.norm(), scratch.workspace.data(), scratch.counters.data(),
+                                                  nullptr);
+      },
+      dz, dz_xhat);
+  const Sums sums = sums_of(view, dout, x, v);
+  check_sums(sums, dz, dz_xhat, whole);
+  for (const bool batch_statistics : {true, false}) {
+    run_schedules(
+        [&] {
+          return ran::cuda::bn_relu_backward_apply(
+              dx.data(), dout.data(), x.data(), batch_statistics ? dz.data() : nullptr,
+              batch_statistics ? dz_xhat.data() : nullptr, with_residual ? residual.data() : nullptr, view.count(),
+              Type<T>::dtype, view, v.norm(), nullptr);
+        },
+        dx);
+    check_dx(view, dx, dout, x, with_residual ? &residual : nullptr, v, batch_statistics ? &sums : nullptr);
+  }
+}
+
+int main() {
+  for_each_type([](auto type) {
+    using T = decltype(type);
+    const ran::ChannelView views[] = {{37, 24, 1},  {700, 8, 1}, {70, 264, 1}, {9, 5, 1},    {2, 1, 1},
+                                      {3000, 3, 1}, {3, 5, 16},  {2, 3, 49},   {5, 2, 4096}, {1, 4, 10}};
+    for (const auto& view : views) {
+      for (const Inputs inputs : kAllInputs) check_bn_statistics<T>(view, 0, inputs);
+      for (const Inputs inputs : {Inputs::random, Inputs::whole, Inputs::nan}) {
+        check_bn_forward<T>(view, 0, inputs);
+        check_bn_backward<T>(view, 0, inputs, inputs == Inputs::random);
+      }
+    }
+    for (const ran::ChannelView& view : {ran::ChannelView{65, 16, 1}, ran::ChannelView{2, 3, 16}}) {
+      check_bn_statistics<T>(view, 1, Inputs::random);
+      check_bn_forward<T>(view, 1, Inputs::random);
+      check_bn_backward<T>(view, 1, Inputs::whole, true);
+    }
+    check_bn_forward<T>({0, 8, 1}, 0, Inputs::random);
+  });
+  std::puts("bn_relu: ok");
+}

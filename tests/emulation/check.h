@@ -1,0 +1,131 @@
+// What the kernel tests share: values of every dtype, tensors in both layouts, schedules, and comparisons that end the
+// program with the case's name.
+#pragma once
+
+#include <cstdarg>
+#include <string>
+#include <tuple>
+
+#include "cuda_emulation.h"
+#include "types.h"
+
+namespace check {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+inline std::string current_case;
+
+template <typename... Arguments>
+void begin_case(const char* format, Arguments... arguments) {
+  char text[256];
+  std::snprintf(text, sizeof text, format, arguments...);
+  current_case = text;
+}
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void mismatch(const char* format, ...) {
+  std::fprintf(stderr, "%s: ", current_case.c_str());
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fputs("\n", stderr);
+  std::exit(1);
+}
+
+#define EXPECT(condition) \
+  if (!(condition)) check::mismatch("%s:%d: not so: %s", __FILE__, __LINE__, #condition)
+
+inline double value(float x) { return x; }
+inline double value(bf16 x) { return __bfloat162float(x); }
+inline double value(f16 x) { return __half2float(x); }
+template <typename T>
+T make(double x) {
+  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16(static_cast<float>(x));
+  if constexpr (std::is_same_v<T, f16>) return __float2half(static_cast<float>(x));
+  if constexpr (std::is_same_v<T, float>) return static_cast<float>(x);
+}
+
+template <typename T>
+struct Type;
+template <>
+struct Type<float> {
+  static constexpr ran::DType dtype = ran::DType::f32;
+  static constexpr const char* name = "float32";
+  static constexpr double ulp = 0x1p-23, tiny = 0x1p-149;
+};
+template <>
+struct Type<bf16> {
+  static constexpr ran::DType dtype = ran::DType::bf16;
+  static constexpr const char* name = "bfloat16";
+  static constexpr double ulp = 0x1p-7, tiny = 0x1p-133;
+};
+template <>
+struct Type<f16> {
+  static constexpr ran::DType dtype = ran::DType::f16;
+  static constexpr const char* name = "float16";
+  static constexpr double ulp = 0x1p-10, tiny = 0x1p-24;
+};
+
+template <typename Body>
+void for_each_type(Body&& body) {
+  body(float{});
+  body(bf16{});
+  body(f16{});
+}
+
+inline std::mt19937 random_bits{20261};
+
+// Numbers in [low, high], rounded to T; whole ones where `whole`.
+template <typename T>
+void fill(const emu::Buffer<T>& buffer, double low, double high, bool whole = false) {
+  for (size_t i = 0; i < buffer.size(); ++i) {
+    const double u = low + (high - low) * (random_bits() * 0x1p-32);
+    buffer[i] = make<T>(whole ? std::floor(u + 0.5) : u);
+  }
+}
+
+// Offset of (n, c, y, x) in a dense (., C, H, W) tensor of either layout.
+struct Layout {
+  int64_t channels, height, width;
+  bool channels_last;
+  int64_t operator()(int64_t n, int64_t c, int64_t y, int64_t x) const {
+    return channels_last ? ((n * height + y) * width + x) * channels + c
+                         : ((n * channels + c) * height + y) * width + x;
+  }
+};
+
+template <typename T>
+void expect_equal(const char* what, const emu::Buffer<T>& got, size_t i, double want) {
+  const double g = value(got[i]), w = value(make<T>(want));
+  if (g != w && !(g != g && w != w)) mismatch("%s[%zu] is %.9g, not %.9g", what, i, g, w);
+}
+
+// Within half a unit in the last place of T, and `slack` rounding errors of float32 on numbers of size `scale`.
+template <typename T>
+void expect_close(const char* what, const emu::Buffer<T>& got, size_t i, double want, double scale, double slack = 8) {
+  const double g = value(got[i]);
+  if (g == want || (g != g && want != want)) return;
+  const double bound = std::fabs(want) * Type<T>::ulp * 0.51 + Type<T>::tiny + slack * 0x1p-24 * std::fabs(scale);
+  if (!(std::fabs(g - want) <= bound)) mismatch("%s[%zu] is %.9g, not %.9g +- %.2g", what, i, g, want, bound);
+}
+
+// Launches under every schedule; the outputs must come out the same, bit for bit.
+template <typename Launch, typename... Outputs>
+void run_schedules(Launch&& launch, const Outputs&... outputs) {
+  std::vector<std::string> first;
+  const auto bytes = [](const auto& buffer) {
+    return std::string(reinterpret_cast<const char*>(buffer.data()), buffer.bytes());
+  };
+  for (const auto schedule : {emu::Schedule::reverse, emu::Schedule::round_robin, emu::Schedule::shuffled,
+                              emu::Schedule::shuffled, emu::Schedule::forward}) {
+    emu::schedule = schedule;
+    (std::memset(static_cast<void*>(outputs.data()), 0xff, outputs.bytes()), ...);
+    EXPECT(launch() == cudaSuccess);
+    const std::vector<std::string> now = {bytes(outputs)...};
+    if (first.empty()) first = now;
+    if (now != first) mismatch("the result depends on the schedule (%d)", static_cast<int>(schedule));
+  }
+}
+
+}  // namespace check
