@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shlex
 import sys
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType, TracebackType
 from urllib.parse import urlparse
@@ -20,12 +20,14 @@ from torch import Tensor
 BACKENDS = ("auto", "native", "reference")
 
 
+def _is_beside(name: str) -> bool:
+    """Whether the module lies beside this file; an editable installation also finds it for a copy that lacks it."""
+    return PathFinder.find_spec(f"ran_ext.{name}", [str(Path(__file__).parent)]) is not None
+
+
 def built_for() -> ModuleType | None:
     """What setup.py noted of this installation: TORCH, CUDA, ARCHS, COMPILER, WHY_NO_NATIVE, WHY_NO_CUDA."""
-    try:
-        return importlib.import_module("ran_ext._built_for")
-    except ImportError:
-        return None
+    return importlib.import_module("ran_ext._built_for") if _is_beside("_built_for") else None
 
 
 def rebuild_command() -> str:
@@ -64,7 +66,7 @@ def _unfit(built: ModuleType | None) -> str:
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason. Not built is quiet; built but unfit warns once."""
     built = built_for()
-    if importlib.util.find_spec("ran_ext._C") is None:
+    if not _is_beside("_C"):
         return None, f"not built: {(built and built.WHY_NO_NATIVE) or 'this source folder has not been built'}"
     reason = _unfit(built)
     if not reason:
