@@ -1,98 +1,126 @@
-// The 1x1 convolutions in double, one loop a formula, with the rounding points of the kernels: relu(bn(x)) and every
-// tensor are rounded to 16 bits, sums over the outputs are of what is stored.
+// The 1x1 convolutions in double, with the rounding points of the kernels: relu(bn(x)) and every tensor are rounded to
+// 16 bits, sums over outputs are of what is stored. And the cases that all three passes are run on.
 #pragma once
 
-#include <cstdio>
-#include <random>
-#include <string>
 #include <vector>
 
-#include "conv1x1.h"
+#include "../../csrc/cuda/conv1x1_plan.h"
+#include "check.h"
 #include "math.h"
-#include "vec.cuh"
 
-namespace conv1x1_test {
+namespace check {
 
-using namespace ran;
-using namespace ran::cuda;
+using ran::cuda::Conv1x1Pass;
+using ran::cuda::Conv1x1Shape;
 
-inline int failures = 0;
+struct Conv1x1Case {
+  const char* name;
+  Conv1x1Shape shape;  // n, h, w, c_in, c_out, stride
+  bool normalise;
+  int processors;      // few make large tiles and several tiles a block, many make small tiles
+  int shared_bytes;    // a block may have; decides whether the weight stays in shared memory
+  bool whole = false;  // small integers: every sum is exact, so the bits are known
+  double shift = 0;    // of the batch normalisation's bias
+  int nan_at = -1;     // index in x
+};
 
-// Numbers for one tensor: small integers, so that every sum is exact, or normal ones.
-struct Generator {
-  std::mt19937 engine;
-  bool integers;
-  float next(float scale = 1.0f) {
-    if (integers) return static_cast<float>(static_cast<int>(engine() % 5) - 2);
-    return scale * std::normal_distribution<float>()(engine);
+inline constexpr int kSmall = 99 << 10, kHopper = 227 << 10;
+
+inline const Conv1x1Case kConv1x1Cases[] = {
+    {"network 32-32", {3, 5, 7, 32, 32, 1}, true, 1, kHopper},
+    {"network 32-128", {1, 11, 13, 32, 128, 1}, true, 1, kHopper},
+    {"network 128-128", {3, 9, 11, 128, 128, 1}, true, 1, kHopper},
+    {"network 128-64", {1, 9, 31, 128, 64, 1}, true, 2, kHopper},
+    {"network 64-256", {1, 3, 37, 64, 256, 1}, true, 2, kHopper},
+    {"network 128-256 stride 2", {3, 7, 5, 128, 256, 2}, false, 1, kHopper},
+    {"network 256-256", {2, 5, 13, 256, 256, 1}, true, 2, kHopper},
+    {"network 256-64", {5, 3, 5, 256, 64, 1}, true, 64, kHopper},
+    {"network 64-1024", {1, 4, 17, 64, 1024, 1}, true, 132, kHopper},
+    {"network 256-1024 stride 2", {5, 6, 7, 256, 1024, 2}, false, 132, kHopper},
+    {"network 1024-64", {1, 5, 13, 1024, 64, 1}, true, 132, kHopper},
+    {"weight streamed", {1, 17, 17, 256, 128, 1}, true, 1, kSmall},
+    {"weight streamed, several tiles", {1, 13, 31, 320, 40, 1}, true, 1, kSmall},
+    {"weight streamed, large tile", {1, 7, 37, 448, 72, 1}, true, 1, 120 << 10},
+    {"one pixel, least channels", {1, 1, 1, 8, 8, 1}, true, 132, kHopper},
+    {"tails everywhere", {3, 7, 7, 72, 136, 1}, true, 1, kHopper},
+    {"tails, small tile", {1, 9, 15, 104, 24, 1}, true, 132, kSmall},
+    {"stride 2, normalised, odd sizes", {3, 9, 11, 40, 72, 2}, true, 132, kHopper},
+    {"large beta", {1, 5, 27, 24, 72, 1}, true, 1, kHopper, false, 100},
+    {"whole, large tile", {1, 15, 19, 136, 136, 1}, true, 1, kHopper, true},
+    {"whole, tall tile", {3, 7, 13, 72, 64, 1}, true, 1, kHopper, true},
+    {"whole, small tile, stride 2", {2, 15, 19, 200, 80, 2}, true, 132, kHopper, true},
+    {"whole, plain", {1, 12, 23, 64, 136, 1}, false, 1, kHopper, true},
+    {"NaN in x", {1, 6, 23, 40, 136, 1}, true, 1, kHopper, false, 0, 40 * 17 + 21},
+    {"NaN in x, plain, stride 2", {1, 6, 23, 40, 72, 2}, false, 132, kHopper, false, 0, 40 * 2 + 5},
+};
+
+// A buffer with numbers in it.
+template <typename T>
+struct Filled : emu::Buffer<T> {
+  Filled(int64_t count, double low, double high, bool whole) : emu::Buffer<T>(count) { fill(*this, low, high, whole); }
+};
+
+// What all passes of a case read. Where numbers are whole the standard deviation is 1, so that z is whole, too.
+template <typename T>
+struct Conv1x1Inputs {
+  const Conv1x1Case& c;
+  const Conv1x1Shape& s = c.shape;
+  Filled<T> x{s.n * s.h * s.w * s.c_in, -2, 2, c.whole}, weight{s.c_out * s.c_in, -1, 1, c.whole};
+  Filled<float> mean{s.c_in, -1, 1, c.whole}, var{s.c_in, 0.5, 2, false}, scale{s.c_in, -2, 2, c.whole},
+      bias{s.c_in, c.shift - 1, c.shift + 1, c.whole};
+
+  explicit Conv1x1Inputs(const Conv1x1Case& c) : c(c) {
+    begin_case("conv1x1 %s, %s", c.name, Type<T>::name);
+    ran::cuda::conv1x1::emulated_device = {80, c.processors, c.shared_bytes, c.shared_bytes + 1024};
+    for (int64_t i = 0; c.whole && i < s.c_in; ++i) var[i] = 1;
+    if (c.nan_at >= 0) x[c.nan_at] = make<T>(NAN);
+  }
+  ran::BatchNorm<float> norm() const {
+    if (!c.normalise) return {};
+    return {mean.data(), var.data(), scale.data(), bias.data(), eps()};
+  }
+  double eps() const { return c.whole ? 0.0 : 1e-5; }
+  float z(int64_t at) const {  // of x[at]
+    const int64_t i = at % s.c_in;
+    return ran::normalise(static_cast<float>(value(x[at])),
+                          ran::scale_shift(mean[i], var[i], scale[i], bias[i], static_cast<float>(eps())));
+  }
+  // Of x that an output row reads.
+  int64_t source_row(int64_t row) const {
+    const int64_t column = row % s.out_w(), y = row / s.out_w() % s.out_h(), image = row / (s.out_w() * s.out_h());
+    return (image * s.h + y * s.stride) * s.w + column * s.stride;
+  }
+  // relu(bn(x)) as the product sees it, (rows, c_in); x itself where nothing is normalised.
+  std::vector<double> activation() const {
+    std::vector<double> a(s.rows() * s.c_in);
+    for (size_t i = 0; i < a.size(); ++i) {
+      const int64_t at = source_row(i / s.c_in) * s.c_in + i % s.c_in;
+      a[i] = c.normalise ? value(make<T>(ran::relu(z(at)))) : value(x[at]);
+    }
+    return a;
   }
 };
 
 template <typename T>
-std::vector<double> to_double(const emu::Buffer<T>& buffer) {
+std::vector<double> values(const emu::Buffer<T>& buffer) {
   std::vector<double> out(buffer.size());
-  for (size_t i = 0; i < out.size(); ++i) out[i] = to_float(buffer[i]);
+  for (size_t i = 0; i < out.size(); ++i) out[i] = value(buffer[i]);
   return out;
 }
 
-template <typename T>
-struct Filled : emu::Buffer<T> {
-  Filled(int64_t count, Generator& numbers, float scale = 1.0f) : emu::Buffer<T>(count) {
-    for (int64_t i = 0; i < count; ++i) (*this)[i] = from_float<T>(numbers.next(scale));
-  }
-};
-
-// Per-channel vectors of a batch normalisation. For integers the standard deviation is 1, so that z is an integer.
-struct Norm {
-  emu::Buffer<float> mean, var, weight, bias;
-  double eps;
-
-  Norm(int channels, Generator& numbers, float shift)
-      : mean(channels), var(channels), weight(channels), bias(channels), eps(numbers.integers ? 0.0 : 1e-5) {
-    for (int c = 0; c < channels; ++c) {
-      mean[c] = numbers.next();
-      var[c] = numbers.integers ? 1.0f : 0.5f + numbers.engine() % 8 * 0.25f;
-      weight[c] = numbers.next();
-      bias[c] = numbers.next() + shift;
-    }
-  }
-  BatchNorm<float> view() const { return {mean.data(), var.data(), weight.data(), bias.data(), eps}; }
-  ScaleShift<float> at(int c) const {
-    return scale_shift(mean[c], var[c], weight[c], bias[c], static_cast<float>(eps));
-  }
-};
-
-// Row of x that an output row reads.
-inline int64_t source_row(const Conv1x1Shape& s, int64_t row) {
-  const int64_t x = row % s.out_w(), y = row / s.out_w() % s.out_h(), image = row / (s.out_w() * s.out_h());
-  return (image * s.h + y * s.stride) * s.w + x * s.stride;
-}
-
-// relu(bn(x)) as the product sees it, (rows, c_in); norm null: x itself.
-template <typename T>
-std::vector<double> activation(const Conv1x1Shape& s, const T* x, const Norm* norm) {
-  std::vector<double> a(s.rows() * s.c_in);
-  for (int64_t row = 0; row < s.rows(); ++row)
-    for (int64_t c = 0; c < s.c_in; ++c) {
-      const T value = x[source_row(s, row) * s.c_in + c];
-      const float z = norm ? relu(normalise(to_float(value), norm->at(static_cast<int>(c)))) : to_float(value);
-      a[row * s.c_in + c] = norm ? to_float(from_float<T>(z)) : z;
-    }
-  return a;
-}
-
-// A sum and the sum of its terms' magnitudes, which the error of a float sum is measured by.
+// A sum and that of its terms' magnitudes, which bounds what a sum in float may be off by.
 struct Sum {
   double value = 0, magnitude = 0;
   void add(double term) { value += term, magnitude += std::fabs(term); }
 };
 
-// sums[i][j] = sum over k of a[i][k] * b[k][j], any strides.
+// A matrix in any layout.
 struct View {
   const std::vector<double>& data;
   int64_t row_stride, column_stride;
   double at(int64_t i, int64_t j) const { return data[i * row_stride + j * column_stride]; }
 };
+
 inline std::vector<Sum> multiply(View a, View b, int64_t rows, int64_t depth, int64_t columns) {
   std::vector<Sum> sums(rows * columns);
   for (int64_t i = 0; i < rows; ++i)
@@ -101,41 +129,23 @@ inline std::vector<Sum> multiply(View a, View b, int64_t rows, int64_t depth, in
   return sums;
 }
 
-// Half a unit in the last place of a number of size 1.
 template <typename T>
-constexpr double roundoff() {
-  return std::is_same_v<T, float> ? 0x1p-24 : std::is_same_v<T, f16> ? 0x1p-11 : 0x1p-8;
+void expect_sums(const char* what, const emu::Buffer<T>& got, const std::vector<Sum>& want, bool exact) {
+  EXPECT(got.size() == want.size());
+  for (size_t i = 0; i < want.size(); ++i)
+    exact ? expect_equal(what, got, i, want[i].value)
+          : expect_close(what, got, i, want[i].value, want[i].magnitude, 24);
 }
 
-// `exact`: the bits of the correctly rounded sum are wanted; else an error within one rounding and that of a float sum.
-template <typename T>
-void expect(const std::string& what, const emu::Buffer<T>& got, const std::vector<Sum>& want, bool exact) {
-  for (size_t i = 0; i < want.size(); ++i) {
-    const double value = to_float(got[i]), reference = want[i].value;
-    if (std::isnan(value) && std::isnan(reference)) continue;
-    const double rounded = to_float(from_float<T>(static_cast<float>(reference)));
-    const double tolerance = std::fabs(reference) * roundoff<T>() * 1.01 + want[i].magnitude * 1e-6 + 0x1p-25;
-    const bool good = exact ? value == rounded : std::fabs(value - reference) <= tolerance;
-    if (good) continue;
-    ++failures;
-    std::printf("FAIL %s [%zu]: got %.9g, want %.9g (tolerance %.3g)\n", what.c_str(), i, value, reference,
-                exact ? 0.0 : tolerance);
-    return;
+// Calls check(inputs, number of the case) for every case and dtype.
+template <typename Check>
+void for_each_conv1x1(Check&& check) {
+  int number = 0;
+  for (const Conv1x1Case& c : kConv1x1Cases) {
+    check(Conv1x1Inputs<bf16>(c), number);
+    check(Conv1x1Inputs<f16>(c), number);
+    ++number;
   }
 }
 
-// Mean and variance of the columns of `values` (rows, columns) against what the kernel says.
-inline void expect_statistics(const std::string& what, const std::vector<double>& values, int64_t columns,
-                              const emu::Buffer<float>& mean, const emu::Buffer<float>& var) {
-  const int64_t rows = static_cast<int64_t>(values.size()) / columns;
-  std::vector<Sum> means(columns), vars(columns);
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) means[c].add(values[r * columns + c] / rows);
-    for (int64_t r = 0; r < rows; ++r) vars[c].add(std::pow(values[r * columns + c] - means[c].value, 2) / rows);
-    vars[c].magnitude += std::fabs(means[c].value) * std::sqrt(vars[c].value);
-  }
-  expect(what + " mean", mean, means, false);
-  expect(what + " var", var, vars, false);
-}
-
-}  // namespace conv1x1_test
+}  // namespace check

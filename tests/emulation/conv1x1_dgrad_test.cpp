@@ -1,0 +1,49 @@
+// conv1x1_dgrad against double.
+#include "../../csrc/cuda/conv1x1_dgrad_cuda.cu"
+#include "../../csrc/cuda/conv1x1_support_cuda.cu"
+#include "conv1x1_reference.h"
+
+size_t ran::cuda::conv1x1::wgrad_workspace(const Conv1x1Shape&) { return 0; }
+
+using namespace check;
+using emu::Buffer;
+
+template <typename T>
+void check_dgrad(const Conv1x1Inputs<T>& in) {
+  const Conv1x1Shape& s = in.s;
+  if (s.stride != 1) return;
+  const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
+  const Buffer<T> dz(in.x.size());
+  const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
+  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::dgrad, s));
+  const ran::cuda::Conv1x1Dgrad args{dz.data(),       sum_dz.data(), sum_dz_xhat.data(), dy.data(),
+                                     in.x.data(),     in.norm(),     in.weight.data(),   s,
+                                     workspace.data()};
+  run_schedules([&] { return ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr); }, dz, sum_dz, sum_dz_xhat);
+
+  auto want = multiply({values(dy), s.c_out, 1}, {values(in.weight), s.c_in, 1}, s.rows(), s.c_out, s.c_in);
+  std::vector<Sum> want_sum(s.c_in), want_xhat(s.c_in);
+  for (size_t i = 0; in.c.normalise && i < want.size(); ++i) {
+    const int64_t channel = i % s.c_in;
+    if (in.z(i) <= 0) want[i] = {};
+    const double xhat = (value(in.x[i]) - in.mean[channel]) / std::sqrt(in.var[channel] + in.eps());
+    want_sum[channel].add(value(dz[i]));
+    want_xhat[channel].add(value(dz[i]) * xhat);
+  }
+  expect_sums("dz", dz, want, in.c.whole);
+  if (!in.c.normalise) return;
+  expect_sums("sum_dz", sum_dz, want_sum, in.c.whole);
+  expect_sums("sum_dz_xhat", sum_dz_xhat, want_xhat, in.c.whole);
+}
+
+// Without pixels both sums are zero.
+void check_empty() {
+  const Conv1x1Case c{"no pixels", {0, 4, 4, 8, 16, 1}, true, 1, kHopper};
+  check_dgrad(Conv1x1Inputs<bf16>(c));
+}
+
+int main() {
+  for_each_conv1x1([](const auto& in, int) { check_dgrad(in); });
+  check_empty();
+  std::puts("conv1x1 dgrad: ok");
+}

@@ -1,0 +1,147 @@
+// conv1x1_forward and what conv1x1_supported says, against double.
+#include "../../csrc/cuda/conv1x1_forward_cuda.cu"
+#include "../../csrc/cuda/conv1x1_support_cuda.cu"
+#include "conv1x1_reference.h"
+
+// The other passes' part of the workspace function is not asked for here.
+size_t ran::cuda::conv1x1::wgrad_workspace(const Conv1x1Shape&) { return 0; }
+
+using namespace check;
+using emu::Buffer;
+
+struct Options {
+  bool bias, residual, statistics;
+  int gate_scale;  // 0: no gate
+};
+const Options kOptions[] = {{true, true, true, 0},
+                            {true, false, true, 2},
+                            {false, true, true, 1},
+                            {false, false, false, 0},
+                            {true, false, false, 1}};
+
+template <typename T>
+struct Outputs {
+  const Conv1x1Shape& s;
+  const Options& options;
+  int64_t gate_h = options.gate_scale == 2 ? s.out_h() * 2 - 1 : s.out_h();  // the last row is cropped
+  int64_t gate_w = options.gate_scale == 2 ? s.out_w() * 2 : s.out_w();
+  Buffer<T> y{size_t(s.rows() * s.c_out)}, gated{size_t(options.gate_scale ? s.n * gate_h * gate_w * s.c_out : 0)};
+  Buffer<float> mean{size_t(s.c_out)}, var{size_t(s.c_out)}, running_mean{size_t(s.c_out)},
+      running_var{size_t(s.c_out)};
+  Buffer<int64_t> batches{1};
+
+  ran::cuda::Conv1x1Statistics statistics() const {
+    if (!options.statistics) return {};
+    return {mean.data(), var.data(), {running_mean.data(), running_var.data(), batches.data(), -1.0f}};
+  }
+  void reset_running() const {
+    for (int64_t i = 0; i < s.c_out; ++i) running_mean[i] = 1, running_var[i] = 2;
+    batches[0] = 4;
+  }
+};
+
+template <typename T>
+void check_gate(const Outputs<T>& out, const Buffer<T>& trunk) {
+  const int64_t channels = out.s.c_out, scale = out.options.gate_scale;
+  for (size_t i = 0; i < out.gated.size(); ++i) {
+    const int64_t pixel = i / channels, column = pixel % out.gate_w / scale;
+    const int64_t row = pixel / out.gate_w % out.gate_h / scale, image = pixel / (out.gate_w * out.gate_h);
+    const double mask =
+        value(out.y[((image * out.s.out_h() + row) * out.s.out_w() + column) * channels + i % channels]);
+    const double want = (1 + 1 / (1 + std::exp(-mask))) * value(trunk[i]);
+    expect_close("gated", out.gated, i, want, want);
+  }
+}
+
+template <typename T>
+void check_statistics(const Outputs<T>& out) {
+  const std::vector<double> stored = values(out.options.gate_scale ? out.gated : out.y);
+  const int64_t channels = out.s.c_out, count = stored.size() / channels;
+  const double factor = 0.2;  // the fifth batch
+  for (int64_t c = 0; c < channels; ++c) {
+    Sum mean, var;
+    for (int64_t r = 0; r < count; ++r) mean.add(stored[r * channels + c] / count);
+    for (int64_t r = 0; r < count; ++r) var.add(std::pow(stored[r * channels + c] - mean.value, 2) / count);
+    const double unbiased = var.value * count / (count - 1), spread = std::sqrt(var.value) * mean.magnitude;
+    expect_close("mean", out.mean, c, mean.value, mean.magnitude);
+    expect_close("var", out.var, c, var.value, var.value + spread);
+    expect_close("running_mean", out.running_mean, c, 0.8 + factor * mean.value, 1 + mean.magnitude);
+    expect_close("running_var", out.running_var, c, 1.6 + factor * unbiased, 2 + unbiased + spread);
+  }
+  EXPECT(out.batches[0] == 5);
+}
+
+template <typename T>
+void check_forward(const Conv1x1Inputs<T>& in, int number) {
+  const Conv1x1Shape& s = in.s;
+  const Options& options = kOptions[number % std::size(kOptions)];
+  const Outputs<T> out{s, options};
+  const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(out.y.size(), -2, 2, in.c.whole);
+  const Filled<T> trunk(out.gated.size(), -2, 2, in.c.whole);
+  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::forward, s));
+  ran::cuda::Conv1x1Gate gate{};
+  if (options.gate_scale) gate = {out.gated.data(), trunk.data(), out.gate_h, out.gate_w, options.gate_scale};
+  const ran::cuda::Conv1x1Forward args{out.y.data(),
+                                       gate,
+                                       out.statistics(),
+                                       in.x.data(),
+                                       in.norm(),
+                                       in.weight.data(),
+                                       options.bias ? bias.data() : nullptr,
+                                       options.residual ? residual.data() : nullptr,
+                                       s,
+                                       workspace.data()};
+  run_schedules(
+      [&] {
+        out.reset_running();
+        return ran::cuda::conv1x1_forward(args, Type<T>::dtype, nullptr);
+      },
+      out.y, out.gated, out.mean, out.var);
+
+  auto want = multiply({in.activation(), s.c_in, 1}, {values(in.weight), 1, s.c_in}, s.rows(), s.c_in, s.c_out);
+  for (size_t i = 0; i < want.size(); ++i) {
+    if (options.bias) want[i].add(value(bias[i % s.c_out]));
+    if (options.residual) want[i].add(value(residual[i]));
+  }
+  expect_sums("y", out.y, want, in.c.whole);
+  if (options.gate_scale) check_gate(out, trunk);
+  if (options.statistics && s.rows() > 1) check_statistics(out);
+}
+
+// Values 300 standard deviations from zero: what a naive sum of squares would lose. The weight is the identity.
+void check_far_statistics() {
+  const Conv1x1Case c{"far from zero", {1, 37, 37, 8, 8, 1}, false, 1, kHopper};
+  const Conv1x1Inputs<f16> in(c);
+  for (int i = 0; i < 64; ++i) in.weight[i] = make<f16>(i / 8 == i % 8);
+  for (size_t i = 0; i < in.x.size(); ++i) in.x[i] = make<f16>(600 + value(in.x[i]) * 3);
+  check_forward(in, 0);
+}
+
+void expect_refusal(Conv1x1Pass pass, const Conv1x1Shape& shape, ran::DType dtype, const char* part) {
+  std::string why;
+  if (conv1x1_supported(pass, shape, dtype, &why) || why.find(part) == std::string::npos)
+    mismatch("refusal is \"%s\", without \"%s\"", why.c_str(), part);
+}
+
+void check_refusals() {
+  using ran::DType;
+  begin_case("conv1x1 refusals");
+  const auto forward = Conv1x1Pass::forward, dgrad = Conv1x1Pass::dgrad, wgrad = Conv1x1Pass::wgrad;
+  expect_refusal(forward, {1, 4, 4, 12, 8, 1}, DType::f16, "multiples of 8; got x [1, 12, 4, 4], weight [8, 12, 1, 1]");
+  expect_refusal(forward, {1, 4, 4, 8, 8, 3}, DType::f16, "the stride must be 1 or 2");
+  expect_refusal(dgrad, {1, 4, 4, 8, 8, 2}, DType::f16, "stride 1 only");
+  expect_refusal(wgrad, {1, 4, 4, 8, 8, 1}, DType::f32, "bfloat16 or float16");
+  expect_refusal(wgrad, {1 << 20, 1 << 6, 1 << 6, 8, 8, 1}, DType::f16, "2^30 output pixels");
+  expect_refusal(forward, {1, 4, 4, 65536, 8, 1}, DType::bf16, "shared memory");
+  std::string why = "unset";
+  EXPECT(conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
+  ran::cuda::conv1x1::emulated_device.capability = 75;
+  expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
+}
+
+int main() {
+  for_each_conv1x1([](const auto& in, int number) { check_forward(in, number); });
+  check_far_statistics();
+  check_refusals();
+  std::puts("conv1x1 forward: ok");
+}
