@@ -34,10 +34,9 @@ class Ranks:
         if self.world_size == 1:
             return model
         on_cuda = self.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(
+        return _DataParallel(
             model,
             device_ids=[self.device.index] if on_cuda else None,
-            broadcast_buffers=False,  # synchronised statistics are equal everywhere already
             gradient_as_bucket_view=True,
         )
 
@@ -62,6 +61,11 @@ class Ranks:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+class _DataParallel(nn.parallel.DistributedDataParallel):
+    def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
+        """Torch refuses ``SyncBatchNorm`` on the CPU here, where its own does not run; through the fused op it does."""
 
 
 @contextmanager
