@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
-from .ops.sync import sync_bn_relu_conv2d
+from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
 
 
 class AttentionGate(nn.Module):
@@ -146,9 +146,9 @@ class ResidualUnit(nn.Module):
 class SoftMaskBranch(nn.Module):
     """The mask's bottom-up, top-down branch; returns logits at **half** the resolution of its input.
 
-    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's output
-    of that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask at
-    low resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
+    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's
+    output of that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask
+    at low resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
     rounds up and up-sampling is cropped to the level it meets, so every size works.
     """
 
@@ -225,8 +225,8 @@ class AttentionModule(nn.Module):
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """``module`` with every batch normalisation synchronised over the processes, fusions kept.
 
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` does the same for all but :class:`BNReLU`, whose ReLU it would drop. Keys
-    of the state_dict stay as they are.
+    ``nn.SyncBatchNorm.convert_sync_batchnorm`` does the same for all but :class:`BNReLU`, whose ReLU it would drop.
+    Keys of the state_dict stay as they are.
 
     Args:
         module: converted in place; what is returned replaces it where ``module`` itself is a batch normalisation.

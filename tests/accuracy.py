@@ -1,0 +1,30 @@
+"""How close is close enough: one rule and one table for every op, dtype and device.
+
+The rule: measured against float64, an op's error is at most twice that of PyTorch's own result in the same dtype. Where
+PyTorch happens to be exact, the floor is a few roundings of the dtype.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+#: Relative error (2-norm) that is always allowed.
+FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    """Relative error in the 2-norm; NaN and infinities must stand in the same places."""
+    value, exact = value.detach().double(), exact.detach().double()
+    torch.testing.assert_close(value.isnan(), exact.isnan())
+    good = exact.isfinite()
+    norm = exact[good].norm().item()
+    return (value[good] - exact[good]).norm().item() / norm if norm else (value[good].norm().item())
+
+
+def assert_accurate(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """``value`` is at most twice as far from ``exact`` as ``eager`` is, or within the floor."""
+    assert value.dtype == eager.dtype, f"{name}: dtype {value.dtype}, PyTorch's is {eager.dtype}"
+    ours, theirs = error(value, exact), error(eager, exact)
+    assert ours <= max(2 * theirs, FLOOR[value.dtype]), f"{name}: error {ours:.3g}, PyTorch's own is {theirs:.3g}"

@@ -1,0 +1,28 @@
+"""Fixtures for every test: a seed, few threads, and a skip that says why where there is no GPU or no compiled module."""
+
+import pytest
+import torch
+
+from ran_ext import _backend
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def native() -> None:
+    if _backend._C is None:
+        pytest.skip(f"the native backend is missing: {_backend.why_missing}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA GPU here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,176 @@
+"""The attention gate against plain PyTorch: values, gradients, layouts, derivatives of derivatives, compile, errors."""
+
+import pytest
+import torch
+from accuracy import DTYPES, LAYOUTS, assert_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ran_ext import _backend, ops, set_backend
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def make(shape: tuple[int, ...], scale: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    n, c, h, w = shape
+    mask = torch.randn(n, c, -(-h // scale), -(-w // scale), dtype=torch.float64) * spread
+    return torch.randn(shape, dtype=torch.float64), mask, torch.randn(shape, dtype=torch.float64)
+
+
+def run(fn, trunk: Tensor, mask: Tensor, dout: Tensor, scale: int) -> list[Tensor]:
+    trunk, mask = (t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in (trunk, mask))
+    out = fn(trunk, mask, scale)
+    out.backward(dout)
+    return [out.detach(), trunk.grad, mask.grad]
+
+
+def check(shape: tuple[int, ...], scale: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    exact_in = [t.to(dtype).double() for t in make(shape, scale)]
+    cast = [t.to(dtype).contiguous(memory_format=layout) for t in exact_in]
+    exact = run(ops.attention_gate_ref, *exact_in, scale)
+    eager = run(ops.attention_gate_ref, *cast, scale)
+    ours = run(ops.attention_gate, *cast, scale)
+    for name, a, b, c in zip(("out", "dtrunk", "dmask"), ours, eager, exact, strict=True):
+        assert_accurate(name, a, b, c)
+    assert ours[0].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 1, 1), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
+def test_values_and_gradients(shape, scale, dtype, layout):
+    check(shape, scale, dtype, LAYOUTS[layout])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)),
+    scale=st.integers(1, 4),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS.values())),
+)
+def test_any_shape(shape, scale, dtype, layout):
+    check(shape, scale, dtype, layout)
+
+
+def test_sliced_expanded_and_transposed_inputs():
+    base = torch.randn(4, 12, 9, 10)
+    for trunk in (
+        base[:, 2:7],
+        base[..., ::2],
+        base[1:3, :, 1:, 3:],
+        base.permute(0, 3, 1, 2),
+        base[:, :1].expand(-1, 6, -1, -1),
+    ):
+        mask = torch.randn(trunk.shape[::-1]).permute(3, 2, 1, 0)
+        torch.testing.assert_close(ops.attention_gate(trunk, mask), ops.attention_gate_ref(trunk, mask))
+        low = torch.randn(*trunk.shape[:2], -(-trunk.shape[2] // 2), -(-trunk.shape[3] // 2))
+        torch.testing.assert_close(ops.attention_gate(trunk, low, 2), ops.attention_gate_ref(trunk, low, 2))
+
+
+def test_gradient_that_is_not_contiguous():
+    trunk, mask = (torch.randn(2, 8, 6, 6, requires_grad=True) for _ in range(2))
+    out = ops.attention_gate(trunk, mask)
+    (grad,) = torch.autograd.grad(out.transpose(1, 3).sum(), trunk, retain_graph=True)
+    expanded = torch.autograd.grad(out, mask, torch.ones(()).expand_as(out))[0]
+    torch.testing.assert_close(grad, 1 + mask.sigmoid())
+    torch.testing.assert_close(expanded, trunk * mask.sigmoid() * (1 - mask.sigmoid()))
+
+
+def test_empty():
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)):
+        trunk, mask = (torch.zeros(shape, requires_grad=True) for _ in range(2))
+        ops.attention_gate(trunk, mask).sum().backward()
+        assert trunk.grad.shape == mask.grad.shape == shape
+
+
+def test_infinities_and_nan_as_in_pytorch():
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 100.0, 88.8, -88.8, 1e-30])
+    trunk, mask = (t.reshape(-1) for t in torch.meshgrid(values, values, indexing="ij"))
+    torch.testing.assert_close(ops.attention_gate(trunk, mask), ops.attention_gate_ref(trunk, mask), equal_nan=True)
+
+
+def test_gradcheck_and_second_derivatives():
+    for scale in (1, 2):
+        trunk, mask, _ = make((2, 3, 3, 4), scale)
+        inputs = (trunk.requires_grad_(), mask.requires_grad_())
+        assert torch.autograd.gradcheck(lambda t, m, s=scale: ops.attention_gate(t, m, s), inputs)
+        assert torch.autograd.gradgradcheck(lambda t, m, s=scale: ops.attention_gate(t, m, s), inputs)
+
+
+def test_function_transforms_and_forward_mode():
+    trunk, mask, _ = make((2, 3, 4, 4), 1)
+    grad = torch.func.grad(lambda t: ops.attention_gate(t, mask).sum())(trunk)
+    torch.testing.assert_close(grad, 1 + mask.sigmoid())
+    mapped = torch.func.vmap(lambda t, m: ops.attention_gate(t, m))(trunk, mask)
+    torch.testing.assert_close(mapped, ops.attention_gate_ref(trunk, mask))
+    _, tangent = torch.func.jvp(lambda t: ops.attention_gate(t, mask), (trunk,), (torch.ones_like(trunk),))
+    torch.testing.assert_close(tangent, 1 + mask.sigmoid())
+
+
+def test_opcheck():
+    for scale, layout in ((1, torch.contiguous_format), (2, torch.contiguous_format), (2, torch.channels_last)):
+        trunk, mask, dout = (t.float().contiguous(memory_format=layout) for t in make((2, 8, 5, 6), scale))
+        torch.library.opcheck(torch.ops.ran_ext.attention_gate, (trunk.requires_grad_(), mask.requires_grad_(), scale))
+        torch.library.opcheck(torch.ops.ran_ext.attention_gate_backward, (dout, trunk.detach(), mask.detach(), scale))
+
+
+def test_compiles_to_one_graph():
+    trunk, mask, _ = (t.float() for t in make((2, 8, 6, 6), 2))
+    compiled = torch.compile(lambda t, m: ops.attention_gate(t, m, 2) * 2, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(trunk, mask), ops.attention_gate_ref(trunk, mask, 2) * 2)
+
+
+def test_autocast_takes_two_dtypes():
+    trunk, mask = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.attention_gate(trunk, mask).dtype == torch.float32
+
+
+def test_bit_for_bit_from_run_to_run():
+    trunk, mask, dout = (t.float() for t in make((4, 32, 16, 16), 2))
+    first = run(ops.attention_gate, trunk, mask, dout, 2)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(ops.attention_gate, trunk, mask, dout, 2), strict=True))
+
+
+def test_keeps_trunk_and_mask_only():
+    kept: list[Tensor] = []
+    trunk, mask = (torch.randn(2, 4, 8, 8, requires_grad=True) for _ in range(2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.attention_gate(trunk, mask)
+    assert {t.data_ptr() for t in kept} == {trunk.data_ptr(), mask.data_ptr()}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(
+    ("trunk", "mask", "scale", "kind", "text"),
+    [
+        (torch.zeros(2, 3), torch.zeros(1, 3), 1, ValueError, r"same shape, got trunk \[2, 3\] and mask \[1, 3\]"),
+        (torch.zeros(2), torch.zeros(2).half(), 1, TypeError, "same floating-point dtype, got trunk torch.float32"),
+        (torch.zeros(2).int(), torch.zeros(2).int(), 1, TypeError, "floating-point"),
+        (torch.zeros(2, 3), torch.zeros(2, 3), 2, ValueError, r"must be \(N, C, H, W\)"),
+        (torch.zeros(1, 2, 5, 5), torch.zeros(1, 2, 2, 2), 2, ValueError, r"mask must be \[1, 2, 3, 3\]"),
+        (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), 0, ValueError, "whole number >= 1, got 0"),
+        (torch.zeros(2), torch.zeros(2, device="meta"), 1, ValueError, "same device"),
+    ],
+)
+def test_errors_name_the_argument_and_the_rule(trunk, mask, scale, kind, text, backend):
+    with set_backend(backend), pytest.raises(kind, match=f"attention_gate: .*{text}"):
+        ops.attention_gate(trunk, mask, scale)
+
+
+def test_compiled_op_checks_for_itself():
+    with pytest.raises(ValueError, match="same shape"):
+        torch.ops.ran_ext.attention_gate(torch.zeros(2, 3), torch.zeros(1, 3), 1)
+    assert _backend._C is not None
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    trunk = torch.ones(1, 1, 2**16, 2**15 + 1, dtype=torch.bfloat16)  # 4 GiB
+    out = ops.attention_gate(trunk, torch.zeros(1, 1, 2**13, 2**12 + 1, dtype=torch.bfloat16), 8)
+    assert out[0, 0, -1, -1] == 1.5
+    assert out[0, 0, -1].float().mean() == 1.5

@@ -1,0 +1,77 @@
+"""The folded network gives what the trained one gives, in every dtype, on both backends, and after moving and saving."""
+
+import copy
+
+import pytest
+import torch
+
+from ran_ext import models, set_backend
+from ran_ext.inference import fold_for_inference
+from ran_ext.nn import AttentionModule, BNReLUConv2d
+
+
+def trained(name: str, **options) -> torch.nn.Module:
+    model = models.create_model(name, width=0.25, **options)
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if "running_var" in key or key.endswith("bn.weight"):
+                value.uniform_(0.5, 1.5)
+            elif "running_mean" in key or key.endswith("bn.bias"):
+                value.normal_(0, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("conv_bias", [True, False])
+@pytest.mark.parametrize("name", models.list_models())
+def test_equals_the_trained_network(name, conv_bias, backend):
+    model, x = trained(name, conv_bias=conv_bias).double(), torch.randn(3, 3, 20, 27, dtype=torch.float64)
+    with set_backend(backend), torch.no_grad():
+        torch.testing.assert_close(fold_for_inference(model, torch.float64)(x), model(x))
+        single = fold_for_inference(model)(x)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), model(x), rtol=1e-4, atol=1e-4 * model(x).abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_is_as_close_as_autocast(dtype):
+    model, x = trained("ran_compact"), torch.randn(8, 3, 32, 32)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.autocast("cpu", dtype):
+            cast = model(x).double()
+        folded = fold_for_inference(model, dtype)(x).double()
+    assert (folded - exact).norm() <= 2 * (cast - exact).norm()
+
+
+def test_leaves_the_trained_model_alone_and_can_be_copied_and_saved(tmp_path):
+    model, x = trained("ran_compact"), torch.randn(2, 3, 32, 32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    folded = fold_for_inference(model)
+    with torch.no_grad():
+        expected = folded(x)
+        torch.testing.assert_close(copy.deepcopy(folded)(x), expected)
+    torch.save(folded.state_dict(), tmp_path / "folded.pt")
+    again = fold_for_inference(trained("ran_compact"))
+    again.load_state_dict(torch.load(tmp_path / "folded.pt", weights_only=True))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), expected)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad for p in folded.parameters())
+
+
+def test_new_weights_after_the_first_call_are_seen():
+    folded, x = fold_for_inference(trained("ran_base")), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first = folded(x)
+        folded.load_state_dict(fold_for_inference(trained("ran_base")).state_dict())
+        assert not torch.equal(first, folded(x))
+
+
+def test_parts_fold_too_and_unfused_modules_stay():
+    module, x = AttentionModule(16, 2).eval(), torch.randn(2, 16, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_for_inference(module)(x), module(x), rtol=1e-4, atol=1e-4)
+    assert isinstance(fold_for_inference(BNReLUConv2d(4, 4, 1)), BNReLUConv2d)
+    with pytest.raises(TypeError, match="dtype must be a floating-point type, got torch.int8"):
+        fold_for_inference(module, torch.int8)

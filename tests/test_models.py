@@ -1,0 +1,119 @@
+"""The networks: parameter counts of the report, sizes, checkpoints across backends, equality with the plain reference."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import ran_ext
+from ran_ext import models, set_backend
+from ran_ext.nn import AttentionModule
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from reference import networks as reference  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("name", "with_bias", "without"),
+    [
+        ("ran_compact", 6_810_570, 6_796_650),
+        ("ran_base", 6_808_458, 6_794_538),
+        ("ran_paper", 11_460_618, 11_441_194),
+    ],
+)
+def test_parameters_are_the_reports(name, with_bias, without):
+    for conv_bias, expected in ((True, with_bias), (False, without)):
+        model = models.create_model(name, conv_bias=conv_bias)
+        assert sum(p.numel() for p in model.parameters()) == expected
+
+
+def twins(name: str):
+    ours = models.create_model(name, dropout=0.0)
+    plain = getattr(reference, name)(**({"dropout": 0.0} if name == "ran_compact" else {}))
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+@pytest.mark.parametrize("name", models.list_models())
+def test_equals_the_reference_forward_and_backward(name):
+    ours, plain = (m.double().to(memory_format=torch.channels_last) for m in twins(name))
+    x, y = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 3, 9, 5])
+    for m in (ours, plain):
+        F.cross_entropy(m(x), y).backward()
+    torch.testing.assert_close(ours(x), plain(x))
+    for (key, p), (other, q) in zip(ours.named_parameters(), plain.named_parameters(), strict=True):
+        assert key == other
+        torch.testing.assert_close(p.grad, q.grad, msg=key)
+    for p, q in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_ten_training_steps_equal_the_references():
+    ours, plain = (m.double() for m in twins("ran_compact"))
+    x, y = torch.randn(10, 8, 3, 32, 32, dtype=torch.float64), torch.randint(0, 10, (10, 8))
+    losses = []
+    for m in (ours, plain):
+        optimizer = torch.optim.SGD(m.parameters(), 0.01, momentum=0.9, nesterov=True)
+        losses.append([])
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(m(x[step]), y[step])
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(set(losses[0])) == 10
+
+
+@pytest.mark.usefixtures("native")
+def test_a_checkpoint_gives_the_same_output_on_both_backends(tmp_path):
+    model = models.ran_compact(width=0.25)
+    for p in model.buffers():
+        if p.is_floating_point():
+            p.uniform_(0.5, 1.5)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    loaded = models.ran_compact(width=0.25).eval()
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    x = torch.randn(2, 3, 32, 32)
+    with set_backend("native"):
+        native = loaded(x)
+    with set_backend("reference"):
+        torch.testing.assert_close(loaded(x), native, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 13), (32, 32), (33, 47), (224, 100)])
+def test_any_image_size(size):
+    model = models.ran_paper(width=0.125)
+    out = model(torch.randn(2, 3, *size))
+    out.sum().backward()
+    assert out.shape == (2, 10)
+
+
+def test_options():
+    model = models.create_model("ran_base", num_classes=7, in_channels=1, dropout=0.2, conv_bias=False, width=0.25)
+    assert model(torch.randn(3, 1, 16, 16)).shape == (3, 7)
+    assert not any(name.endswith("conv.bias") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: models.create_model("resnet"), "no model named 'resnet'; there are ran_base, ran_compact, ran_paper"),
+        (lambda: models.ran_compact(width=0.125)(torch.zeros(1, 3, 5, 9)), "at least 6, got"),
+        (lambda: models.ran_compact(width=0), "must be positive"),
+        (lambda: AttentionModule(8, 3)(torch.zeros(2, 8, 4, 9)), "depth 3 needs an input of at least 5x5"),
+        (lambda: AttentionModule(8, 0), "depth must be at least 1"),
+    ],
+)
+def test_errors(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_attention_module_counts_follow_p_t_r():
+    base = sum(p.numel() for p in AttentionModule(8, 2).parameters())
+    unit = sum(p.numel() for p in ran_ext.nn.ResidualUnit(8, 8, 8).parameters())
+    assert sum(p.numel() for p in AttentionModule(8, 2, p=2, t=3, r=2).parameters()) == base + (2 + 1 + 4) * unit
+    assert sum(p.numel() for p in AttentionModule(8, 3, skip=True).parameters()) == base + (2 + 2) * unit
