@@ -107,14 +107,17 @@ int main() {
                                                                {67, 2, 2, 32},
                                                                {300, 8, 1, 128},
                                                                {1100, 1, 4, 16},
-                                                               {5, 4, 8, 32},
+                                                               {5, 2, 8, 32},
                                                                {9, 4, 2, 64}};
       for (const auto& [rows, vectors, group, slab_bytes] : shapes) {
         const ran::ChannelView view{rows, vectors * vector, 1};
         const ResidentPlan plan{group, slab_bytes, clusters};
-        for (const Inputs inputs : kAllInputs) check_resident_forward<T>(view, plan, inputs);
-        for (const Inputs inputs : {Inputs::random, Inputs::whole, Inputs::nan})
-          check_resident_backward<T>(view, plan, inputs, inputs != Inputs::nan);
+        check_resident_forward<T>(view, plan, Inputs::random);
+        check_resident_backward<T>(view, plan, Inputs::random, group % 4 == 0);
+        if (rows != 67) continue;
+        for (const Inputs inputs : {Inputs::whole, Inputs::far, Inputs::constant, Inputs::nan})
+          check_resident_forward<T>(view, plan, inputs);
+        for (const Inputs inputs : {Inputs::whole, Inputs::nan}) check_resident_backward<T>(view, plan, inputs, true);
       }
     }
   });

@@ -39,6 +39,7 @@ struct Barrier {
 };
 
 struct Block;
+struct Fiber;
 struct Gang;
 struct Region;
 
@@ -60,8 +61,7 @@ struct Thread {
   std::vector<Copy> copies;
   int copy_group = 0;
   jmp_buf context;
-  bool started = false;
-  int stack = -1;
+  Fiber* fiber = nullptr;
 
   bool runnable() const { return !done && (!waits_for || waits_for->generation != generation); }
 };
@@ -122,51 +122,66 @@ inline dim3 blockDim, gridDim;
 namespace emu {
 
 inline constexpr size_t kStack = 128 << 10;
-inline std::vector<void*> stacks;
-inline std::vector<int> free_stacks;
+
+// A stack with a fiber on it, which runs one thread after the other: ucontext makes it, once, and _setjmp/_longjmp
+// switch, which needs no system call.
+struct Fiber {
+  void* memory;
+  jmp_buf between_threads;
+  bool made = false;
+};
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline std::vector<Fiber*> idle_fibers;
 inline jmp_buf scheduler_context;
 inline std::function<void()> body;
 
-inline void fiber_main() {
-  body();
-  if (!self->copies.empty()) fail("the thread ends with a cp.async that was never waited for");
-  self->done = true;
-  --self->block->live;
-  _longjmp(scheduler_context, 1);
+inline void run_threads() {
+  for (;;) {
+    body();
+    if (!self->copies.empty()) fail("the thread ends with a cp.async that was never waited for");
+    self->done = true;
+    --self->block->live;
+    if (_setjmp(self->fiber->between_threads) == 0) _longjmp(scheduler_context, 1);
+  }
 }
 
-inline int take_stack() {
-  if (free_stacks.empty()) {
+inline Fiber* take_fiber() {
+  if (idle_fibers.empty()) {
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) fail("no memory for another thread's stack");
     mprotect(memory, 4096, PROT_NONE);  // overflow
-    stacks.push_back(memory);
-    free_stacks.push_back(static_cast<int>(stacks.size()) - 1);
+    fibers.push_back(std::make_unique<Fiber>());
+    fibers.back()->memory = memory;
+    idle_fibers.push_back(fibers.back().get());
   }
-  const int stack = free_stacks.back();
-  free_stacks.pop_back();
-  return stack;
+  Fiber* fiber = idle_fibers.back();
+  idle_fibers.pop_back();
+  return fiber;
 }
 
-// ucontext makes the fiber; _setjmp/_longjmp switch, which needs no system call.
+inline void start(Fiber& fiber) {
+  if (fiber.made) _longjmp(fiber.between_threads, 1);
+  fiber.made = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.memory;
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, run_threads, 0);
+  setcontext(&context);
+}
+
 __attribute__((noinline)) inline void resume(Thread& thread) {
   self = &thread;
   threadIdx = thread.index;
   blockIdx = thread.block->index;
   thread.waits_for = nullptr;
   if (_setjmp(scheduler_context) == 0) {
-    if (thread.started) _longjmp(thread.context, 1);
-    thread.started = true;
-    thread.stack = take_stack();
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks[thread.stack];
-    context.uc_stack.ss_size = kStack;
-    context.uc_link = nullptr;
-    makecontext(&context, fiber_main, 0);
-    setcontext(&context);
+    if (thread.fiber) _longjmp(thread.context, 1);
+    thread.fiber = take_fiber();
+    start(*thread.fiber);
   }
-  if (thread.done) free_stacks.push_back(thread.stack);
+  if (thread.done) idle_fibers.push_back(thread.fiber);
   self = nullptr;
 }
 
