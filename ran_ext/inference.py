@@ -104,6 +104,8 @@ class FoldedResidualUnit(nn.Module):
         super().__init__()
         self.bn = BNReLU(unit.conv1.bn.num_features, unit.conv1.bn.eps)
         self.bn.load_state_dict(unit.conv1.bn.state_dict())
+        if dtype == torch.float64:
+            self.bn.double()
         self.bn.eval()
         self.conv1 = _folded(unit.conv1.conv, unit.conv2.bn, dtype)
         self.conv2 = _folded(unit.conv2.conv, unit.conv3.bn, dtype)
@@ -122,7 +124,11 @@ class FoldedNetwork(nn.Module):
         super().__init__()
         self.conv1 = _folded(network.conv1, network.bn1, dtype)
         self.stages = nn.Sequential(network.stage1, network.stage2, network.stage3)
-        self.bn2, self.fc = network.bn2, network.fc.float() if dtype != torch.float64 else network.fc.double()
+        # Normalisation and the dense layer stay wide; they are small.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.bn2, self.fc = network.bn2, network.fc.to(wide)
+        if self.bn2 is not None:
+            self.bn2.to(wide)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""

@@ -146,10 +146,10 @@ class ResidualUnit(nn.Module):
 class SoftMaskBranch(nn.Module):
     """The mask's bottom-up, top-down branch; returns logits at **half** the resolution of its input.
 
-    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's
-    output of that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask
-    at low resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels. Pooling
-    rounds up and up-sampling is cropped to the level it meets, so every size works.
+    ``depth`` times (2x2 max-pool, ``r`` units), ``depth`` times (``r`` units, nearest x2, plus the skip unit's output
+    of that level), two 1x1 convolutions. The last up-sampling is left to :class:`AttentionGate`, which reads the mask
+    at low resolution: a 1x1 convolution commutes with nearest up-sampling, so both run on a quarter of the pixels.
+    Pooling rounds up and up-sampling is cropped to the level it meets, so every size works.
     """
 
     def __init__(self, channels: int, depth: int, r: int = 1, skip: bool = False, bias: bool = True):
@@ -232,8 +232,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         module: converted in place; what is returned replaces it where ``module`` itself is a batch normalisation.
         process_group: None for all processes.
 
-    >>> convert_sync_batchnorm(BNReLU(8))
-    SyncBNReLU(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> type(convert_sync_batchnorm(BNReLU(8))).__name__
+    'SyncBNReLU'
     """
     if isinstance(module, BNReLU):
         converted = SyncBNReLU(

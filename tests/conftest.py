@@ -1,4 +1,4 @@
-"""Fixtures for every test: a seed, few threads, and a skip that says why where there is no GPU or no compiled module."""
+"""For every test: a seed, few threads, and a skip that says why where there is no GPU or no compiled module."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""conv2d(relu(batch_norm(x))) + residual against plain PyTorch: every path (matrix product, ATen), dtype, layout and use."""
+"""Pre-activation convolution against plain PyTorch: every path (matrix product, ATen), dtype, layout and use."""
 
 import pytest
 import torch

@@ -20,5 +20,5 @@ MODULES = [
 def test_examples(name):
     torch.manual_seed(0)
     module = importlib.import_module(name)
-    failed, _ = doctest.testmod(module, globs=vars(module).copy(), optionflags=doctest.ELLIPSIS)
+    failed, _ = doctest.testmod(module, globs={**vars(module), "torch": torch}, optionflags=doctest.ELLIPSIS)
     assert failed == 0

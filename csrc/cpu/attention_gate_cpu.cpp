@@ -59,17 +59,63 @@ inline void forward_row(T* out, const T* trunk, const T* mask, int64_t size) {
   });
 }
 
-// Rows of one pixel (channels_last) or one image row (NCHW), for which `mask_row` gives the mask's values.
+// Runs body(mask pixel, its trunk pixels' offsets, how many) for the channels_last mask's pixels: each gates a scale x
+// scale square of the trunk, cut at the border.
+template <typename Body>
+void for_mask_pixels(GateShape g, Body&& body) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, g.w * g.c * g.scale));
+  parallel_for(0, g.n * g.mask_h(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> square(size_t(g.scale * g.scale));
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t mx = 0; mx < g.mask_w(); ++mx) {
+        const int64_t image = row / g.mask_h(), top = row % g.mask_h() * g.scale, left = mx * g.scale;
+        int count = 0;
+        for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y)
+          for (int64_t x = left; x < std::min(left + g.scale, g.w); ++x)
+            square[count++] = ((image * g.h + y) * g.w + x) * g.c;
+        body((row * g.mask_w() + mx) * g.c, square.data(), count);
+      }
+  });
+}
+
+template <typename T, typename A = Acc<T>>
+void forward_scaled_last(T* out, const T* trunk, const T* mask, GateShape g) {
+  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
+    for_lanes<A>(g.c, [&](int64_t c, int n) {
+      const Vec<A> s = Sigmoid<Vec<A>>(load(mask + at + c, n)).s;
+      for (int i = 0; i < count; ++i) {
+        const Vec<A> t = load(trunk + square[i] + c, n);
+        store(out + square[i] + c, fma(s, t, t), n);
+      }
+    });
+  });
+}
+
+template <typename T, typename A = Acc<T>>
+void backward_scaled_last(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
+  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
+    for_lanes<A>(g.c, [&](int64_t c, int n) {
+      const Sigmoid<Vec<A>> gate(load(mask + at + c, n));
+      Vec<A> total{};
+      for (int i = 0; i < count; ++i) {
+        const Vec<A> d = load(dout + square[i] + c, n);
+        store(dtrunk + square[i] + c, fma(gate.s, d, d), n);
+        total = fma(d, load(trunk + square[i] + c, n), total);
+      }
+      store(dmask + at + c, total * gate.s * gate.complement, n);
+    });
+  });
+}
+
+// NCHW: one image row at a time, the mask's row stretched to its width first.
 template <typename T>
-void forward_scaled(T* out, const T* trunk, const T* mask, GateShape g) {
-  const int64_t images = g.channels_last ? g.n : g.n * g.c, width = g.channels_last ? g.c : 1;
-  parallel_for(0, images * g.h, std::max<int64_t>(1, kGrain / (g.w * width)), [&](int64_t begin, int64_t end) {
-    std::vector<T> wide(size_t(g.w * width));
+void forward_scaled_rows(T* out, const T* trunk, const T* mask, GateShape g) {
+  parallel_for(0, g.n * g.c * g.h, std::max<int64_t>(1, kGrain / g.w), [&](int64_t begin, int64_t end) {
+    std::vector<T> wide(static_cast<size_t>(g.w));
     for (int64_t row = begin; row < end; ++row) {
-      const int64_t image = row / g.h, y = row % g.h;
-      const T* const source = mask + (image * g.mask_h() + y / g.scale) * g.mask_w() * width;
-      for (int64_t x = 0; x < g.w; ++x) std::copy_n(source + x / g.scale * width, width, wide.data() + x * width);
-      forward_row(out + row * g.w * width, trunk + row * g.w * width, wide.data(), g.w * width);
+      const T* const source = mask + (row / g.h * g.mask_h() + row % g.h / g.scale) * g.mask_w();
+      for (int64_t x = 0; x < g.w; ++x) wide[x] = source[x / g.scale];
+      forward_row(out + row * g.w, trunk + row * g.w, wide.data(), g.w);
     }
   });
 }
@@ -87,40 +133,35 @@ void backward_flat(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* 
   });
 }
 
-// One row of the mask: every image row that it is read by adds its dout * trunk, then the gate's slope is applied once.
+// One row of the NCHW mask: every image row that it gates adds its dout * trunk, then the gate's slope is applied once.
 template <typename T, typename A = Acc<T>>
-void backward_scaled(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
-  const int64_t images = g.channels_last ? g.n : g.n * g.c, width = g.channels_last ? g.c : 1;
-  const int64_t row_size = g.w * width, mask_size = g.mask_w() * width;
-  parallel_for(0, images * g.mask_h(), std::max<int64_t>(1, kGrain / (row_size * g.scale)),
-               [&](int64_t begin, int64_t end) {
-                 std::vector<A> s(size_t(mask_size), A(0)), slope(s), sums(s), wide(static_cast<size_t>(row_size)),
-                     product(wide);
-                 for (int64_t row = begin; row < end; ++row) {
-                   const int64_t image = row / g.mask_h(), top = row % g.mask_h() * g.scale;
-                   for_lanes<A>(mask_size, [&](int64_t i, int n) {
-                     const Sigmoid<Vec<A>> gate(load(mask + row * mask_size + i, n));
-                     store(s.data() + i, gate.s, n);
-                     store(slope.data() + i, gate.s * gate.complement, n);
-                   });
-                   std::fill(sums.begin(), sums.end(), A(0));
-                   for (int64_t x = 0; x < g.w; ++x)
-                     std::copy_n(s.data() + x / g.scale * width, width, wide.data() + x * width);
-                   for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y) {
-                     const int64_t at = (image * g.h + y) * row_size;
-                     for_lanes<A>(row_size, [&](int64_t i, int n) {
-                       const Vec<A> d = load(dout + at + i, n);
-                       store(dtrunk + at + i, fma(load(wide.data() + i, n), d, d), n);
-                       store(product.data() + i, d * load(trunk + at + i, n), n);
-                     });
-                     for (int64_t x = 0; x < g.w; ++x)
-                       for (int64_t c = 0; c < width; ++c) sums[x / g.scale * width + c] += product[x * width + c];
-                   }
-                   for_lanes<A>(mask_size, [&](int64_t i, int n) {
-                     store(dmask + row * mask_size + i, load(sums.data() + i, n) * load(slope.data() + i, n), n);
-                   });
-                 }
-               });
+void backward_scaled_rows(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (g.w * g.scale));
+  parallel_for(0, g.n * g.c * g.mask_h(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<A> s(size_t(g.mask_w()), A(0)), slope(s), sums(s), wide(static_cast<size_t>(g.w)), product(wide);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t plane = row / g.mask_h(), top = row % g.mask_h() * g.scale, first = row * g.mask_w();
+      for_lanes<A>(g.mask_w(), [&](int64_t i, int n) {
+        const Sigmoid<Vec<A>> gate(load(mask + first + i, n));
+        store(s.data() + i, gate.s, n);
+        store(slope.data() + i, gate.s * gate.complement, n);
+      });
+      std::fill(sums.begin(), sums.end(), A(0));
+      for (int64_t x = 0; x < g.w; ++x) wide[x] = s[x / g.scale];
+      for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y) {
+        const int64_t at = (plane * g.h + y) * g.w;
+        for_lanes<A>(g.w, [&](int64_t i, int n) {
+          const Vec<A> d = load(dout + at + i, n);
+          store(dtrunk + at + i, fma(load(wide.data() + i, n), d, d), n);
+          store(product.data() + i, d * load(trunk + at + i, n), n);
+        });
+        for (int64_t x = 0; x < g.w; ++x) sums[x / g.scale] += product[x];
+      }
+      for_lanes<A>(g.mask_w(), [&](int64_t i, int n) {
+        store(dmask + first + i, load(sums.data() + i, n) * load(slope.data() + i, n), n);
+      });
+    }
+  });
 }
 
 }  // namespace
@@ -130,7 +171,7 @@ void attention_gate_forward(void* out, const void* trunk, const void* mask, DTyp
     using T = std::remove_pointer_t<decltype(t)>;
     T* const o = static_cast<T*>(out);
     const T *const tr = static_cast<const T*>(trunk), *const m = static_cast<const T*>(mask);
-    if (g.scale != 1) return forward_scaled(o, tr, m, g);
+    if (g.scale != 1) return g.channels_last ? forward_scaled_last(o, tr, m, g) : forward_scaled_rows(o, tr, m, g);
     parallel_for(0, g.numel(), kGrain,
                  [&](int64_t begin, int64_t end) { forward_row(o + begin, tr + begin, m + begin, end - begin); });
   });
@@ -143,7 +184,8 @@ void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const 
     T *const dt = static_cast<T*>(dtrunk), *const dm = static_cast<T*>(dmask);
     const T* const d = static_cast<const T*>(dout);
     const T *const tr = static_cast<const T*>(trunk), *const m = static_cast<const T*>(mask);
-    if (g.scale != 1) return backward_scaled(dt, dm, d, tr, m, g);
+    if (g.scale != 1)
+      return g.channels_last ? backward_scaled_last(dt, dm, d, tr, m, g) : backward_scaled_rows(dt, dm, d, tr, m, g);
     backward_flat(dt, dm, d, tr, m, g.numel());
   });
 }

@@ -124,24 +124,44 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
   });
 }
 
+// An activation that is none: x is packed as it is.
+struct Identity {};
+
+// Sixteen words of pixels `even` and `odd` (null for zeros) from channel c on, activated.
+template <typename T, typename Activate>
+inline Bits32 pixel_words(const T* even, const T* odd, int64_t c, Activate&& activate) {
+  constexpr bool is_identity = std::is_same_v<std::decay_t<Activate>, Identity>;
+  if constexpr (WordOf<T>::values == 2 && is_identity) {  // halves are moved, not computed with
+    Half16 low{}, high{};
+    if (even) std::memcpy(&low, even + c, sizeof low);
+    if (odd) std::memcpy(&high, odd + c, sizeof high);
+    return __builtin_convertvector(low, Bits32) | (__builtin_convertvector(high, Bits32) << 16);
+  } else {
+    const auto value = [&](const T* p) {
+      if constexpr (is_identity)
+        return p ? load(p + c) : Vec<float>{};
+      else
+        return p ? activate(load(p + c), c) : Vec<float>{};
+    };
+    if constexpr (WordOf<T>::values == 1)
+      return bits_of(value(even));
+    else
+      return interleave(value(even), value(odd));
+  }
+}
+
 // `rows` x `channels` values with the rows as the summed dimension: panels [channels / width][row words][width].
-// pixel(row) is where a row's values are, null for a row of zeros; activate(values, channel) is applied to those that
-// are there.
+// pixel(row) is where a row's values are, null for a row of zeros.
 template <typename T, typename Pixel, typename Activate>
 inline void pack_pixels(uint32_t* panels, int64_t rows, int64_t channels, int64_t width, Pixel&& pixel,
                         Activate&& activate) {
   constexpr int values = WordOf<T>::values;
   const int64_t count = (rows + values - 1) / values;
-  const auto value = [&](const T* p, int64_t c) { return p ? activate(load(p + c), c) : Vec<float>{}; };
   for (int64_t word = 0; word < count; ++word) {
     const T* const even = pixel(word * values);
     const T* const odd = values == 2 && word * 2 + 1 < rows ? pixel(word * 2 + 1) : nullptr;
     for (int64_t c = 0; c < channels; c += kChunk) {
-      Bits32 out;
-      if constexpr (values == 1)
-        out = bits_of(value(even, c));
-      else
-        out = interleave(value(even, c), value(odd, c));
+      const Bits32 out = pixel_words(even, odd, c, activate);
       std::memcpy(panels + (c / width * count + word) * width + c % width, &out, sizeof out);
     }
   }
@@ -170,21 +190,26 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
                           ConvShape s, Activate&& activate) {
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
   const Words activation = words(kGradientWords * s.ci), gradient = words(kGradientWords * s.co);
+  struct Corner {
+    int64_t image, y, x;  // the input pixel under an output pixel's first tap
+  } corners[step];
   for (int64_t begin = first; begin < last; begin += step) {
     const int64_t rows = std::min(step, last - begin), count = (rows + WordOf<T>::values - 1) / WordOf<T>::values;
     pack_pixels<T>(
-        gradient.get(), rows, s.co, s.co, [&](int64_t row) { return dout + (begin + row) * s.co; },
-        [](Vec<float> v, int64_t) { return v; });
+        gradient.get(), rows, s.co, s.co, [&](int64_t row) { return dout + (begin + row) * s.co; }, Identity{});
     if (dbias)
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t c = 0; c < s.co; c += kChunk)
           store(dbias + c, load(dbias + c) + load(dout + (begin + row) * s.co + c));
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = begin + row;
+      corners[row] = {at / (s.ho * s.wo), at / s.wo % s.ho * s.stride_h - s.pad_h, at % s.wo * s.stride_w - s.pad_w};
+    }
     for (int64_t tap = 0; tap < s.taps(); ++tap) {
       const auto pixel = [&](int64_t row) -> const T* {
-        const int64_t at = begin + row, image = at / (s.ho * s.wo), y = at / s.wo % s.ho, x_out = at % s.wo;
-        const int64_t yy = y * s.stride_h - s.pad_h + tap / s.kw, xx = x_out * s.stride_w - s.pad_w + tap % s.kw;
-        if (yy < 0 || yy >= s.h || xx < 0 || xx >= s.w) return nullptr;  // padding, after the ReLU
-        return x + ((image * s.h + yy) * s.w + xx) * s.ci;
+        const int64_t y = corners[row].y + tap / s.kw, x_in = corners[row].x + tap % s.kw;
+        if (y < 0 || y >= s.h || x_in < 0 || x_in >= s.w) return nullptr;  // padding, after the ReLU
+        return x + ((corners[row].image * s.h + y) * s.w + x_in) * s.ci;
       };
       pack_pixels<T>(activation.get(), rows, s.ci, kColumns, pixel, activate);
       add_products<T>(dweight, gradient.get(), activation.get(), count, tap, s);
@@ -266,7 +291,7 @@ void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const v
       weight_gradient(static_cast<T*>(dweight), dbias, static_cast<const T*>(dout), static_cast<const T*>(x), s,
                       activate);
     };
-    if (!bn) return run([](Vec<float> v, int64_t) { return v; });
+    if (!bn) return run(Identity{});
     const ScaleShiftTable<float> table(typed<float>(*bn), s.ci);
     run([&](Vec<float> v, int64_t c) { return relu(fma(v, load(table.scale + c), load(table.shift + c))); });
   });
