@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "-std=c++17 -O1 -Wall -Wno-unknown-pragmas -Werror -DRAN_EMULATE -fno-strict-aliasing".split()
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-DRAN_EMULATE", "-fno-strict-aliasing"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
