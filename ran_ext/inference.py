@@ -1,4 +1,4 @@
-"""A trained network folded for evaluation: batch normalisations inside the residual units become part of convolutions."""
+"""A trained network folded for evaluation: batch normalisations inside residual units join the convolutions."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .nn import BNReLU, ResidualUnit, SoftMaskBranch
 def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of ``model`` that gives the same outputs in evaluation, with less work; ``model`` itself is left alone.
 
-    In a residual unit the second and third batch normalisation fold into the convolution before them, whose output then
-    passes the ReLU at once; the stem's folds into the first convolution; a mask's two 1x1 convolutions become one. On the
-    CPU the weights are kept in the layout that oneDNN wants, packed at the first call.
+    In a residual unit the second and third batch normalisation fold into the convolution before them, whose output
+    then passes the ReLU at once; the stem's folds into the first convolution; a mask's two 1x1 convolutions become one.
+    On the CPU the weights are kept in the layout that oneDNN wants, packed at the first call.
 
     Args:
         model: a network of :mod:`ran_ext.models`, or any module that holds :mod:`ran_ext.nn` ones; its running
@@ -32,8 +32,8 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
     Raises:
         TypeError: ``dtype`` is not a floating-point type.
 
-    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2 (folding); the mask's two convolutions have no non-linearity
-    between them, so their product is one.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2 (folding); the mask's two convolutions have no
+    non-linearity between them, so their product is one.
 
     >>> model = ResidualUnit(8, 16, 4).eval()
     >>> x = torch.randn(2, 8, 6, 6)

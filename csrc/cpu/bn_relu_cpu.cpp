@@ -58,39 +58,44 @@ inline void tile_sums(A* out, int64_t out_stride, int64_t row, int64_t rows, int
   });
 }
 
+// The second pass sums the deviations too: what is left of them is the rounding of the tile's mean, and corrects both
+// moments (Chan, Golub and LeVeque 1983, the corrected two-pass algorithm).
 template <typename T, typename A = Acc<T>>
 void stats_rows(A* mean, A* var, const T* x, ChannelView v) {
-  const int64_t tiles = tiles_of(v.outer, kTileRows);
-  std::vector<A> partial(size_t(tiles * v.channels * 2));  // [tile][mean, m2][channel]
+  const int64_t tiles = tiles_of(v.outer, kTileRows), c3 = 3 * v.channels;
+  std::vector<A> partial(size_t(tiles * c3));  // [tile][mean, sum of deviations, sum of their squares][channel]
   for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    A* const tile_mean = partial.data() + tile * 2 * v.channels;
-    A* const tile_m2 = tile_mean + v.channels;
+    A* const tile_mean = partial.data() + tile * c3;
     tile_sums<1>(tile_mean, 0, row, rows, c, channels,
                  [&](Vec<A>* s, int64_t r, int64_t i, int n) { s[0] += load(x + r * v.channels + i, n); });
     for (int64_t i = c; i < c + channels; ++i) tile_mean[i] /= A(rows);
-    tile_sums<1>(tile_m2, 0, row, rows, c, channels, [&](Vec<A>* s, int64_t r, int64_t i, int n) {
-      const Vec<A> d = load(x + r * v.channels + i, n) - load(tile_mean + i, n);
-      s[0] = fma(d, d, s[0]);
-    });
+    tile_sums<2>(tile_mean + v.channels, v.channels, row, rows, c, channels,
+                 [&](Vec<A>* s, int64_t r, int64_t i, int n) {
+                   const Vec<A> d = load(x + r * v.channels + i, n) - load(tile_mean + i, n);
+                   s[0] += d;
+                   s[1] = fma(d, d, s[1]);
+                 });
   });
   // Chan's merge of all tiles at once: the mean of the means, then the squares within the tiles and between them.
   const auto rows_of = [&](int64_t tile) { return double(std::min(kTileRows, v.outer - tile * kTileRows)); };
   std::vector<double> total(size_t(v.channels), 0.0), m2(size_t(v.channels), 0.0);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const A* const p = partial.data() + tile * 2 * v.channels;
-    for (int64_t i = 0; i < v.channels; ++i) total[i] += rows_of(tile) * double(p[i]);
+    const A* const p = partial.data() + tile * c3;
+    for (int64_t i = 0; i < v.channels; ++i) total[i] += rows_of(tile) * double(p[i]) + double(p[v.channels + i]);
   }
   for (int64_t i = 0; i < v.channels; ++i) total[i] /= double(v.outer);
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    const A* const p = partial.data() + tile * 2 * v.channels;
+    const A* const p = partial.data() + tile * c3;
+    const double rows = rows_of(tile);
     for (int64_t i = 0; i < v.channels; ++i) {
-      const double d = double(p[i]) - total[i];
-      m2[i] += double(p[v.channels + i]) + rows_of(tile) * d * d;
+      // The sum of squares about the whole's mean, from that about a point p[i] near the tile's mean.
+      const double d = double(p[i]) - total[i], deviations = double(p[v.channels + i]);
+      m2[i] += double(p[2 * v.channels + i]) + 2 * d * deviations + rows * d * d;
     }
   }
   for (int64_t i = 0; i < v.channels; ++i) {
     mean[i] = A(total[i]);
-    var[i] = A(m2[i] / double(v.outer));
+    var[i] = A(std::max(0.0, m2[i] / double(v.outer)));
   }
 }
 
@@ -163,16 +168,20 @@ void stats_planes(A* mean, A* var, const T* x, ChannelView v) {
       Vec<A> total{};
       for_lanes<A>(size, [&](int64_t i, int n) { total += load(tile + i, n); });
       const A tile_mean = sum<A>(total) / A(size);
-      Vec<A> m2{};
+      Vec<A> m1{}, m2{};
       for_lanes<A>(size, [&](int64_t i, int n) {
         const Vec<A> d = load(tile + i, n) - tile_mean;
+        m1 += d;
         m2 = fma(d, d, m2);
       });
-      A tail = 0;  // the lanes past the end read as 0: take their squares out again
-      const int64_t extra = (VecOf<A>::lanes - size % VecOf<A>::lanes) % VecOf<A>::lanes;
-      if (extra) tail = A(extra) * tile_mean * tile_mean;
-      partial[plane] =
-          merge(partial[plane], Moments<double>{double(size), double(tile_mean), double(sum<A>(m2) - tail)});
+      // The lanes past the end read as 0, each a deviation of -tile_mean: they are taken out again.
+      const double extra = double((VecOf<A>::lanes - size % VecOf<A>::lanes) % VecOf<A>::lanes),
+                   about = double(tile_mean);
+      const double deviations = double(sum<A>(m1)) + extra * about,
+                   squares = double(sum<A>(m2)) - extra * about * about;
+      const double count = double(size);
+      partial[plane] = merge(partial[plane], Moments<double>{count, about + deviations / count,
+                                                             std::max(0.0, squares - deviations * deviations / count)});
     }
   });
   for (int64_t c = 0; c < v.channels; ++c) {

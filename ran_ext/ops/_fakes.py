@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import conv_backward_flop, conv_flop, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from .. import _backend
 
@@ -100,17 +100,16 @@ def _register() -> None:
         batch_stats: bool,
         wanted: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        empty = x.new_empty([0])
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
         )
-        vector = _vector(x, x.shape[1])
+        channels = x.shape[1]
         return (
-            _dense_like(x) if wanted[0] else empty,
-            vector if wanted[0] else empty,
-            torch.empty_like(vector) if wanted[0] else empty,
-            dweight if wanted[1] else empty,
-            dbias if wanted[2] else empty,
+            _dense_like(x) if wanted[0] else x.new_empty([0]),
+            _vector(x, channels) if wanted[0] else x.new_empty([0]),
+            _vector(x, channels) if wanted[0] else x.new_empty([0]),
+            dweight if wanted[1] else x.new_empty([0]),
+            dbias if wanted[2] else x.new_empty([0]),
         )
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
@@ -125,25 +124,14 @@ def _register() -> None:
         out_shape: Any,
         **kwargs: Any,
     ) -> int:
-        return int(conv_flop(x, weight, None, None, None, None, False, out_shape=out_shape[0]))
+        return conv_flop_count(x, weight, out_shape[0])
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
     def _(
-        dout: Any,
-        x: Any,
-        bn_weight: Any,
-        bn_bias: Any,
-        mean: Any,
-        var: Any,
-        weight: Any,
-        *args: Any,
-        out_shape: Any,
-        **kwargs: Any,
+        dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> int:
-        shapes = [x, weight, None]
-        return int(
-            conv_backward_flop(dout, x, weight, None, None, None, None, False, None, None, args[-1], out_shape=shapes)
-        )
+        wanted = args[-1]
+        return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
 
 
 def _format(x: Tensor) -> torch.memory_format:
