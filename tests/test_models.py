@@ -1,4 +1,4 @@
-"""The networks: parameter counts of the report, sizes, checkpoints across backends, equality with the plain reference."""
+"""The networks: the report's parameter counts, sizes, checkpoints across backends, equality with the reference."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from ran_ext import models, set_backend
 from ran_ext.nn import AttentionModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from reference import networks as reference  # noqa: E402
+from reference import networks as reference
 
 
 @pytest.mark.parametrize(
