@@ -14,9 +14,11 @@ import argparse
 import hashlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -97,17 +99,25 @@ def install_torch(python: Path) -> None:
     if has_nvidia_gpu():
         say(f"installing {wanted} with CUDA (a download of 3 GB; some minutes)")
         done = pip(python, wanted)
-    else:
+    elif reaches(CPU_WHEELS):
         say(f"installing {wanted} for the CPU (a download of 200 MB)")
         done = pip(python, f"{wanted}+cpu", "--extra-index-url", CPU_WHEELS)
-        if not done:
-            say(f"no CPU build was reached; installing {wanted} from the package index")
-            done = pip(python, wanted)
+    else:  # pip itself would try for a minute
+        say(f"installing {wanted} from the package index; the CPU builds' own index was not reached")
+        done = pip(python, wanted)
     if not done:
         raise Problem(
             "torch could not be installed; pip's message stands above. Without a network: install torch 2.11 to 2.15 "
             f"into an environment of your own, activate it, and run: python {Path(sys.argv[0]).name} --system ..."
         )
+
+
+def reaches(url: str) -> bool:
+    try:
+        with socket.create_connection((urlsplit(url).hostname or "", 443), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def sources_digest() -> str:
