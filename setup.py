@@ -98,7 +98,7 @@ class Plan:
             "WHY_NO_CUDA": self.no_cuda,
         }
         lines = ['"""What this installation was built for; written by setup.py."""', ""]
-        lines += [f"{name} = {value!r}" for name, value in fields.items()]
+        lines += [f"{name}{': list[str]' if name == 'ARCHS' else ''} = {value!r}" for name, value in fields.items()]
         (folder / "_built_for.py").write_text("\n".join(lines) + "\n")
 
     def extension(self) -> Any:

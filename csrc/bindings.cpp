@@ -1,6 +1,8 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
+#include "torch_glue.h"
+
 namespace {
 
 // What this module was built for; ran_ext/_built_for.py says the same without loading it.
@@ -12,6 +14,7 @@ py::dict build_info() {
 #else
   info["cuda"] = py::none();
 #endif
+  info["cpu_kernels"] = ran::cpu_kernels().name;  // the instruction set that runs here
   return info;
 }
 

@@ -1,11 +1,15 @@
 """For every test: a seed, few threads, and a skip that says why where there is no GPU or no compiled module."""
 
+import os
+
 import pytest
 import torch
 
 from ran_ext import _backend
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Threads that wait for one another on cores taken by other workers are many times slower than one thread.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(1 if WORKERS > 1 else min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)

@@ -275,6 +275,7 @@ def test_bit_for_bit_from_run_to_run():
     case = (8, 64, 16, 16, 64, 3, 1, 1)
     inputs = [t.float() for t in tensors(case)]
     dout = torch.randn_like(inputs[-1])
+    torch.set_num_threads(2)
     first = run(ops.bn_relu_conv2d, inputs, dout, case, layout=torch.channels_last)
     for _ in range(5):
         again = run(ops.bn_relu_conv2d, inputs, dout, case, layout=torch.channels_last)
