@@ -28,6 +28,7 @@ void check_resident_forward(const ran::ChannelView& view, const ResidentPlan& pl
       [&] {
         for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = 1, running_var[c] = 2;
         batches[0] = 3;
+        poison(workspace);
         const ran::BatchNorm<float> norm = v.norm();
         return ran::cuda::bn_relu_resident_forward(out.data(), v.mean.data(), v.var.data(), x.data(), norm.weight,
                                                    norm.bias, Type<T>::dtype, view, v.eps,
@@ -59,6 +60,7 @@ void check_resident_backward(const ran::ChannelView& view, const ResidentPlan& p
   Buffer<char> workspace(ran::cuda::bn_relu_resident_workspace_bytes(view, Type<T>::dtype, plan));
   run_schedules(
       [&] {
+        poison(workspace);
         return ran::cuda::bn_relu_resident_backward(dx.data(), dz.data(), dz_xhat.data(), dout.data(), x.data(),
                                                     with_residual ? residual.data() : nullptr, Type<T>::dtype, view,
                                                     v.norm(), plan, workspace.data(), nullptr);

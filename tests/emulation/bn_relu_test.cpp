@@ -40,6 +40,7 @@ void check_bn_statistics(const ran::ChannelView& view, size_t shift, Inputs inpu
       [&] {
         for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = 1, running_var[c] = 2;
         batches[0] = 3;
+        poison(scratch.workspace);
         return ran::cuda::bn_relu_statistics(mean.data(), var.data(), x.data(), Type<T>::dtype, view, running,
                                              scratch.workspace.data(), scratch.counters.data(), nullptr);
       },
@@ -80,6 +81,7 @@ void check_bn_backward(const ran::ChannelView& view, size_t shift, Inputs inputs
   Scratch scratch(view);
   run_schedules(
       [&] {
+        poison(scratch.workspace);
         return ran::cuda::bn_relu_backward_reduce(dz.data(), dz_xhat.data(), dout.data(), x.data(), Type<T>::dtype,
                                                   view, v.norm(), scratch.workspace.data(), scratch.counters.data(),
                                                   nullptr);

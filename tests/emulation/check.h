@@ -110,7 +110,13 @@ void expect_close(const char* what, const emu::Buffer<T>& got, size_t i, double 
   if (!(std::fabs(g - want) <= bound)) mismatch("%s[%zu] is %.9g, not %.9g +- %.2g", what, i, g, want, bound);
 }
 
-// Launches under every schedule; the outputs must come out the same, bit for bit.
+template <typename T>
+void poison(const emu::Buffer<T>& buffer) {
+  std::memset(static_cast<void*>(buffer.data()), 0xff, buffer.bytes());
+}
+
+// Launches under every schedule; the outputs must come out the same, bit for bit. The launch
+// poisons its scratch, where it would else find what the one before has left.
 template <typename Launch, typename... Outputs>
 void run_schedules(Launch&& launch, const Outputs&... outputs) {
   std::vector<std::string> first;
@@ -120,7 +126,7 @@ void run_schedules(Launch&& launch, const Outputs&... outputs) {
   for (const auto schedule : {emu::Schedule::reverse, emu::Schedule::round_robin, emu::Schedule::shuffled,
                               emu::Schedule::shuffled, emu::Schedule::forward}) {
     emu::schedule = schedule;
-    (std::memset(static_cast<void*>(outputs.data()), 0xff, outputs.bytes()), ...);
+    (poison(outputs), ...);
     EXPECT(launch() == cudaSuccess);
     const std::vector<std::string> now = {bytes(outputs)...};
     if (first.empty()) first = now;

@@ -189,6 +189,8 @@ __attribute__((noinline)) inline void suspend() {
   if (_setjmp(self->context) == 0) _longjmp(scheduler_context, 1);
 }
 
+inline uint64_t barriers_passed = 0;
+
 // Returns true in the thread that came last.
 inline bool meet(Barrier& barrier, int expected, const char* what, int line) {
   if (barrier.arrived != 0 && (barrier.line != line || barrier.what != what))
@@ -198,6 +200,7 @@ inline bool meet(Barrier& barrier, int expected, const char* what, int line) {
   if (++barrier.arrived == expected) {
     barrier.arrived = 0;
     ++barrier.generation;
+    ++barriers_passed;
     return true;
   }
   self->waits_for = &barrier;
@@ -234,23 +237,41 @@ struct WarpOf {
   int warp;
 };
 
-inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
-  std::vector<WarpOf> warps;
-  for (const auto& gang : gangs)
-    for (const auto& block : gang->blocks)
-      for (int warp = 0; warp < static_cast<int>(block->warps.size()); ++warp) warps.push_back({block.get(), warp});
-  const bool reverse = schedule == Schedule::reverse;
-  if (reverse) std::reverse(warps.begin(), warps.end());
-  if (schedule == Schedule::shuffled) std::shuffle(warps.begin(), warps.end(), shuffler);
+// Always the first thread in the order that can go on. Only a barrier that is passed lets an earlier one go on again.
+inline void run_in_order(const std::vector<Thread*>& order) {
+  for (size_t i = 0; i < order.size(); ++i) {
+    if (!order[i]->runnable()) continue;
+    const uint64_t before = barriers_passed;
+    resume(*order[i]);
+    if (barriers_passed != before) i = static_cast<size_t>(-1);
+  }
+}
+
+inline void run_warps(const std::vector<WarpOf>& warps) {
   for (bool ran = true; ran;) {
     ran = false;
-    for (const WarpOf& at : warps) {
-      while (run_warp_once(*at.block, at.warp, reverse)) {
+    for (const WarpOf& at : warps)
+      while (run_warp_once(*at.block, at.warp, schedule == Schedule::reverse)) {
         ran = true;
         if (schedule == Schedule::round_robin) break;
       }
-      if (ran && schedule == Schedule::shuffled) break;  // the first in the order that can go on, again
+  }
+}
+
+inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
+  std::vector<WarpOf> warps;
+  std::vector<Thread*> threads;
+  for (const auto& gang : gangs)
+    for (const auto& block : gang->blocks) {
+      for (int warp = 0; warp < static_cast<int>(block->warps.size()); ++warp) warps.push_back({block.get(), warp});
+      for (Thread& thread : block->threads) threads.push_back(&thread);
     }
+  if (schedule == Schedule::shuffled) {
+    std::shuffle(threads.begin(), threads.end(), shuffler);
+    run_in_order(threads);
+  } else {
+    if (schedule == Schedule::reverse) std::reverse(warps.begin(), warps.end());
+    run_warps(warps);
   }
   for (const auto& gang : gangs)
     for (const auto& block : gang->blocks)
