@@ -1,0 +1,167 @@
+"""The ops at the shapes that ``ran_compact`` gives them: inputs, plain PyTorch, ran_ext, and the work that they are."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ran_ext import ops
+
+
+class Case(Protocol):
+    """One op at one shape. ``plain`` and ``ours`` take what ``inputs`` gives."""
+
+    @property
+    def name(self) -> str:
+        """Op and shape."""
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        """Seeded inputs, the same numbers in each dtype; those that are differentiated require gradients."""
+
+    def plain(self, *inputs: Any) -> Tensor:
+        """As written with PyTorch's own ops."""
+
+    def ours(self, *inputs: Any) -> Tensor:
+        """Through :mod:`ran_ext.ops`."""
+
+    def passes(self, backward: bool) -> float:
+        """Tensors of the size of the first input that must be read or written at least; 0 where compute bounds it."""
+
+    def flops(self, backward: bool) -> int:
+        """Floating-point operations of the convolution; 0 where memory bounds the op."""
+
+
+def _draw(
+    shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
+) -> Tensor:
+    """Normal numbers that bfloat16 holds exactly, so that all dtypes compute with the same ones."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    return values.to(device, dtype, memory_format=layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """``attention_gate``, its mask at 1 / ``scale`` of the resolution."""
+
+    shape: tuple[int, int, int, int]
+    scale: int
+
+    @property
+    def name(self) -> str:
+        return f"attention_gate {_size(self.shape)} scale {self.scale}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        n, c, h, w = self.shape
+        sizes = self.shape, (n, c, h // self.scale, w // self.scale)
+        return tuple(_draw(size, seed, dtype, device, layout).requires_grad_() for seed, size in enumerate(sizes))
+
+    def plain(self, trunk: Tensor, mask: Tensor) -> Tensor:
+        if self.scale != 1:
+            mask = F.interpolate(mask, scale_factor=float(self.scale), mode="nearest")
+        return (1 + torch.sigmoid(mask)) * trunk
+
+    def ours(self, trunk: Tensor, mask: Tensor) -> Tensor:
+        return ops.attention_gate(trunk, mask, self.scale)
+
+    def passes(self, backward: bool) -> float:
+        mask = 1 / self.scale**2
+        return 2 + mask + (3 + 2 * mask if backward else 0)
+
+    def flops(self, backward: bool) -> int:
+        return 0
+
+
+class _BatchNorm:
+    shape: tuple[int, int, int, int]
+
+    def batch_norm(self, layout: torch.memory_format, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """x, weight, bias and running statistics; the vectors stay float32 (float64 for float64), as under autocast."""
+        vector = torch.promote_types(dtype, torch.float32)
+        c, flat = self.shape[1], torch.contiguous_format
+        x = _draw(self.shape, 0, dtype, device, layout).requires_grad_()
+        weight = (1 + _draw((c,), 1, vector, device, flat) / 4).requires_grad_()
+        bias = (_draw((c,), 2, vector, device, flat) / 4).requires_grad_()
+        return x, weight, bias, torch.zeros(c, dtype=vector, device=device), torch.ones(c, dtype=vector, device=device)
+
+
+@dataclasses.dataclass(frozen=True)
+class BNReLU(_BatchNorm):
+    """``bn_relu`` in training."""
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"bn_relu {_size(self.shape)}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        return self.batch_norm(layout, dtype, device)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, mean, var, weight, bias, training=True))
+
+    def ours(self, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return ops.bn_relu(x, weight, bias, mean, var, training=True)
+
+    def passes(self, backward: bool) -> float:
+        return 5 if backward else 2
+
+    def flops(self, backward: bool) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BNReLUConv(_BatchNorm):
+    """``bn_relu_conv2d`` in training, with a bias, padded to keep the size."""
+
+    shape: tuple[int, int, int, int]
+    out_channels: int
+    kernel: int
+
+    @property
+    def name(self) -> str:
+        k, (_, c, _, _) = self.kernel, self.shape
+        return f"bn_relu_conv2d {_size(self.shape)} {k}x{k} {c}-{self.out_channels}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        size = (self.out_channels, self.shape[1], self.kernel, self.kernel)
+        weight = _draw(size, 3, dtype, device, layout) / 2 ** round((size[1] * self.kernel**2).bit_length() / 2)
+        bias = _draw((self.out_channels,), 4, dtype, device, torch.contiguous_format)
+        return *self.batch_norm(layout, dtype, device), weight.requires_grad_(), bias.requires_grad_()
+
+    def plain(self, x: Tensor, *tensors: Tensor) -> Tensor:
+        bn_weight, bn_bias, mean, var, weight, bias = tensors
+        a = F.relu(F.batch_norm(x, mean, var, bn_weight, bn_bias, training=True))
+        return F.conv2d(a, weight, bias, padding=self.kernel // 2)
+
+    def ours(self, *tensors: Tensor) -> Tensor:
+        return ops.bn_relu_conv2d(*tensors, padding=self.kernel // 2, training=True)  # type: ignore[misc]
+
+    def passes(self, backward: bool) -> float:
+        return 0
+
+    def flops(self, backward: bool) -> int:
+        n, c, h, w = self.shape
+        return (3 if backward else 1) * 2 * n * h * w * c * self.out_channels * self.kernel**2
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def op_cases(batch: int) -> list[Case]:
+    """The gates, BN-ReLU, and BN-ReLU-conv at the seven shapes that make up the network.
+
+    >>> [case.name for case in op_cases(32)][:2]
+    ['attention_gate 32x128x16x16 scale 1', 'attention_gate 32x128x16x16 scale 2']
+    """
+    wide, deep, last, mid = (batch, 128, 16, 16), (batch, 256, 8, 8), (batch, 1024, 4, 4), (batch, 64, 4, 4)
+    gates = [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1)]
+    norms = [BNReLU(shape) for shape in (wide, deep, last, mid)]
+    convs = [(wide, 128, 1), (wide, 128, 3), (deep, 256, 1), (deep, 256, 3)]
+    convs += [(last, 64, 1), (mid, 64, 3), (mid, 1024, 1)]
+    return [*gates, *norms, *(BNReLUConv(*conv) for conv in convs)]

@@ -1,0 +1,177 @@
+"""Rows of results as Markdown tables, JSON and charts, and the gate against an older run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from timing import Spread
+
+#: Colours of a chart's bars, in the order of the rows: plain PyTorch grey, compiled orange, ran_ext blue.
+COLOURS = {
+    "eager": ("#555555", "#bbbbbb", "#888888"),
+    "compiled": ("#d95f02", "#f8cda6", "#f09a4f"),
+    "ours": ("#a6cbee", "#1f5fa8", "#0b2f5c", "#5b97d6", "#3b7cc4"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One contender's figure.
+
+    Args:
+        suite, case, task, dtype, contender: what was measured.
+        value: median of ``unit``, ms or MB.
+        ratios: to each baseline: times faster for ms, the share of its bytes for MB.
+        percent: of the machine's measured rate, and which rate; None where neither bounds the case.
+    """
+
+    suite: str
+    case: str
+    task: str
+    dtype: str
+    contender: str
+    value: float
+    unit: str
+    ratios: dict[str, Spread]
+    percent: tuple[float, str] | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the same measurement has in common in two runs."""
+        return self.suite, self.case, self.task, self.dtype, self.contender
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """One Markdown table for each suite, task and dtype, in each case the baseline first."""
+    text = []
+    for (suite, task, dtype), group in groupby(rows, lambda row: (row.suite, row.task, row.dtype)):
+        text.append(f"\n### {suite}: {task}, {dtype}\n\n{_table(list(group))}")
+    return "\n".join(text)
+
+
+def _table(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row.ratios))
+    unit = rows[0].unit
+    said = "share of" if unit == "MB" else "x"
+    rated = any(row.percent for row in rows)
+    head = ["case", "contender", unit, *(f"{said} {name}" for name in names), *(["% of rate"] if rated else [])]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
+    previous = ""
+    for row in rows:
+        cells = [row.case if row.case != previous else "", row.contender, f"{row.value:.4g}"]
+        cells += [_ratio(row.ratios.get(name), unit) for name in names]
+        if rated:
+            cells.append(f"{row.percent[0]:.0f} {row.percent[1]}" if row.percent else "")
+        lines.append(cells)
+        previous = row.case
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _ratio(spread: Spread | None, unit: str) -> str:
+    if spread is None:
+        return ""
+    return f"{spread.median:.2f}" if unit == "MB" else f"{spread.median:.2f} [{spread.q25:.2f}, {spread.q75:.2f}]"
+
+
+def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
+    """The rows and what they must be read with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """What :func:`write_json` wrote."""
+    content = json.loads(path.read_text())
+    rows = []
+    for row in content["rows"]:
+        row["ratios"] = {name: Spread(**spread) for name, spread in row["ratios"].items()}
+        row["percent"] = tuple(row["percent"]) if row["percent"] else None
+        rows.append(Row(**row))
+    return content["environment"], rows
+
+
+def regressions(rows: Sequence[Row], old: Sequence[Row], tolerance: float) -> list[str]:
+    """One line for each of ran_ext's ratios that is worse than the old one by more than ``tolerance``.
+
+    Raises:
+        ValueError: the runs have no ratio of ran_ext's in common, so nothing would be compared.
+    """
+    before = {(row.key, name): spread.median for row in old for name, spread in row.ratios.items()}
+    found, compared = [], 0
+    for row in rows:
+        if not row.contender.startswith("ran_ext"):
+            continue
+        for name, spread in row.ratios.items():
+            past = before.get((row.key, name))
+            if past is None:
+                continue
+            compared += 1
+            worse = spread.median / past - 1 if row.unit == "MB" else 1 - spread.median / past
+            if worse > tolerance:
+                what = ", ".join(row.key)
+                found.append(f"{what}: {spread.median:.3f} of {name}, was {past:.3f} ({worse:.1%} worse)")
+    if not compared:
+        raise ValueError(
+            "compare: --against: no ratio of ran_ext's is in both runs; take one of the same suite and batch"
+        )
+    return found
+
+
+def write_chart(path: Path, rows: Sequence[Row]) -> None:
+    """Bars of the ratio to the first baseline, with quartiles; one panel for each task and dtype of one suite."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # fails where matplotlib is missing, so not at import
+    from matplotlib.figure import Figure
+
+    panels = [list(group) for _, group in groupby(rows, lambda row: (row.task, row.dtype))]
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(7.5 * columns, lines * max(2.4, 0.22 * max(map(len, panels)) + 1.4)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, panel in zip(axes, panels, strict=False):
+        _panel(axis, panel)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axis: Any, rows: list[Row]) -> None:
+    contenders = list(dict.fromkeys(row.contender for row in rows))
+    colours = _colours(contenders)
+    position, ticks = 0.0, []
+    for case, group in groupby(rows, lambda row: row.case):
+        begin = position
+        for row in group:
+            baseline, spread = next(iter(row.ratios.items()))
+            sides = [[spread.median - spread.q25], [spread.q75 - spread.median]]
+            error = {"ecolor": "black", "elinewidth": 0.8}
+            axis.barh(position, spread.median, 0.9, color=colours[row.contender], xerr=sides, error_kw=error)
+            place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
+            axis.annotate(f"{spread.median:.2f}", (spread.q75, position), (3, 0), **place)
+            position += 1
+        ticks.append(((begin + position - 1) / 2, case))
+        position += 0.7
+    axis.set_yticks(*zip(*ticks, strict=True), fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(x=0.12)
+    measure = "share of the bytes of" if rows[0].unit == "MB" else "times faster than"
+    axis.set_xlabel(f"{measure} {baseline}")
+    axis.set_title(f"{rows[0].task}, {rows[0].dtype}", fontsize=10)
+    handles = [axis.barh(0, 0, color=colours[name]) for name in contenders]
+    axis.legend(handles, contenders, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _colours(contenders: list[str]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for name in contenders:
+        kind = "ours" if name.startswith("ran_ext") else "eager" if name.startswith("eager") else "compiled"
+        used = [COLOURS[kind].index(colour) for colour in chosen.values() if colour in COLOURS[kind]]
+        chosen[name] = COLOURS[kind][len(used) % len(COLOURS[kind])]
+    return chosen

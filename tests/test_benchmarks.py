@@ -1,0 +1,181 @@
+"""The benchmarks: what they refuse to time, count and let pass, and a rehearsal of the commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ran_ext import _backend
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+needs_kernels = pytest.mark.skipif(bool(_backend.why_not_native("cpu")), reason="needs the compiled CPU kernels")
+
+
+def test_rounds_interleave_and_rotate():
+    from timing import interleave
+
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = interleave(functions, 3, CPU, warm_up=0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    order = [name for i, name in enumerate(calls) if i == 0 or calls[i - 1] != name]
+    assert order == list("abc" + "abc" + "bca" + "cab")  # one call each to count calls, then the rounds
+
+
+def test_ratio_is_taken_within_each_round():
+    from timing import Spread, ratios
+
+    found = ratios({"base": [1.0, 10.0, 100.0], "own": [0.5, 5.0, 50.0]}, "base")
+    assert found["own"] == Spread(2.0, 2.0, 2.0)
+    assert found["base"] == Spread(1.0, 1.0, 1.0)
+
+
+@needs_kernels
+@pytest.mark.parametrize("task", ["forward", "forward + backward"])
+@pytest.mark.parametrize("index", range(14))
+def test_contenders_of_ops_agree(index, task):
+    from cases import op_cases
+    from contenders import contenders, op_oracle, op_subject, verify
+
+    case = op_cases(2)[index]
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = contenders(dtype, CPU, False, task)
+        verify({row.name: op_subject(case, row, task, CPU) for row in rows}, dtype, op_oracle(case, task, CPU))
+
+
+@pytest.mark.parametrize("wrong", [lambda x: 1.01 * x, torch.zeros_like, lambda x: x * float("nan")])
+def test_wrong_results_are_not_timed(wrong):
+    from contenders import Subject, verify
+
+    truth = (torch.randn(50).double(),)
+    right = Subject(lambda: None, lambda: (truth[0].float(),))
+    verify({"baseline": right, "right": right}, torch.float32, truth)
+    other = Subject(lambda: None, lambda: (wrong(truth[0].float()),))
+    with pytest.raises(RuntimeError, match="verify: other: results must differ"):
+        verify({"baseline": right, "other": other}, torch.float32, truth)
+
+
+@needs_kernels
+def test_saved_bytes_are_those_of_the_tensors_kept():
+    from cases import BNReLUConv
+    from memory import saved_bytes
+
+    case = BNReLUConv((2, 8, 4, 4), 4, 3)
+    inputs = case.inputs(torch.float32, torch.channels_last, CPU)
+    activation, vector = 2 * 8 * 4 * 4 * 4, 8 * 4
+    ours = saved_bytes(lambda: case.ours(*inputs), inputs[1:])
+    assert activation <= ours <= activation + 4 * vector
+    assert saved_bytes(lambda: case.plain(*inputs), inputs[1:]) >= 2 * activation
+
+
+def rows_of(median, unit="ms", contender="ran_ext"):
+    from report import Row
+    from timing import Spread
+
+    spread = Spread(median, median - 0.01, median + 0.01)
+    return [Row("ops", "gate", "forward", "float32", contender, 1.0, unit, {"eager channels_last": spread})]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "unit", "lines"),
+    [(2.0, 1.95, "ms", 0), (2.0, 1.8, "ms", 1), (2.0, 3.0, "ms", 0), (0.5, 0.6, "MB", 1), (0.5, 0.4, "MB", 0)],
+)
+def test_gate_sees_a_worse_ratio(old, new, unit, lines):
+    from report import regressions
+
+    assert len(regressions(rows_of(new, unit), rows_of(old, unit), 0.05)) == lines
+
+
+def test_gate_refuses_to_compare_nothing():
+    from report import regressions
+
+    with pytest.raises(ValueError, match="no ratio of ran_ext's is in both runs"):
+        regressions(rows_of(2.0), rows_of(2.0, contender="torch.compile"), 0.05)
+
+
+@needs_kernels
+def test_compare_writes_what_it_prints_and_gates(tmp_path, capsys):
+    import compare
+
+    out = tmp_path / "results" / "quick.json"
+    common = ["--quick", "--suite", "memory", "--device", "cpu", "--dtype", "float32"]
+    assert compare.main([*common, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    named = {"cpu", "cores", "threads", "torch", "ran_ext", "backend", "cpu_capability", "compiler", "date"}
+    assert named <= set(content["environment"])
+    assert len(content["environment"]["load_average_after"]) == 3
+    for row in content["rows"]:
+        assert f"| {row['contender']} | {row['value']:.4g} |" in printed
+    assert (tmp_path / "results" / "quick_memory.png").read_bytes().startswith(b"\x89PNG")
+    assert compare.main([*common, "--against", str(out)]) == 0
+    for row in content["rows"]:
+        for spread in row["ratios"].values():
+            spread["median"] /= 2
+    out.write_text(json.dumps(content))
+    assert compare.main([*common, "--against", str(out)]) == 1
+    assert "worse by more than 5%: memory, attention_gate 2x128x16x16 scale 1" in capsys.readouterr().out
+
+
+@needs_kernels
+@pytest.mark.parametrize(("suite", "least"), [("ops", 24), ("model", 9)])
+def test_compare_times_ops_and_the_network(tmp_path, suite, least):
+    import compare
+
+    out = tmp_path / "quick.json"
+    options = ["--quick", "--rounds", "2", "--device", "cpu", "--dtype", "float32", "--suite", suite]
+    assert compare.main([*options, "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) >= least
+    assert all(row["value"] > 0 for row in rows)
+    assert {row["ratios"]["eager channels_last"]["median"] for row in rows if "eager c" in row["contender"]} == {1.0}
+    assert out.with_name(f"quick_{suite}.png").stat().st_size > 10_000
+
+
+@needs_kernels
+def test_loss_curves_start_together(tmp_path):
+    import loss_curves
+
+    out = tmp_path / "curves.json"
+    options = ["--images", "8", "--epochs", "1", "--batch", "4", "--device", "cpu"]
+    assert loss_curves.main([*options, "--out", str(out)]) == 0
+    losses = {name: curve["losses"] for name, curve in json.loads(out.read_text())["runs"].items()}
+    assert [len(values) for values in losses.values()] == [2, 2, 2]
+    first = [values[0] for values in losses.values()]
+    assert first == pytest.approx([first[0]] * 3, rel=1e-5)
+    assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@needs_kernels
+def test_compare_is_a_command():
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(FOLDER / "compare.py"), "--against", "missing.json", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "--against: there is no file missing.json" in done.stderr
+
+
+def test_suites_are_collected_and_a_missing_gpu_is_named():
+    pytest.importorskip("pytest_benchmark")
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is there: the suites would run")
+    files = [FOLDER / "bench_ops.py", FOLDER / "bench_model.py"]
+    options = ["-q", "--benchmark-only", "-rs", "-k", "cuda and not cpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "needs a CUDA GPU" in done.stdout
