@@ -3,6 +3,8 @@
 //
 // The group is a cluster, which reads its blocks' sums from their shared memories, or, without clusters, a share of a
 // cooperative launch, which passes them through the workspace.
+//
+// One long file, as both directions share the slab, the exchange and the plan, and nothing else does.
 #include "batch_norm.cuh"
 #include "mma.cuh"
 

@@ -29,7 +29,7 @@ namespace emu {
 enum class Schedule { forward, reverse, round_robin, shuffled };
 inline Schedule schedule = Schedule::forward;
 inline std::mt19937 shuffler{1};
-inline constexpr size_t kGangsAtATime = 4;  // under the shuffled schedule
+inline constexpr size_t kGangsAtATime = 8;  // under the shuffled schedule
 
 // Threads that meet. `what` and `line` name the call, so that threads meeting from different places are noticed.
 struct Barrier {
@@ -237,13 +237,17 @@ struct WarpOf {
   int warp;
 };
 
-// Always the first thread in the order that can go on. Only a barrier that is passed lets an earlier one go on again.
-inline void run_in_order(const std::vector<Thread*>& order) {
-  for (size_t i = 0; i < order.size(); ++i) {
-    if (!order[i]->runnable()) continue;
+// Always the first thread in a random order that can go on. Only a barrier that is passed lets an earlier one go on
+// again; every few of them the order changes, so that a thread that was ahead falls behind.
+inline void run_shuffled(std::vector<Thread*> order) {
+  std::shuffle(order.begin(), order.end(), shuffler);
+  for (size_t i = 0; i < order.size();) {
     const uint64_t before = barriers_passed;
-    resume(*order[i]);
-    if (barriers_passed != before) i = static_cast<size_t>(-1);
+    if (order[i]->runnable()) resume(*order[i]);
+    ++i;
+    if (barriers_passed == before) continue;
+    i = 0;
+    if (shuffler() % 8 == 0) std::shuffle(order.begin(), order.end(), shuffler);
   }
 }
 
@@ -267,8 +271,7 @@ inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
       for (Thread& thread : block->threads) threads.push_back(&thread);
     }
   if (schedule == Schedule::shuffled) {
-    std::shuffle(threads.begin(), threads.end(), shuffler);
-    run_in_order(threads);
+    run_shuffled(threads);
   } else {
     if (schedule == Schedule::reverse) std::reverse(warps.begin(), warps.end());
     run_warps(warps);
