@@ -1,4 +1,4 @@
-"""Every instruction set's kernels, on the processor at hand: torch's own switch chooses both torch's kernels and ours."""
+"""Every instruction set's kernels, on the processor at hand: torch's own switch chooses torch's kernels and ours."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Does the suite notice a missing barrier? Removes each barrier and each wait from a copy of the kernels, one at a time.
+"""Does the suite notice a missing barrier? Removes each barrier and each wait from a copy of the kernels in turn.
 
     python tests/emulation/mutate.py [file.cuh ...]
 
