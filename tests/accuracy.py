@@ -23,8 +23,13 @@ def error(value: Tensor, exact: Tensor) -> float:
     return (value[good] - exact[good]).norm().item() / norm if norm else (value[good].norm().item())
 
 
-def assert_accurate(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """``value`` is at most twice as far from ``exact`` as ``eager`` is, or within the floor."""
+def assert_accurate(name: str, value: Tensor, eager: Tensor, exact: Tensor, times: float = 2) -> None:
+    """``value`` is at most twice as far from ``exact`` as ``eager`` is, or within the floor.
+
+    Tests that draw tiny shapes say ``times=4``: of a handful of roundings either side may catch the luckier ones.
+    """
     assert value.dtype == eager.dtype, f"{name}: dtype {value.dtype}, PyTorch's is {eager.dtype}"
     ours, theirs = error(value, exact), error(eager, exact)
-    assert ours <= max(2 * theirs, FLOOR[value.dtype]), f"{name}: error {ours:.3g}, PyTorch's own is {theirs:.3g}"
+    assert ours <= max(times * theirs, times / 2 * FLOOR[value.dtype]), (
+        f"{name}: error {ours:.3g}, PyTorch's own is {theirs:.3g}"
+    )

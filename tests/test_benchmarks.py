@@ -174,8 +174,18 @@ def test_suites_are_collected_and_a_missing_gpu_is_named():
         pytest.skip("a GPU is there: the suites would run")
     files = [FOLDER / "bench_ops.py", FOLDER / "bench_model.py"]
     options = ["-q", "--benchmark-only", "-rs", "-k", "cuda and not cpu", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, *files], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert done.returncode == 0, done.stdout
+    # Under xdist pytest-benchmark would turn itself off in the inner run too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", *options, *files]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "needs a CUDA GPU" in done.stdout
+
+
+def test_every_contender_has_a_colour():
+    from contenders import contenders
+    from report import COLOURS
+
+    for device in (CPU, torch.device("cuda")):
+        for task in ("forward + backward", "training step", "inference"):
+            assert {row.name for row in contenders(torch.float32, device, True, task)} <= set(COLOURS)

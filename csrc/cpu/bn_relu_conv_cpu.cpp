@@ -174,13 +174,14 @@ inline void add_products(float* dweight, const uint32_t* gradient, const uint32_
   const int64_t row_size = s.taps() * s.ci;
   for (int64_t column = 0; column < s.ci; column += kColumns)
     for (int64_t row = 0; row < s.co; row += kRows) {
-      Tile<T> tile;
+      Tile<T> tile{};  // each step's sum starts at 0: short sums round less than one long one
       float* const at = dweight + row * row_size + tap * s.ci + column;
-      for (int r = 0; r < kRows; ++r)
-        for (int h = 0; h < 2; ++h) tile.at[r][h] = load(at + r * row_size + h * 16);
       multiply_columns(tile, gradient + row, s.co, activation + column * count, count);
       for (int r = 0; r < kRows; ++r)
-        for (int h = 0; h < 2; ++h) store(at + r * row_size + h * 16, tile.at[r][h]);
+        for (int h = 0; h < 2; ++h) {
+          float* const sum = at + r * row_size + h * 16;
+          store(sum, load(sum) + tile.at[r][h]);
+        }
     }
 }
 
@@ -198,9 +199,11 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
     pack_pixels<T>(
         gradient.get(), rows, s.co, s.co, [&](int64_t row) { return dout + (begin + row) * s.co; }, Identity{});
     if (dbias)
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t c = 0; c < s.co; c += kChunk)
-          store(dbias + c, load(dbias + c) + load(dout + (begin + row) * s.co + c));
+      for (int64_t c = 0; c < s.co; c += kChunk) {
+        Vec<float> sum{};
+        for (int64_t row = 0; row < rows; ++row) sum += load(dout + (begin + row) * s.co + c);
+        store(dbias + c, load(dbias + c) + sum);
+      }
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t at = begin + row;
       corners[row] = {at / (s.ho * s.wo), at / s.wo % s.ho * s.stride_h - s.pad_h, at % s.wo * s.stride_w - s.pad_w};
