@@ -40,7 +40,7 @@ def build(test: str, cache: Path, root: Path = ROOT) -> Path:
         partial = program.with_suffix(".partial")
         folders = [f"-I{folder}" for folder in includes(root)]
         source = root / "tests" / "emulation" / f"{test}.cpp"
-        command = ["g++", *FLAGS, *EMULATE, *folders, source, "-o", partial]
+        command: list[str | Path] = ["g++", *FLAGS, *EMULATE, *folders, source, "-o", partial]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{test}.cpp does not compile:\n{result.stderr[-4000:]}")
