@@ -163,6 +163,8 @@ class Comparison:
     def _rated(self, row: Row, case: Case, task: str, dtype: torch.dtype) -> Row:
         """The row with its share of the measured rate that bounds it: least traffic by copy, operations by matmul."""
         backward, seconds = task != "forward", row.value / 1e3
+        if case.flops(backward) and self.device.type != "cuda":
+            return row
         if case.flops(backward):
             rate = self.rates[f"matmul {_name(dtype)}, GFLOP/s"]
             work, of = case.flops(backward) / 1e9, "matmul"

@@ -49,6 +49,8 @@ class Contender:
     prepare: Callable[[nn.Module], nn.Module] | None = None
 
 
+#: Keeps float16 gradients from vanishing; Adam's step does not depend on it, so nothing scales them back.
+LOSS_SCALE = 1024.0
 #: What all are compared with before they are timed.
 ORACLE = Contender("oracle", torch.float64, layout=torch.contiguous_format)
 
@@ -165,15 +167,17 @@ def model_subject(contender: Contender, task: str, device: torch.device, batch: 
     half = contender.prepare is None and contender.dtype in (torch.bfloat16, torch.float16)
     autocast = torch.autocast(device.type, contender.dtype if half else None, enabled=half, cache_enabled=False)
 
+    scale = LOSS_SCALE if contender.dtype == torch.float16 else 1.0
+
     def loss() -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
         with autocast:
-            return F.cross_entropy(call(images), labels)
+            return F.cross_entropy(call(images), labels) * scale
 
     def gradients() -> tuple[Tensor, ...]:
         value = loss()
         found = torch.autograd.grad(value, parameters)
-        return value.detach(), torch.cat([gradient.flatten() for gradient in found])
+        return value.detach() / scale, torch.cat([gradient.flatten() for gradient in found]) / scale
 
     def infer() -> tuple[Tensor, ...]:
         torch.compiler.cudagraph_mark_step_begin()

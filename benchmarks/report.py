@@ -11,11 +11,20 @@ from typing import Any
 
 from timing import Spread
 
-#: Colours of a chart's bars, in the order of the rows: plain PyTorch grey, compiled orange, ran_ext blue.
+#: Colours of a chart's bars, the same in every chart: plain PyTorch grey, compiled orange, ran_ext blue.
 COLOURS = {
-    "eager": ("#555555", "#bbbbbb", "#888888"),
-    "compiled": ("#d95f02", "#f8cda6", "#f09a4f"),
-    "ours": ("#a6cbee", "#1f5fa8", "#0b2f5c", "#5b97d6", "#3b7cc4"),
+    "eager channels_last": "#555555",
+    "eager NCHW fp32": "#bbbbbb",
+    "eager, CUDA graph": "#888888",
+    "torch.compile": "#d95f02",
+    "torch.compile, freezing": "#f8cda6",
+    "max-autotune": "#f09a4f",
+    "max-autotune, CUDA graph": "#a34602",
+    "ran_ext": "#1f5fa8",
+    "ran_ext without kernels": "#a6cbee",
+    "ran_ext folded": "#0b2f5c",
+    "ran_ext, torch.compile": "#5b97d6",
+    "ran_ext, CUDA graph": "#3f2fa8",
 }
 
 
@@ -143,7 +152,6 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
 
 def _panel(axis: Any, rows: list[Row]) -> None:
     contenders = list(dict.fromkeys(row.contender for row in rows))
-    colours = _colours(contenders)
     position, ticks = 0.0, []
     for case, group in groupby(rows, lambda row: row.case):
         begin = position
@@ -151,7 +159,7 @@ def _panel(axis: Any, rows: list[Row]) -> None:
             baseline, spread = next(iter(row.ratios.items()))
             sides = [[spread.median - spread.q25], [spread.q75 - spread.median]]
             error = {"ecolor": "black", "elinewidth": 0.8}
-            axis.barh(position, spread.median, 0.9, color=colours[row.contender], xerr=sides, error_kw=error)
+            axis.barh(position, spread.median, 0.9, color=COLOURS[row.contender], xerr=sides, error_kw=error)
             place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
             axis.annotate(f"{spread.median:.2f}", (spread.q75, position), (3, 0), **place)
             position += 1
@@ -164,14 +172,5 @@ def _panel(axis: Any, rows: list[Row]) -> None:
     measure = "share of the bytes of" if rows[0].unit == "MB" else "times faster than"
     axis.set_xlabel(f"{measure} {baseline}")
     axis.set_title(f"{rows[0].task}, {rows[0].dtype}", fontsize=10)
-    handles = [axis.barh(0, 0, color=colours[name]) for name in contenders]
+    handles = [axis.barh(0, 0, color=COLOURS[name]) for name in contenders]
     axis.legend(handles, contenders, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _colours(contenders: list[str]) -> dict[str, str]:
-    chosen: dict[str, str] = {}
-    for name in contenders:
-        kind = "ours" if name.startswith("ran_ext") else "eager" if name.startswith("eager") else "compiled"
-        used = [COLOURS[kind].index(colour) for colour in chosen.values() if colour in COLOURS[kind]]
-        chosen[name] = COLOURS[kind][len(used) % len(COLOURS[kind])]
-    return chosen
