@@ -1,9 +1,8 @@
 // Torch side of the attention gate: check, allocate, launch; and its derivative.
-#include <ATen/Functions.h>
-#include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
 #include "autograd.h"
+#include "composed.h"
 
 namespace ran {
 namespace {
@@ -49,7 +48,9 @@ Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale) 
   const Tensor mask = in_layout_of(mask_, trunk, scale);
   Tensor out = at::empty_like(trunk);
   if (shape.numel() == 0) return out;
-  cpu_kernels().attention_gate_forward(out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  if (composed::needed(trunk)) return out.copy_(composed::attention_gate(trunk, mask, scale));
+  kernels_of(trunk)->attention_gate_forward(out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype,
+                                            shape);
   return out;
 }
 
@@ -63,19 +64,13 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);
   if (shape.numel() == 0) return {dtrunk, dmask.zero_()};
-  cpu_kernels().attention_gate_backward(dtrunk.data_ptr(), dmask.data_ptr(), dout.const_data_ptr(),
-                                        trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  if (composed::needed(trunk)) {
+    const auto [a, b] = composed::attention_gate_backward(dout, trunk, mask, scale);
+    return {dtrunk.copy_(a), dmask.copy_(b)};
+  }
+  kernels_of(trunk)->attention_gate_backward(dtrunk.data_ptr(), dmask.data_ptr(), dout.const_data_ptr(),
+                                             trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
   return {dtrunk, dmask};
-}
-
-// The same in ATen's own ops, for derivatives of the derivative.
-Tensor composed(const Tensor& trunk, Tensor mask, int64_t scale) {
-  if (scale != 1)
-    mask = mask.repeat_interleave(scale, 2)
-               .repeat_interleave(scale, 3)
-               .narrow(2, 0, trunk.size(2))
-               .narrow(3, 0, trunk.size(3));
-  return (at::sigmoid(mask) + 1) * trunk;
 }
 
 struct AttentionGateFunction : torch::autograd::Function<AttentionGateFunction> {
@@ -94,7 +89,8 @@ struct AttentionGateFunction : torch::autograd::Function<AttentionGateFunction> 
     const int64_t scale = ctx->saved_data["scale"].toInt();
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     if (at::GradMode::is_enabled()) {
-      variable_list result = differentiate(composed(saved[0], saved[1], scale), {saved[0], saved[1]}, grads[0]);
+      variable_list result =
+          differentiate(composed::attention_gate(saved[0], saved[1], scale), {saved[0], saved[1]}, grads[0]);
       result.emplace_back();
       return result;
     }
@@ -117,6 +113,12 @@ TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
   m.impl("attention_gate", attention_gate);
   m.impl("attention_gate_backward", attention_gate_backward);
 }
+#ifdef RAN_WITH_CUDA
+TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
+  m.impl("attention_gate", attention_gate);
+  m.impl("attention_gate_backward", attention_gate_backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("attention_gate", attention_gate_autograd); }
 
 }  // namespace ran

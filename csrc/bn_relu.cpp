@@ -1,12 +1,11 @@
-// Torch side of batch normalisation + ReLU, and of the running statistics.
+// Torch side of batch normalisation + ReLU.
 #include "bn_relu.h"
 
-#include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "autograd.h"
+#include "composed.h"
 
 namespace ran {
 namespace {
@@ -48,40 +47,43 @@ Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like) {
 std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x_) {
   const Tensor x = dense_activation("batch_norm_stats", x_);
   const ChannelView view = view_of(x);
-  Tensor mean = at::zeros({view.channels}, x.options().dtype(acc_type(x))), var = at::zeros_like(mean);
-  if (x.numel())
-    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+  const auto options = x.options().dtype(acc_type(x));
+  if (x.numel() == 0) return {at::zeros({view.channels}, options), at::zeros({view.channels}, options)};
+  if (composed::needed(x)) {
+    const auto [found_var, found_mean] = at::var_mean(x, at::IntArrayRef{0, 2, 3}, /*correction=*/0);
+    return {found_mean, found_var};
+  }
+  Tensor mean = at::empty({view.channels}, options), var = at::empty_like(mean);
+  kernels_of(x)->batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
   return {mean, var};
 }
 
 Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn) {
   Tensor out = at::empty_like(x);
+  if (composed::needed(x))
+    return out.copy_(composed::bn_relu(x, bn.weight, bn.bias, bn.mean, bn.var, false, bn.kernel.eps));
   if (x.numel())
-    cpu_kernels().bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+    kernels_of(x)->bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
   return out;
 }
 
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
-  BackwardSums sums{at::zeros_like(bn.mean), at::zeros_like(bn.mean)};
-  if (x.numel())
-    cpu_kernels().bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
-                                          x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+  if (x.numel() == 0) return {at::zeros_like(bn.mean), at::zeros_like(bn.mean)};
+  if (composed::needed(x)) return composed::bn_relu_sums(dout, x, bn);
+  BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  kernels_of(x)->bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
+                                         x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
   return sums;
 }
 
 void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
                 double count) {
-  if (x.numel())
-    cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
-                                         sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
-                                         count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
-}
-
-Tensor bn_relu_composed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                        const Tensor& var, bool batch_stats, double eps) {
-  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean);
-  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var);
-  return at::relu(at::batch_norm(x, weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
+  if (composed::needed(x))
+    dx.copy_(composed::bn_relu_dx(dout, x, bn, sums, count));
+  else if (x.numel())
+    kernels_of(x)->bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
+                                          sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
+                                          count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
 }
 
 namespace {
@@ -130,32 +132,6 @@ Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTen
   return dx;
 }
 
-// Blends one batch's statistics into the running ones. A forward pass inside backward is an activation checkpoint's
-// second: its batch has been counted.
-void update_running_stats(Tensor running_mean, Tensor running_var, const OptTensor& num_batches_tracked,
-                          const Tensor& mean, const Tensor& var, int64_t count, std::optional<double> momentum) {
-  RAN_CHECK_VALUE(momentum.has_value() || present(num_batches_tracked), "update_running_stats",
-                  "momentum=None (cumulative average) needs num_batches_tracked");
-  if (torch::autograd::get_current_graph_task_id() != -1) return;
-  at::NoGradGuard no_grad;
-  double factor = momentum.value_or(0.0);
-  if (present(num_batches_tracked)) {
-    const int64_t batches = *num_batches_tracked->mutable_data_ptr<int64_t>() += 1;
-    if (!momentum) factor = 1.0 / double(batches);
-  }
-  const double unbiased = count > 1 ? double(count) / double(count - 1) : 1.0;
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running_mean.scalar_type(), "update_running_stats", [&] {
-    // One loop over both vectors: four small ATen ops a layer would show in a training step's time.
-    auto running_m = running_mean.accessor<scalar_t, 1>(), running_v = running_var.accessor<scalar_t, 1>();
-    const Tensor m64 = mean.to(at::kDouble), v64 = var.to(at::kDouble);
-    const auto m = m64.accessor<const double, 1>(), v = v64.accessor<const double, 1>();
-    for (int64_t c = 0; c < m.size(0); ++c) {
-      running_m[c] = scalar_t((1 - factor) * double(running_m[c]) + factor * m[c]);
-      running_v[c] = scalar_t((1 - factor) * double(running_v[c]) + factor * unbiased * v[c]);
-    }
-  });
-}
-
 struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                const OptTensor& mean, const OptTensor& var, double eps) {
@@ -182,7 +158,7 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &var = saved[4];
     if (at::GradMode::is_enabled()) {
-      const Tensor out = bn_relu_composed(x, weight, bias, mean, var, batch_stats, eps);
+      const Tensor out = composed::bn_relu(x, weight, bias, mean, var, batch_stats, eps);
       const variable_list found = differentiate(out, {x, weight, bias}, grads[0]);
       std::copy(found.begin(), found.end(), result.begin());
       return result;
@@ -218,10 +194,6 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
       "bn_relu_backward_apply(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
       "Tensor sum_dz, Tensor sum_dz_xhat, float count) -> Tensor");
-  m.def(
-      "update_running_stats(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor(c!)? num_batches_tracked, Tensor "
-      "mean, "
-      "Tensor var, int count, float? momentum) -> ()");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
   m.impl("batch_norm_stats", batch_norm_stats);
@@ -229,8 +201,16 @@ TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
   m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
-  m.impl("update_running_stats", update_running_stats);
 }
+#ifdef RAN_WITH_CUDA
+TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
+  m.impl("batch_norm_stats", batch_norm_stats);
+  m.impl("bn_relu", bn_relu);
+  m.impl("bn_relu_backward", bn_relu_backward);
+  m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
+  m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
+}
+#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("bn_relu", bn_relu_autograd); }
 
 }  // namespace ran

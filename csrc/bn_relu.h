@@ -32,12 +32,9 @@ struct BackwardSums {
 };
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);
 
-// dx for batch statistics over `count` values a channel, or, without sums, for given statistics. dx may be dout.
+// dx for batch statistics over `count` values a channel, or, without sums, for given statistics. dx may be dout on the
+// CPU.
 void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
                 double count);
-
-// The same op of ATen's own, for derivatives of the derivative.
-Tensor bn_relu_composed(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                        const Tensor& var, bool batch_stats, double eps);
 
 }  // namespace ran

@@ -7,6 +7,8 @@
 
 #include "autograd.h"
 #include "bn_relu.h"
+#include "composed.h"
+#include "cuda_conv1x1.h"
 
 namespace ran {
 namespace {
@@ -48,7 +50,7 @@ std::optional<cpu::ConvShape> native_shape(const Tensor& x, const Tensor& weight
                              conv.stride[1],
                              conv.padding[0],
                              conv.padding[1]};
-  if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape)) return std::nullopt;
+  if (!kernels_of(x)->conv_supported(dtype_of(x, kOp, "x"), shape)) return std::nullopt;
   return shape;
 }
 
@@ -59,15 +61,19 @@ std::optional<cpu::ConvShape> native_pointwise(const Tensor& x, const Tensor& we
 
 Tensor forward(const Tensor& x, const BatchNormArgs& bn, const Tensor& weight_, const OptTensor& bias,
                const OptTensor& residual, const Convolution& conv) {
+#ifdef RAN_WITH_CUDA
+  if (use_cuda_conv1x1(ConvPass::forward, x, weight_, conv.stride, conv.padding))
+    return cuda_conv1x1_forward(x, bn, weight_, bias, residual);
+#endif
   if (const auto shape = native_pointwise(x, weight_, conv)) {
     const Tensor weight = weight_.contiguous();
     Tensor out = at::empty({x.size(0), shape->co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
     const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
     const Tensor added = present(residual) ? gradient_like(kOp, *residual, out) : Tensor();
-    cpu_kernels().conv1x1_forward(out.data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                  bias32.defined() ? bias32.const_data_ptr<float>() : nullptr,
-                                  added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"), *shape,
-                                  bn.kernel);
+    kernels_of(x)->conv1x1_forward(out.data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
+                                   bias32.defined() ? bias32.const_data_ptr<float>() : nullptr,
+                                   added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"), *shape,
+                                   bn.kernel);
     return out;
   }
   Tensor out = at::conv2d(bn_relu_apply(x, bn), weight_, bias, conv.stride, conv.padding);
@@ -102,9 +108,9 @@ void native_weight_gradient(ConvGradients& out, const Tensor& dy, const Tensor& 
   Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
   // A larger kernel reads each activation many times: it is written out once rather than computed again for every tap.
   const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, bn);
-  cpu_kernels().conv_weight_gradient(out.dweight.data_ptr(), want_bias ? dbias.data_ptr<float>() : nullptr,
-                                     dy.const_data_ptr(), a.const_data_ptr(), dtype_of(x, kOp, "x"), shape,
-                                     shape.taps() == 1 ? &bn.kernel : nullptr);
+  kernels_of(x)->conv_weight_gradient(out.dweight.data_ptr(), want_bias ? dbias.data_ptr<float>() : nullptr,
+                                      dy.const_data_ptr(), a.const_data_ptr(), dtype_of(x, kOp, "x"), shape,
+                                      shape.taps() == 1 ? &bn.kernel : nullptr);
   if (want_bias) out.dbias = dbias.to(x.scalar_type());
 }
 
@@ -121,11 +127,21 @@ ConvGradients conv_gradients(const Tensor& dout, const Tensor& x, const BatchNor
     const Tensor w = weight.contiguous();
     out.dz = at::empty_like(x);
     out.sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
-    cpu_kernels().conv1x1_data_gradient(out.dz.data_ptr(), out.sums.dz.data_ptr<float>(),
-                                        out.sums.dz_xhat.data_ptr<float>(), dy.const_data_ptr(), x.const_data_ptr(),
-                                        w.const_data_ptr(), dtype_of(x, kOp, "x"), *shape, bn.kernel);
+    kernels_of(x)->conv1x1_data_gradient(out.dz.data_ptr(), out.sums.dz.data_ptr<float>(),
+                                         out.sums.dz_xhat.data_ptr<float>(), dy.const_data_ptr(), x.const_data_ptr(),
+                                         w.const_data_ptr(), dtype_of(x, kOp, "x"), *shape, bn.kernel);
     wanted[0] = false;
   }
+#ifdef RAN_WITH_CUDA
+  if (wanted[1] && use_cuda_conv1x1(ConvPass::wgrad, x, weight, conv.stride, conv.padding)) {
+    std::tie(out.dweight, out.dbias) = cuda_conv1x1_wgrad(dout, x, bn, weight, wanted[2]);
+    wanted[1] = wanted[2] = false;
+  }
+  if (wanted[0] && use_cuda_conv1x1(ConvPass::dgrad, x, weight, conv.stride, conv.padding)) {
+    std::tie(out.dz, out.sums) = cuda_conv1x1_dgrad(dout, x, bn, weight);
+    wanted[0] = false;
+  }
+#endif
   if (!wanted[0] && !wanted[1] && !wanted[2]) return out;
   const Tensor a = wanted[1] ? bn_relu_apply(x, bn) : x;  // the data gradient needs its shape only
   auto [da, dweight, dbias] = at::convolution_backward(dy, a, weight, at::IntArrayRef(weight.size(0)), conv.stride,
@@ -155,9 +171,13 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
                   dout.scalar_type());
   const BatchNormArgs bn(kOp, x, bn_weight, bn_bias, mean, var, eps);
   ConvGradients g = conv_gradients(dout, x, bn, weight, conv, wanted);
-  if (wanted[0]) bn_relu_dx(g.dz, g.dz, x, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
+  Tensor dx;
+  if (wanted[0]) {
+    dx = x.is_cuda() ? at::empty_like(x) : g.dz;
+    bn_relu_dx(dx, g.dz, x, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
+  }
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
-  return {or_empty(g.dz), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
+  return {or_empty(dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
 }
 
 struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
@@ -198,7 +218,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     const double eps = ctx->saved_data["eps"].toDouble();
     if (ctx->saved_data["has_residual"].toBool()) result[7] = grads[0];
     if (at::GradMode::is_enabled()) {
-      const Tensor a = bn_relu_composed(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
+      const Tensor a = composed::bn_relu(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
       const Tensor out = at::conv2d(a, weight, bias, stride, padding);
       const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin());
@@ -278,6 +298,12 @@ TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
   m.impl("bn_relu_conv2d", bn_relu_conv2d);
   m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
 }
+#ifdef RAN_WITH_CUDA
+TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
+  m.impl("bn_relu_conv2d", bn_relu_conv2d);
+  m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
+}
+#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autograd); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCPU, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCUDA, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autocast<at::kCUDA>); }

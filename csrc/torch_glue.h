@@ -1,9 +1,10 @@
-// What every op's torch side needs: checks that name the op and the values, dtypes, layouts, and the CPU kernels.
+// What every op's torch side needs: checks that name the op and the values, dtypes, layouts, and a device's kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <optional>
 
@@ -57,6 +58,25 @@ inline ChannelView view_of(const Tensor& dense_x) {
   return {n * pixels, c, 1};
 }
 
-const cpu::Kernels& cpu_kernels();
+// Both devices' kernels have the CPU's signatures; the GPU's run on the current stream of the current device.
+using Kernels = cpu::Kernels;
+const Kernels& cpu_kernels();
+#ifdef RAN_WITH_CUDA
+const Kernels& cuda_kernels();
+#endif
+
+// The kernels for x's device, which is the current one as long as this lives:
+// kernels_of(x)->attention_gate_forward(...).
+struct DeviceKernels {
+  c10::DeviceGuard guard;
+  const Kernels& table;
+  const Kernels* operator->() const { return &table; }
+};
+inline DeviceKernels kernels_of(const Tensor& x) {
+#ifdef RAN_WITH_CUDA
+  if (x.is_cuda()) return {c10::DeviceGuard(x.device()), cuda_kernels()};
+#endif
+  return {c10::DeviceGuard(x.device()), cpu_kernels()};
+}
 
 }  // namespace ran

@@ -1,0 +1,28 @@
+// Around a CUDA launcher: the current device's stream and scratch, and the check of what it returns. These headers of
+// c10 need no more of CUDA than its runtime; ATen/cuda/CUDAContext.h would need cuBLAS's, cuSPARSE's and cuSOLVER's.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+
+namespace ran {
+
+inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+inline at::TensorOptions current_device() { return at::TensorOptions().device(at::kCUDA, c10::cuda::current_device()); }
+
+// Bytes of torch's caching allocator, for launches on the current stream; they may be given back once those are queued.
+inline at::Tensor scratch(size_t bytes) { return at::empty({int64_t(bytes)}, current_device().dtype(at::kByte)); }
+
+inline void check_launch(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // else the next call of CUDA would report this one's error again
+  TORCH_CHECK(false, op, ": CUDA did not take the launch on device ", int(c10::cuda::current_device()), ": ",
+              cudaGetErrorName(error), " (", cudaGetErrorString(error),
+              "); `python -m ran_ext.info` says which architectures the kernels were built for, and "
+              "ran_ext.set_backend('reference') does without them");
+}
+
+}  // namespace ran

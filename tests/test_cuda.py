@@ -1,0 +1,315 @@
+"""The ops on a GPU, by the CPU tests' own rules and helpers; and what only a GPU has: streams, graphs, devices.
+
+The helpers make their tensors on the default device, which here is the GPU.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import test_attention_gate as gate
+import test_bn_relu as norm
+import test_bn_relu_conv as conv
+import torch
+from accuracy import DTYPES, LAYOUTS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ran_ext import _backend, ops, set_backend
+from ran_ext.nn import AttentionModule, BNReLUConv2d
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
+
+#: 1x1 convolutions that the fused kernels take, and others: n, c_in, h, w, c_out, kernel, stride, padding.
+CASES = [*conv.CASES, (2, 8, 7, 5, 24, 1, 1, 0), (4, 128, 16, 16, 512, 1, 1, 0), (4, 1024, 4, 4, 64, 1, 1, 0)]
+CHOICES = ["library", "fused"]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The GPU as default device, its kernels asked for by name, and the library's convolutions exact and in order."""
+    if not _backend.cuda_built():
+        pytest.skip(f"no CUDA kernels: {_backend.why_not_native('cuda')}")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    with torch.device("cuda"), set_backend("native"):
+        yield
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("RAN_EXT_CONV1X1", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 1, 1), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
+def test_gate(shape, scale, dtype, layout):
+    gate.check(shape, scale, dtype, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 1, 3, 5), (3, 5, 7, 9), (1, 130, 9, 7), (70, 33, 2, 2)])
+def test_bn_relu(shape, training, dtype, layout):
+    norm.check(shape, dtype, LAYOUTS[layout], training)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bn_relu_of_many_tiles_and_of_a_large_mean(layout):
+    for offset in (1.0, 1e2, 1e4):
+        norm.check((32, 64, 32, 32), torch.float32, LAYOUTS[layout], True, offset=offset)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_bn_relu_conv2d(case, training, dtype, layout, choice):
+    conv.check(case, dtype, LAYOUTS[layout], training)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        gate.test_sliced_expanded_and_transposed_inputs,
+        gate.test_gradient_that_is_not_contiguous,
+        gate.test_empty,
+        gate.test_infinities_and_nan_as_in_pytorch,
+        gate.test_gradcheck_and_second_derivatives,
+        gate.test_opcheck,
+        norm.test_without_affine_parameters,
+        norm.test_sliced_input_and_gradient,
+        norm.test_nan_reaches_output_and_gradient,
+        norm.test_empty_batch,
+        conv.test_gradcheck_and_second_derivatives,
+        conv.test_opcheck_of_the_pieces,
+        conv.test_frozen_parts_get_no_gradient,
+        conv.test_keeps_x_and_not_the_activation,
+        conv.test_nan_reaches_output,
+        conv.test_empty_batch_in_evaluation,
+    ],
+    ids=lambda test: f"{test.__module__}-{test.__name__}",
+)
+def test_as_on_the_cpu(test: Callable[[], None]):
+    test()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+def test_module_behaves_as_batch_norm(options):
+    norm.test_module_behaves_as_batch_norm(options, "native")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_a_batch_once(use_reentrant):
+    norm.test_checkpointing_counts_a_batch_once(use_reentrant, "native")
+    conv.test_checkpointing_counts_a_batch_once(use_reentrant)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_to_one_graph(training):
+    conv.test_compiles_to_one_graph_forward_and_backward(training)
+
+
+def test_slices_off_a_16_byte_boundary(choice):
+    """The kernels' vectors are 16 bytes; the input, residual and bias here begin 2 bytes past such a boundary."""
+
+    def shifted(t: Tensor) -> Tensor:
+        return torch.empty(t.numel() + 1, dtype=t.dtype)[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+    case = (2, 64, 8, 8, 32, 1, 1, 0)
+    values = [t.to(torch.float32 if i in (1, 2) else torch.bfloat16) for i, t in enumerate(conv.tensors(case))]
+    x, g, b, w, bias, r = (t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for t in values)
+    results = []
+    for place in (shifted, lambda t: t):
+        out = ops.bn_relu_conv2d(place(x), g, b, None, None, place(w), place(bias), training=True, residual=place(r))
+        results.append(out)
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("lower", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_as_eager(x_dtype, lower, choice):
+    module = conv.unit(k=1)
+    x = torch.randn(2, 32, 6, 6).to(x_dtype).contiguous(memory_format=torch.channels_last)
+    results = []
+    for backend in ("native", "reference"):
+        module.zero_grad()
+        with set_backend(backend), torch.autocast("cuda", lower):
+            out = module(x)
+        out.float().square().sum().backward()
+        results.append((out, module.conv.weight.grad, module.bn.weight.grad))
+    for a, b in zip(*results, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.float(), b.float(), rtol=0.05, atol=0.05 * b.float().abs().max().item())
+
+
+def network() -> nn.Module:
+    """All ops in a small network whose convolutions are 1x1 and 3x3, in bfloat16 with float32 batch normalisation."""
+    model = nn.Sequential(BNReLUConv2d(8, 32, 1), AttentionModule(32, depth=2))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.bfloat16()
+    return model.to(memory_format=torch.channels_last)
+
+
+def images() -> Tensor:
+    return torch.randn(4, 8, 16, 16, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """One forward and backward pass: output, gradients and buffers."""
+    for p in model.parameters():
+        p.grad = None
+    out = model(x)
+    out.float().square().mean().backward()
+    return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None), *model.buffers()]
+
+
+def assert_same_bits(a: list[Tensor], b: list[Tensor]) -> None:
+    assert len(a) == len(b)
+    for i, (p, q) in enumerate(zip(a, b, strict=True)):
+        assert torch.equal(p, q), f"tensor {i} of {len(a)}, {list(p.shape)}, differs"
+
+
+def test_bit_for_bit_in_20_runs(choice):
+    model, x = network(), images()
+    state = copy.deepcopy(model.state_dict())
+    first = [t.clone() for t in step(model, x)]
+    for _ in range(20):
+        model.load_state_dict(state)
+        assert_same_bits(step(model, x), first)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_graph_capture_and_100_replays(momentum, choice):
+    """A captured training step gives eager's bits, 100 times; the running statistics go on counting."""
+    model, x = network(), images()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # the libraries choose and allocate before the capture
+        for _ in range(3):
+            step(model, x)
+    torch.cuda.current_stream().wait_stream(side)
+    state = copy.deepcopy(model.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(model, x)
+    model.load_state_dict(state)
+    twin = network()
+    for mine, other in zip(model.modules(), twin.modules(), strict=True):
+        if isinstance(other, nn.BatchNorm2d):
+            other.momentum = mine.momentum
+    twin.load_state_dict(state)
+    for _ in range(100):
+        graph.replay()
+        assert_same_bits(captured, step(twin, x))
+
+
+def test_a_graph_and_eager_calls_at_once():
+    """A replay on one stream beside eager calls on another: scratch and counters are not shared."""
+    module = conv.unit(64, 64, 1).bfloat16()
+    module.bn.float()
+    x, y = (torch.randn(64, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last) for _ in range(2))
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+
+    def statistics(t: Tensor) -> list[Tensor]:
+        return list(torch.ops.ran_ext.batch_norm_stats(t))
+
+    expected_x, expected_y = statistics(x), statistics(y)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = statistics(x)
+    torch.cuda.synchronize()
+    for _ in range(50):
+        graph.replay()
+        with torch.cuda.stream(stream):
+            beside = statistics(y)
+        torch.cuda.synchronize()
+        assert_same_bits(captured, expected_x)
+        assert_same_bits(beside, expected_y)
+
+
+def test_two_streams(choice):
+    models, inputs = [network() for _ in range(2)], [images() for _ in range(2)]
+    states = [copy.deepcopy(m.state_dict()) for m in models]
+    expected = [[t.clone() for t in step(m, x)] for m, x in zip(models, inputs, strict=True)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for model, state in zip(models, states, strict=True):
+            model.load_state_dict(state)
+        torch.cuda.synchronize()
+        found = []
+        for model, x, stream in zip(models, inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(model, x))
+        torch.cuda.synchronize()
+        for a, b in zip(found, expected, strict=True):
+            assert_same_bits(a, b)
+
+
+def test_does_not_wait_for_the_gpu(choice):
+    model, x = network(), images()
+    step(model, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(model, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current(choice):
+    model, x = network(), images()
+    state = copy.deepcopy(model.state_dict())
+    expected = [t.clone() for t in step(model, x)]
+    other = network().to("cuda:1")
+    other.load_state_dict(state)
+    assert torch.cuda.current_device() == 0
+    found = step(other, x.to("cuda:1"))
+    assert all(t.device == torch.device("cuda:1") for t in found)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+def test_more_than_two_to_the_31_elements():
+    trunk = torch.ones(1, 1, 2**16, 2**15 + 1, dtype=torch.bfloat16)  # 4 GiB
+    out = ops.attention_gate(trunk, torch.zeros(1, 1, 2**13, 2**12 + 1, dtype=torch.bfloat16), 8)
+    assert out[0, 0, -1, -1] == 1.5
+    assert out[0, 0, -1].float().mean() == 1.5
+
+
+def test_checkpointed_network(choice):
+    model, x = network(), images()
+    twin = copy.deepcopy(model)
+    expected = [t.clone() for t in step(model, x)]
+    found = step(nn.Sequential(Checkpointed(twin)), x)
+    assert_same_bits(found, expected)
+
+
+class Checkpointed(nn.Module):
+    """``inner``, computed again in backward."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
+def test_environment_variable_is_checked(monkeypatch):
+    monkeypatch.setenv("RAN_EXT_CONV1X1", "fast")
+    module = conv.unit(k=1).bfloat16()
+    module.bn.float()
+    x = torch.randn(2, 32, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    with pytest.raises((ValueError, RuntimeError), match="RAN_EXT_CONV1X1 must be auto, fused or library, got 'fast'"):
+        module(x)
