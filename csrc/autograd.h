@@ -19,6 +19,18 @@ inline auto find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 
+// Running statistics on their way through autograd, which differentiates nothing in them.
+struct Kept {
+  at::TensorList tensors;
+  std::optional<double> momentum;
+
+  // The ops below autograd change them; autograd notices where they were saved for a backward pass.
+  void mark_changed() const {
+    for (const Tensor& t : tensors)
+      if (!t.is_inference()) torch::autograd::impl::bump_version(t);
+  }
+};
+
 // The gradients of `out` in `inputs`, differentiable; undefined where an input is absent or needs none.
 inline variable_list differentiate(const Tensor& out, const variable_list& inputs, const Tensor& dout) {
   variable_list wanted;

@@ -1,7 +1,11 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
-#include "torch_glue.h"
+#include "conv_paths.h"
+#ifdef RAN_WITH_CUDA
+#include "cuda_bn_relu.h"
+#include "cuda_dispatch.h"
+#endif
 
 namespace {
 
@@ -18,6 +22,54 @@ py::dict build_info() {
   return info;
 }
 
+// Forward, dgrad and wgrad of a convolution: whether each takes a fused kernel, and why.
+std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const at::Tensor& weight,
+                                                    std::vector<int64_t> stride, std::vector<int64_t> padding) {
+  std::vector<std::pair<bool, std::string>> ways;
+  for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
+    const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, {stride, padding});
+    ways.emplace_back(way.fused, way.why);
+  }
+  return ways;
+}
+
+#ifdef RAN_WITH_CUDA
+
+// Forward and backward of BN-ReLU: whether one kernel holds x (and its gradient) in shared memory, and why not.
+std::vector<std::pair<bool, std::string>> bn_relu_ways(const at::Tensor& x) {
+  std::vector<std::pair<bool, std::string>> ways;
+  const c10::DeviceGuard guard(x.device());
+  for (const int tensors : {1, 2}) {
+    std::string why = "one kernel, held in shared memory";
+    const bool fits = ran::resident_plan(ran::dense(x), tensors, &why).group > 0;
+    ways.emplace_back(fits, why);
+  }
+  return ways;
+}
+
+using Entry = std::tuple<int, std::string, std::string, int64_t, int64_t, int64_t, double, double>;
+
+// arch, dtype, pass, rows, c_in, c_out, fused_us, library_us.
+void set_dispatch_table(const std::vector<Entry>& entries) {
+  using ran::cuda::Conv1x1Pass;
+  std::vector<ran::Measured> table;
+  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries)
+    table.push_back(
+        {arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16,
+         pass == "forward" ? Conv1x1Pass::forward : (pass == "dgrad" ? Conv1x1Pass::dgrad : Conv1x1Pass::wgrad), rows,
+         c_in, c_out, fused, library});
+  ran::set_measured(std::move(table));
+}
+
+#endif
+
 }  // namespace
 
-PYBIND11_MODULE(_C, m) { m.def("build_info", &build_info); }
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info);
+  m.def("conv_ways", &conv_ways);
+#ifdef RAN_WITH_CUDA
+  m.def("bn_relu_ways", &bn_relu_ways);
+  m.def("set_dispatch_table", &set_dispatch_table);
+#endif
+}

@@ -6,6 +6,7 @@
 
 #include "autograd.h"
 #include "composed.h"
+#include "cuda_bn_relu.h"
 
 namespace ran {
 namespace {
@@ -44,18 +45,32 @@ Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like) {
   return dout.contiguous(format_of(like));
 }
 
-std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x_) {
-  const Tensor x = dense_activation("batch_norm_stats", x_);
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& running) {
   const ChannelView view = view_of(x);
-  const auto options = x.options().dtype(acc_type(x));
-  if (x.numel() == 0) return {at::zeros({view.channels}, options), at::zeros({view.channels}, options)};
-  if (composed::needed(x)) {
-    const auto [found_var, found_mean] = at::var_mean(x, at::IntArrayRef{0, 2, 3}, /*correction=*/0);
-    return {found_mean, found_var};
+  Tensor mean = at::empty({view.channels}, x.options().dtype(acc_type(x))), var = at::empty_like(mean);
+  if (x.numel() == 0) {
+    mean.zero_();
+    var.zero_();
+  } else if (composed::needed(x)) {
+    std::tie(var, mean) = at::var_mean(x, at::IntArrayRef{0, 2, 3}, /*correction=*/0);
+#ifdef RAN_WITH_CUDA
+  } else if (x.is_cuda()) {
+    if (cuda_batch_norm_stats(mean, var, x, running)) return {mean, var};
+#endif
+  } else {
+    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
   }
-  Tensor mean = at::empty({view.channels}, options), var = at::empty_like(mean);
-  kernels_of(x)->batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+  if (running.kept()) running.update(mean, var, view.count());
   return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x, const OptTensor& weight,
+                                                 const OptTensor& bias, double eps, const Running& running) {
+#ifdef RAN_WITH_CUDA
+  if (auto found = cuda_bn_relu_resident(op, x, weight, bias, eps, running)) return *found;
+#endif
+  const auto [mean, var] = batch_norm_stats(x, running);
+  return {bn_relu_apply(x, {op, x, weight, bias, mean, var, eps}), mean, var};
 }
 
 Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn) {
@@ -86,30 +101,42 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNorm
                                           count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
 }
 
+BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                               bool batch_stats) {
+#ifdef RAN_WITH_CUDA
+  if (batch_stats)
+    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, bn)) return *sums;
+#endif
+  const BackwardSums sums = bn_relu_sums(dout, x, bn);
+  bn_relu_dx(dx, dout, x, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));
+  return sums;
+}
+
 namespace {
 
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
-// out, and the batch's mean and biased variance; those two are empty where the statistics were given.
+std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList running,
+                                               std::optional<double> momentum) {
+  const Tensor x = dense_activation("batch_norm_stats", x_);
+  return batch_norm_stats(x, Running("batch_norm_stats", x, running, momentum));
+}
+
+// out, and the batch's mean and biased variance; those two are empty where the statistics were given. `batch_stats`
+// says of given ones whether they are the batch's own, which the derivative must know.
 Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
-                 const OptTensor& var, double eps) {
+                 const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps) {
   const Tensor x = dense_activation(kOp, x_);
-  if (present(mean)) {
-    const auto options = x.options().dtype(acc_type(x));
-    return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), at::empty({0}, options),
-            at::empty({0}, options)};
-  }
-  auto [batch_mean, batch_var] = batch_norm_stats(x);
-  return {bn_relu_apply(x, {kOp, x, weight, bias, batch_mean, batch_var, eps}), batch_mean, batch_var};
+  if (!present(mean)) return bn_relu_batch(kOp, x, weight, bias, eps, Running(kOp, x, running, momentum));
+  const auto none = [&] { return at::empty({0}, x.options().dtype(acc_type(x))); };
+  return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), none(), none()};
 }
 
 Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
                           const Tensor& mean, const Tensor& var, double eps, bool batch_stats) {
   const Tensor x = dense_activation(kOp, x_), dout = gradient_like(kOp, dout_, x);
-  const BatchNormArgs bn(kOp, x, weight, bias, mean, var, eps);
-  const BackwardSums sums = bn_relu_sums(dout, x, bn);
   Tensor dx = at::empty_like(x);
-  bn_relu_dx(dx, dout, x, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));
+  const BackwardSums sums = bn_relu_gradients(dx, dout, x, {kOp, x, weight, bias, mean, var, eps}, batch_stats);
   return {dx, sums.dz_xhat, sums.dz};
 }
 
@@ -134,24 +161,25 @@ Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTen
 
 struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                               const OptTensor& mean, const OptTensor& var, double eps) {
-    static const auto op = find_op<Tensors3(const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&,
-                                            const OptTensor&, double)>("ran_ext::bn_relu");
+                               const OptTensor& mean, const OptTensor& var, bool batch_stats, const Kept& running,
+                               double eps) {
+    static const auto op = find_op<BnReluOp>("ran_ext::bn_relu");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, batch_mean, batch_var] = op.call(x, weight, bias, mean, var, eps);
+    auto [out, batch_mean, batch_var] =
+        op.call(x, weight, bias, mean, var, batch_stats, running.tensors, running.momentum, eps);
+    running.mark_changed();
     const bool given = present(mean);
     ctx->save_for_backward(
         {x, weight.value_or(Tensor()), bias.value_or(Tensor()), given ? *mean : batch_mean, given ? *var : batch_var});
-    ctx->saved_data["batch_stats"] = !given;
+    ctx->saved_data["batch_stats"] = !given || batch_stats;
     ctx->saved_data["eps"] = eps;
     ctx->mark_non_differentiable({batch_mean, batch_var});
     return {out, batch_mean, batch_var};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<Tensors3(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&,
-                                            const Tensor&, const Tensor&, double, bool)>("ran_ext::bn_relu_backward");
-    variable_list result(6);
+    static const auto op = find_op<decltype(bn_relu_backward)>("ran_ext::bn_relu_backward");
+    variable_list result(8);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
@@ -172,18 +200,30 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
 };
 
 Tensors3 bn_relu_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
-                          const OptTensor& var, double eps) {
-  const variable_list out = BnReluFunction::apply(x, weight, bias, mean, var, eps);
+                          const OptTensor& var, bool batch_stats, at::TensorList running,
+                          std::optional<double> momentum, double eps) {
+  const variable_list out =
+      BnReluFunction::apply(x, weight, bias, mean, var, batch_stats, Kept{running, momentum}, eps);
   return {out[0], out[1], out[2]};
+}
+
+// Statistics are no way for gradients: the op that normalises with them has the whole derivative.
+std::tuple<Tensor, Tensor> batch_norm_stats_autograd(const Tensor& x, at::TensorList running,
+                                                     std::optional<double> momentum) {
+  static const auto op = find_op<BatchNormStatsOp>("ran_ext::batch_norm_stats");
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto found = op.call(x, running, momentum);
+  Kept{running, momentum}.mark_changed();
+  return found;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
-  m.def("batch_norm_stats(Tensor x) -> (Tensor mean, Tensor var)");
+  m.def("batch_norm_stats(Tensor x, Tensor(a!)[] running, float? momentum) -> (Tensor mean, Tensor var)");
   m.def(
-      "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, float eps) -> "
-      "(Tensor out, Tensor mean, Tensor var)");
+      "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool batch_stats, Tensor(a!)[] "
+      "running, float? momentum, float eps) -> (Tensor out, Tensor mean, Tensor var)");
   m.def(
       "bn_relu_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
       "bool batch_stats) -> (Tensor dx, Tensor dweight, Tensor dbias)");
@@ -196,7 +236,7 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "Tensor sum_dz, Tensor sum_dz_xhat, float count) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
-  m.impl("batch_norm_stats", batch_norm_stats);
+  m.impl("batch_norm_stats", batch_norm_stats_op);
   m.impl("bn_relu", bn_relu);
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
@@ -204,13 +244,16 @@ TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
 }
 #ifdef RAN_WITH_CUDA
 TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("batch_norm_stats", batch_norm_stats);
+  m.impl("batch_norm_stats", batch_norm_stats_op);
   m.impl("bn_relu", bn_relu);
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
   m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
 }
 #endif
-TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("bn_relu", bn_relu_autograd); }
+TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) {
+  m.impl("batch_norm_stats", batch_norm_stats_autograd);
+  m.impl("bn_relu", bn_relu_autograd);
+}
 
 }  // namespace ran

@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "torch_glue.h"
+#include "running_stats.h"
 
 namespace ran {
 
@@ -21,10 +21,13 @@ Tensor dense_activation(const char* op, const Tensor& x);
 // `dout` in the memory format of the dense tensor `like`, whose shape and dtype it must have.
 Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like);
 
-// Mean and biased variance of each channel.
-std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x);
+// Mean and biased variance of each channel of x, dense; the running ones are updated.
+std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& running);
 
-// relu(bn(x)), x dense.
+// relu(bn(x)), x dense, with the batch's own statistics, and these; the running ones are updated.
+std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x, const OptTensor& weight,
+                                                 const OptTensor& bias, double eps, const Running& running);
+// The same with statistics that are known.
 Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn);
 
 struct BackwardSums {
@@ -36,5 +39,16 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
 // CPU.
 void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
                 double count);
+
+// Both at once.
+BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                               bool batch_stats);
+
+// The ops' signatures, for calls through the dispatcher.
+using BatchNormStatsOp = std::tuple<Tensor, Tensor>(const Tensor& x, at::TensorList running,
+                                                    std::optional<double> momentum);
+using BnReluOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                                    const OptTensor& mean, const OptTensor& var, bool batch_stats,
+                                                    at::TensorList running, std::optional<double> momentum, double eps);
 
 }  // namespace ran

@@ -5,6 +5,7 @@
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include "cuda_bn_relu.h"
 #include "cuda_dispatch.h"
 #include "cuda_launch.h"
 
@@ -13,8 +14,8 @@ namespace {
 
 constexpr const char* kOp = "bn_relu_conv2d";
 
-cuda::Conv1x1Shape shape_of(const Tensor& x, const Tensor& weight) {
-  return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), 1};
+cuda::Conv1x1Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride) {
+  return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), int(stride)};
 }
 
 cuda::Conv1x1Pass pass_of(ConvPass pass) {
@@ -22,11 +23,9 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
   return pass == ConvPass::dgrad ? cuda::Conv1x1Pass::dgrad : cuda::Conv1x1Pass::wgrad;
 }
 
-int architecture(int device) {
-  int major = 0, minor = 0;
-  check_launch(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), kOp);
-  check_launch(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), kOp);
-  return 10 * major + minor;
+int architecture() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, kOp) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, kOp);
 }
 
 BatchNorm<float> norm_of(const BatchNormArgs& bn) {
@@ -42,29 +41,31 @@ Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryF
 
 }  // namespace
 
-bool use_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, at::IntArrayRef stride,
-                      at::IntArrayRef padding) {
-  if (!x.is_cuda() || !x.is_contiguous(at::MemoryFormat::ChannelsLast) || x.numel() == 0) return false;
-  if (weight.size(2) != 1 || weight.size(3) != 1) return false;
-  if (stride[0] != 1 || stride[1] != 1 || padding[0] != 0 || padding[1] != 0) return false;
+ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (weight.size(2) != 1 || weight.size(3) != 1 || conv.padding[0] != 0 || conv.padding[1] != 0)
+    return {false, "only 1x1 convolutions without padding have fused kernels"};
+  if (conv.stride[0] != conv.stride[1]) return {false, "the stride differs between height and width"};
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const c10::cuda::CUDAGuard guard(x.device());
-  const cuda::Conv1x1Shape shape = shape_of(x, weight);
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
   const DType dtype = dtype_of(x, kOp, "x");
-  return cuda::conv1x1_supported(pass_of(pass), shape, dtype, nullptr) &&
-         use_fused_conv1x1(pass_of(pass), shape, dtype, architecture(x.device().index()));
+  std::string why;
+  if (!cuda::conv1x1_supported(pass_of(pass), shape, dtype, &why)) return {false, why};
+  return choose_conv1x1(pass_of(pass), shape, dtype, architecture());
 }
 
-Tensor cuda_conv1x1_forward(const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_, const OptTensor& bias,
-                            const OptTensor& residual) {
+void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_,
+                          const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                          const NextStatistics& next) {
   const c10::cuda::CUDAGuard guard(x_.device());
   const Tensor x = aligned(x_), weight = aligned(weight_.contiguous());
-  Tensor y = at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
+  y.out = at::empty({shape.n, shape.c_out, shape.out_h(), shape.out_w()}, x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
-  const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y)) : Tensor();
-  const cuda::Conv1x1Shape shape = shape_of(x, weight);
+  const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y.out)) : Tensor();
   const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::forward, shape));
   cuda::Conv1x1Forward args{};
-  args.y = y.mutable_data_ptr();
+  args.y = y.out.mutable_data_ptr();
   args.x = x.const_data_ptr();
   args.norm = norm_of(bn);
   args.weight = weight.const_data_ptr();
@@ -72,8 +73,15 @@ Tensor cuda_conv1x1_forward(const Tensor& x_, const BatchNormArgs& bn, const Ten
   args.residual = added.defined() ? added.const_data_ptr() : nullptr;
   args.shape = shape;
   args.workspace = workspace.mutable_data_ptr();
+  const auto kept = in_launch(next.running);
+  if (next.wanted) {
+    y.next_mean = at::empty({shape.c_out}, bn.mean.options());
+    y.next_var = at::empty_like(y.next_mean);
+    args.statistics = {y.next_mean.mutable_data_ptr<float>(), y.next_var.mutable_data_ptr<float>(),
+                       kept.value_or(cuda::RunningStatistics{})};
+  }
   check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), kOp);
-  return y;
+  if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
 }
 
 std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
@@ -82,7 +90,7 @@ std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Te
   const Tensor x = aligned(x_), weight = aligned(weight_.contiguous()), dy = aligned_pixels(dout);
   Tensor dz = at::empty_like(x);
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
-  const cuda::Conv1x1Shape shape = shape_of(x, weight);
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
   const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::dgrad, shape));
   cuda::Conv1x1Dgrad args{};
   args.dz = dz.mutable_data_ptr();
@@ -99,12 +107,12 @@ std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Te
 }
 
 std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
-                                              const Tensor& weight, bool want_bias) {
+                                              const Tensor& weight, const Convolution& conv, bool want_bias) {
   const c10::cuda::CUDAGuard guard(x_.device());
   const Tensor x = aligned(x_), dy = aligned_pixels(dout);
   Tensor dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({weight.size(0)}, x.options()) : Tensor();
-  const cuda::Conv1x1Shape shape = shape_of(x, weight);
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
   const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::wgrad, shape));
   cuda::Conv1x1Wgrad args{};
   args.dweight = dweight.mutable_data_ptr();

@@ -3,28 +3,26 @@
 
 #include <tuple>
 
-#include "bn_relu.h"
+#include "conv_paths.h"
 
 namespace ran {
 
-enum class ConvPass { forward, dgrad, wgrad };
-
 #ifdef RAN_WITH_CUDA
 
-// Whether a pass of the convolution of x, (N, C, H, W) dense, runs on the fused kernel: on a GPU, channels_last, 1x1 at
-// stride 1 without padding, of a shape that the kernel takes and for which it is chosen (cuda_dispatch.h).
-bool use_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, at::IntArrayRef stride,
-                      at::IntArrayRef padding);
+// "fused" for a channels_last 1x1 convolution without padding of a shape that the kernel takes and for which it is
+// chosen (cuda_dispatch.h).
+ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
 
-// conv(relu(bn(x))) + bias + residual.
-Tensor cuda_conv1x1_forward(const Tensor& x, const BatchNormArgs& bn, const Tensor& weight, const OptTensor& bias,
-                            const OptTensor& residual);
-// dz, the gradient of bn(x), and its sums.
+// y.out = conv(relu(bn(x))) + bias + residual, and the next statistics where they are wanted.
+void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
+                          const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                          const NextStatistics& next);
+// dz, the gradient of bn(x), and its sums; stride 1.
 std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
                                                     const Tensor& weight);
 // dweight, and dbias, undefined where it is not wanted.
 std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                                              const Tensor& weight, bool want_bias);
+                                              const Tensor& weight, const Convolution& conv, bool want_bias);
 
 #endif
 

@@ -2,49 +2,47 @@
 
 #include "cuda_dispatch.h"
 
+#include <cmath>
+#include <cstdio>
 #include <cstdlib>
-#include <stdexcept>
-#include <string_view>
-#include <vector>
+
+#include "environment.h"
 
 namespace ran {
 namespace {
 
-using cuda::Conv1x1Pass;
-using cuda::Conv1x1Shape;
+std::vector<Measured>& measured() {
+  static std::vector<Measured> table;
+  return table;
+}
 
-// A class of shapes for which the fused kernel was measured to be faster than the library.
-struct Faster {
-  int arch;
-  DType dtype;
-  Conv1x1Pass pass;
-  int64_t least_rows, most_rows;  // output pixels
-  int64_t most_c_in, most_c_out;
-  bool takes(Conv1x1Pass p, const Conv1x1Shape& s, DType d, int a) const {
-    return a == arch && d == dtype && p == pass && s.rows() >= least_rows && s.rows() <= most_rows &&
-           s.c_in <= most_c_in && s.c_out <= most_c_out;
-  }
-};
+// How many times more or fewer rows, as a logarithm.
+double distance(const Measured& entry, const cuda::Conv1x1Shape& shape) {
+  return std::abs(std::log(double(entry.rows) / double(shape.rows())));
+}
 
-// Empty: nothing has been measured yet. benchmarks/ compares the two by RAN_EXT_CONV1X1.
-const std::vector<Faster> kMeasured = {};
-
-bool measured_faster(Conv1x1Pass pass, const Conv1x1Shape& shape, DType dtype, int arch) {
-  for (const Faster& entry : kMeasured)
-    if (entry.takes(pass, shape, dtype, arch)) return true;
-  return false;
+const Measured* nearest(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
+  const Measured* best = nullptr;
+  for (const Measured& entry : measured())
+    if (entry.arch == arch && entry.dtype == dtype && entry.pass == pass && entry.c_in == shape.c_in &&
+        entry.c_out == shape.c_out && (!best || distance(entry, shape) < distance(*best, shape)))
+      best = &entry;
+  return best;
 }
 
 }  // namespace
 
-bool use_fused_conv1x1(Conv1x1Pass pass, const Conv1x1Shape& shape, DType dtype, int arch) {
-  const char* set = std::getenv("RAN_EXT_CONV1X1");
-  const std::string_view choice = set && *set ? set : "auto";
-  if (choice == "fused") return true;
-  if (choice == "library") return false;
-  if (choice == "auto") return measured_faster(pass, shape, dtype, arch);
-  throw std::invalid_argument("bn_relu_conv2d: RAN_EXT_CONV1X1 must be auto, fused or library, got '" +
-                              std::string(choice) + "'");
+void set_measured(std::vector<Measured> table) { measured() = std::move(table); }
+
+ConvWay choose_conv1x1(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
+  const std::string choice = environment_choice("RAN_EXT_CONV1X1", {"auto", "fused", "library"});
+  if (choice != "auto") return {choice == "fused", "RAN_EXT_CONV1X1=" + choice};
+  const Measured* entry = nearest(pass, shape, dtype, arch);
+  if (!entry) return {false, "no measurement of these channels on this architecture (RAN_EXT_CONV1X1=fused tries it)"};
+  char text[96];
+  std::snprintf(text, sizeof text, "measured at %lld pixels: fused %.1f us, library %.1f us",
+                static_cast<long long>(entry->rows), entry->fused_us, entry->library_us);
+  return {entry->fused_us < entry->library_us, text};
 }
 
 }  // namespace ran

@@ -1,5 +1,6 @@
-// Around a CUDA launcher: the current device's stream and scratch, and the check of what it returns. These headers of
-// c10 need no more of CUDA than its runtime; ATen/cuda/CUDAContext.h would need cuBLAS's, cuSPARSE's and cuSOLVER's.
+// Around a CUDA launcher: the current device's stream, scratch and counters, and the check of what it returns. These
+// headers of c10 need no more of CUDA than its runtime; ATen/cuda/CUDAContext.h would need cuBLAS's, cuSPARSE's and
+// cuSOLVER's.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,6 +17,17 @@ inline at::TensorOptions current_device() { return at::TensorOptions().device(at
 // Bytes of torch's caching allocator, for launches on the current stream; they may be given back once those are queued.
 inline at::Tensor scratch(size_t bytes) { return at::empty({int64_t(bytes)}, current_device().dtype(at::kByte)); }
 
+// At least `count` words that are zero before the launch on the current stream that uses them and, by that launch,
+// after it.
+class Counters {
+ public:
+  explicit Counters(size_t count);
+  unsigned* words() const { return reinterpret_cast<unsigned*>(words_.mutable_data_ptr<int>()); }
+
+ private:
+  at::Tensor words_;
+};
+
 inline void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // else the next call of CUDA would report this one's error again
@@ -23,6 +35,12 @@ inline void check_launch(cudaError_t error, const char* op) {
               cudaGetErrorName(error), " (", cudaGetErrorString(error),
               "); `python -m ran_ext.info` says which architectures the kernels were built for, and "
               "ran_ext.set_backend('reference') does without them");
+}
+
+inline int device_attribute(cudaDeviceAttr name, const char* op) {
+  int value = 0;
+  check_launch(cudaDeviceGetAttribute(&value, name, c10::cuda::current_device()), op);
+  return value;
 }
 
 }  // namespace ran

@@ -1,4 +1,7 @@
+from collections.abc import Sequence
 from typing import TypedDict
+
+from torch import Tensor
 
 class BuildInfo(TypedDict):
     torch: str
@@ -6,3 +9,10 @@ class BuildInfo(TypedDict):
     cpu_kernels: str
 
 def build_info() -> BuildInfo: ...
+def conv_ways(
+    x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int]
+) -> list[tuple[bool, str]]: ...
+
+# In builds with CUDA:
+def bn_relu_ways(x: Tensor) -> list[tuple[bool, str]]: ...
+def set_dispatch_table(entries: Sequence[tuple[int, str, str, int, int, int, float, float]]) -> None: ...

@@ -2,8 +2,9 @@
 
 from . import data, models, nn, ops
 from ._backend import get_backend, set_backend
+from ._explain import explain
 from ._info import info
 from .inference import fold_for_inference
 
 __version__ = "0.1.0"
-__all__ = ["data", "fold_for_inference", "get_backend", "info", "models", "nn", "ops", "set_backend"]
+__all__ = ["data", "explain", "fold_for_inference", "get_backend", "info", "models", "nn", "ops", "set_backend"]

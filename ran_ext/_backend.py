@@ -86,8 +86,21 @@ _C: ModuleType | None
 #: Why the native backend is missing: "" where it is loaded.
 why_missing: str
 _C, why_missing = _load()
+#: What the choice between fused and library convolutions on a GPU rests on.
+DISPATCH_FILE = Path(__file__).with_name("dispatch.json")
+
+
+def dispatch_table() -> list[tuple[int, str, str, int, int, int, float, float]]:
+    """The measurements of ``dispatch.json``: arch, dtype, pass, rows, c_in, c_out, fused_us, library_us."""
+    keys = ("arch", "dtype", "pass", "rows", "c_in", "c_out", "fused_us", "library_us")
+    rows = json.loads(DISPATCH_FILE.read_text())["measured"]
+    return [tuple(row[key] for key in keys) for row in rows]
+
+
 #: Whether the compiled module holds CUDA kernels, and why not; kept, since torch.compile cannot trace the question.
 _cuda_built = _C is not None and _C.build_info()["cuda"] is not None
+if _C is not None and _cuda_built:
+    _C.set_dispatch_table(dispatch_table())
 _why_no_cuda = getattr(built_for(), "WHY_NO_CUDA", "") or "built without CUDA"
 
 

@@ -6,7 +6,7 @@ initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` w
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,6 +63,9 @@ class BNReLUConv2d(nn.Module):
     groups, dilation or non-zero padding mode, is run as written, unfused. Forward hooks on ``bn`` and ``conv`` are not
     called by the fused path.
 
+    With ``following``, the module that takes the result next, a call returns the result and, in training, the
+    statistics that ``following`` takes with it: see :func:`ran_ext.ops.chained_bn_relu_conv2d`.
+
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as in ``nn.Conv2d``.
         eps, momentum: as in ``nn.BatchNorm2d``.
@@ -89,9 +92,34 @@ class BNReLUConv2d(nn.Module):
         self.bn = nn.BatchNorm2d(in_channels, eps, momentum)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        statistics: ops.BatchStatistics | None = None,
+        following: BNReLUConv2d | None = None,
+    ) -> Any:
+        chains = self._chains and (following is None or following._chains)
+        if not chains or (statistics is None and following is None):
+            out = self._plain(x, residual)
+            return out if following is None else (out, None)
+        next_bn = None if following is None else following.bn
+        out, found = ops.chained_bn_relu_conv2d(x, self.bn, self.conv, residual, statistics, next_bn)
+        return out if following is None else (out, found)
+
+    @property
+    def is_fusable(self) -> bool:
+        """Whether ``bn`` and ``conv`` are of the kinds that the op takes."""
+        return isinstance(self.bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and _is_plain(self.conv)
+
+    @property
+    def _chains(self) -> bool:
+        """Whether this call is fused and normalises with the statistics of this process's batch."""
+        return type(self.bn) is nn.BatchNorm2d and self.bn.training and _is_plain(self.conv)
+
+    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         bn, conv = self.bn, self.conv
-        if not (isinstance(bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and _is_plain(conv)):
+        if not self.is_fusable:
             out = conv(F.relu(bn(x)))
             return out if residual is None else out + residual
         if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
@@ -140,7 +168,10 @@ class ResidualUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3(self.conv2(self.conv1(x)), residual=identity)
+        h, statistics = self.conv1(x, following=self.conv2)
+        h = self.conv2(h, statistics=statistics)
+        out: Tensor = self.conv3(h, residual=identity)
+        return out
 
 
 class SoftMaskBranch(nn.Module):

@@ -136,13 +136,21 @@ def test_opcheck(case, layout):
     stride, padding = [case[6]] * 2, [case[7]] * 2
     needs = [t.detach().requires_grad_() for t in (x, g, b, w, bias, r)]
     x_, g_, b_, w_, bias_, r_ = needs
-    torch.library.opcheck(
-        torch.ops.ran_ext.bn_relu_conv2d, (x_, g_, b_, None, None, w_, bias_, r_, stride, padding, 1e-5)
-    )
-    mean, var = torch.ops.ran_ext.batch_norm_stats(x)
-    torch.library.opcheck(
-        torch.ops.ran_ext.bn_relu_conv2d, (x_, g_, b_, mean, var, w_, bias_, None, stride, padding, 1e-5)
-    )
+    mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
+
+    def kept(channels: int) -> list[torch.Tensor]:
+        return [torch.zeros(channels), torch.ones(channels), torch.tensor(0)]
+
+    for known, running, following in (
+        ((None, None, False), (kept(case[1]), None), (True, kept(case[4]), None)),
+        ((None, None, False), ([], None), (False, [], None)),
+        ((mean, var, True), ([], None), (True, kept(case[4])[:2], 0.1)),
+        ((mean, var, False), ([], None), (False, [], None)),
+    ):
+        torch.library.opcheck(
+            torch.ops.ran_ext.bn_relu_conv2d,
+            (x_, g_, b_, *known, *running, 1e-5, w_, bias_, r_, stride, padding, *following),
+        )
     dout = torch.randn_like(r)
     for wanted in ([True, True, True], [True, False, False], [False, True, True]):
         torch.library.opcheck(
@@ -154,19 +162,16 @@ def test_opcheck(case, layout):
 def test_opcheck_of_the_pieces():
     x = torch.randn(2, 8, 5, 5)
     g, b = torch.rand(8), torch.randn(8)
-    mean, var = torch.ops.ran_ext.batch_norm_stats(x)
-    torch.library.opcheck(torch.ops.ran_ext.batch_norm_stats, (x,))
-    torch.library.opcheck(
-        torch.ops.ran_ext.bn_relu, (x.requires_grad_(), g.requires_grad_(), b.requires_grad_(), None, None, 1e-5)
-    )
+    kept = [torch.zeros(8), torch.ones(8), torch.tensor(0)]
+    mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
+    torch.library.opcheck(torch.ops.ran_ext.batch_norm_stats, (x, kept, None))
+    needs = (x.requires_grad_(), g.requires_grad_(), b.requires_grad_())
+    for known, running in (((None, None, False), (kept, 0.1)), ((mean, var, True), ([], None))):
+        torch.library.opcheck(torch.ops.ran_ext.bn_relu, (*needs, *known, *running, 1e-5))
     args = (torch.randn(2, 8, 5, 5), x.detach(), g.detach(), b.detach(), mean, var, 1e-5)
     torch.library.opcheck(torch.ops.ran_ext.bn_relu_backward, (*args, True))
     torch.library.opcheck(torch.ops.ran_ext.bn_relu_backward_reduce, args)
     torch.library.opcheck(torch.ops.ran_ext.bn_relu_backward_apply, (*args, mean, var, 50.0))
-    batches = torch.tensor(0)
-    torch.library.opcheck(
-        torch.ops.ran_ext.update_running_stats, (torch.zeros(8), torch.ones(8), batches, mean, var, 50, 0.1)
-    )
 
 
 def unit(ci=32, co=32, k=3, layout=torch.channels_last) -> BNReLUConv2d:

@@ -1,9 +1,12 @@
 """The modules: what they hold, and batch normalisation synchronised over processes."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accuracy import LAYOUTS, assert_accurate
 from torch import Tensor, nn
 
 from ran_ext import set_backend
@@ -23,6 +26,68 @@ def test_residual_unit_is_the_preactivation_bottleneck():
         h = block.conv(torch.relu(block.bn(h)))
     torch.testing.assert_close(unit(x), h + unit.shortcut(x))
     assert ResidualUnit(8, 8, 4).shortcut is None
+
+
+def train_once(unit: nn.Module, x: Tensor, backend: str) -> list[Tensor]:
+    """Output, gradients and buffers of one forward and backward pass."""
+    unit, x = copy.deepcopy(unit), x.detach().clone().requires_grad_()
+    with set_backend(backend):
+        out = unit(x)
+    out.float().square().mean().backward()
+    return [out.detach(), x.grad, *(p.grad for p in unit.parameters()), *unit.buffers()]
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("channels", [(64, 64, 32, 1), (32, 64, 32, 2), (12, 20, 9, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_residual_unit_chains_the_statistics(dtype, layout, channels, momentum):
+    """conv2's batch normalisation takes what conv1 gave it: the same values, gradients and running statistics."""
+    unit = ResidualUnit(*channels, bias=False)  # before a batch normalisation a bias's gradient is rounding alone
+    for module in unit.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    x = (torch.randn(3, channels[0], 9, 7).to(dtype) + 1).to(memory_format=LAYOUTS[layout])
+    for module in unit.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(dtype, memory_format=LAYOUTS[layout])
+    exact = train_once(copy.deepcopy(unit).double(), x.double(), "reference")
+    if dtype == torch.float64:
+        unit = unit.double()
+    results = zip(*(train_once(unit, x, backend) for backend in ("native", "reference")), exact, strict=True)
+    for i, (ours, eager, wanted) in enumerate(results):
+        if ours.is_floating_point():
+            assert_accurate(f"tensor {i}", ours, eager, wanted, times=4)
+        else:
+            assert torch.equal(ours, wanted)
+
+
+@pytest.mark.usefixtures("native")
+def test_chained_statistics_are_those_of_the_stored_result():
+    first, second = BNReLUConv2d(64, 32, 1), BNReLUConv2d(32, 32, 3, padding=1)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(5, 64, 6, 7).to(dtype, memory_format=torch.channels_last)
+        unit = copy.deepcopy(first)
+        unit.conv.to(dtype)
+        out, statistics = unit(x, following=second)
+        var, mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
+        torch.testing.assert_close(statistics.mean.double(), mean, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(statistics.var.double(), var, rtol=1e-5, atol=1e-6)
+    assert second.bn.num_batches_tracked == 2
+    assert first.bn.num_batches_tracked == 0
+
+
+@pytest.mark.usefixtures("native")
+def test_chain_is_broken_where_it_would_not_hold():
+    unit, x = ResidualUnit(32, 32, 32), torch.randn(2, 32, 5, 5)
+    assert unit.eval().conv1(x, following=unit.conv2)[1] is None
+    unit.train().conv2.conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+    assert unit.conv1(x, following=unit.conv2)[1] is None
+    unit(x)
+    assert unit.conv2.bn.num_batches_tracked == 1
+    with set_backend("reference"):
+        assert ResidualUnit(32, 32, 32).conv1(x, following=ResidualUnit(32, 32, 32).conv2)[1] is None
 
 
 def test_attention_module_equals_masks_at_full_resolution():

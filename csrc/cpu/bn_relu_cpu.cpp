@@ -1,11 +1,11 @@
 // Batch normalisation + ReLU, forward and backward, over dense NCHW and channels_last tensors.
 //
-// Statistics are taken in two passes over tiles that fit a core's cache (mean, then squared deviations from it) and
-// merged by Chan's formula: exact where sum and sum of squares would cancel, at one read of memory.
+// Statistics are taken in two passes over tiles that fit a core's cache, and the tiles' merged (moments.h).
 #include <algorithm>
 #include <vector>
 
 #include "../math.h"
+#include "moments.h"
 #include "parallel.h"
 #include "tables.h"
 #include "vec.h"
@@ -43,61 +43,13 @@ void for_row_tiles(ChannelView v, Body&& body) {
                });
 }
 
-// Column sums over the rows of a tile of K quantities that f(vector of x, row, channel, lanes) gives. Each is summed in
-// four runs: a quarter of the additions that a rounding error passes through, and no addition waits for the last.
-template <int K, typename A, typename F>
-inline void tile_sums(A* out, int64_t out_stride, int64_t row, int64_t rows, int64_t c, int64_t channels, F&& f) {
-  constexpr int kRuns = 4;
-  for_lanes<A>(channels, [&](int64_t i, int n) {
-    Vec<A> total[kRuns][K] = {};
-    int64_t r = 0;
-    for (; r + kRuns <= rows; r += kRuns)
-      for (int run = 0; run < kRuns; ++run) f(total[run], row + r + run, c + i, n);
-    for (int run = 0; r < rows; ++r, ++run) f(total[run], row + r, c + i, n);
-    for (int k = 0; k < K; ++k)
-      store(out + k * out_stride + c + i, (total[0][k] + total[1][k]) + (total[2][k] + total[3][k]), n);
-  });
-}
-
-// The second pass sums the deviations too: what is left of them is the rounding of the tile's mean, and corrects both
-// moments (Chan, Golub and LeVeque 1983, the corrected two-pass algorithm).
 template <typename T, typename A = Acc<T>>
 void stats_rows(A* mean, A* var, const T* x, ChannelView v) {
-  const int64_t tiles = tiles_of(v.outer, kTileRows), c3 = 3 * v.channels;
-  std::vector<A> partial(size_t(tiles * c3));  // [tile][mean, sum of deviations, sum of their squares][channel]
+  std::vector<A> tiles(size_t(tiles_of(v.outer, kTileRows) * 3 * v.channels));
   for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    A* const tile_mean = partial.data() + tile * c3;
-    tile_sums<1>(tile_mean, 0, row, rows, c, channels,
-                 [&](Vec<A>* s, int64_t r, int64_t i, int n) { s[0] += load(x + r * v.channels + i, n); });
-    for (int64_t i = c; i < c + channels; ++i) tile_mean[i] /= A(rows);
-    tile_sums<2>(tile_mean + v.channels, v.channels, row, rows, c, channels,
-                 [&](Vec<A>* s, int64_t r, int64_t i, int n) {
-                   const Vec<A> d = load(x + r * v.channels + i, n) - load(tile_mean + i, n);
-                   s[0] += d;
-                   s[1] = fma(d, d, s[1]);
-                 });
+    tile_moments(tiles.data() + tile * 3 * v.channels, x, v.channels, row, rows, c, channels);
   });
-  // Chan's merge of all tiles at once: the mean of the means, then the squares within the tiles and between them.
-  const auto rows_of = [&](int64_t tile) { return double(std::min(kTileRows, v.outer - tile * kTileRows)); };
-  std::vector<double> total(size_t(v.channels), 0.0), m2(size_t(v.channels), 0.0);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const A* const p = partial.data() + tile * c3;
-    for (int64_t i = 0; i < v.channels; ++i) total[i] += rows_of(tile) * double(p[i]) + double(p[v.channels + i]);
-  }
-  for (int64_t i = 0; i < v.channels; ++i) total[i] /= double(v.outer);
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const A* const p = partial.data() + tile * c3;
-    const double rows = rows_of(tile);
-    for (int64_t i = 0; i < v.channels; ++i) {
-      // The sum of squares about the whole's mean, from that about a point p[i] near the tile's mean.
-      const double d = double(p[i]) - total[i], deviations = double(p[v.channels + i]);
-      m2[i] += double(p[2 * v.channels + i]) + 2 * d * deviations + rows * d * d;
-    }
-  }
-  for (int64_t i = 0; i < v.channels; ++i) {
-    mean[i] = A(total[i]);
-    var[i] = A(std::max(0.0, m2[i] / double(v.outer)));
-  }
+  merge_tiles(mean, var, tiles.data(), kTileRows, v.outer, v.channels);
 }
 
 template <typename T, typename A = Acc<T>>

@@ -42,9 +42,10 @@ struct Kernels {
 
   // Whether the three below take this convolution; the first two take pointwise ones only.
   bool (*conv_supported)(DType, ConvShape);
-  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null
-  void (*conv1x1_forward)(void* out, const void* x, const void* weight, const float* bias, const void* residual, DType,
-                          ConvShape, BatchNorm<void>);
+  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean and out_var (biased):
+  // the channels' statistics of out, or null
+  void (*conv1x1_forward)(void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+                          const float* bias, const void* residual, DType, ConvShape, BatchNorm<void>);
   // dz = (dout * weight^T) where z > 0, with the two sums of bn_relu_backward_reduce
   void (*conv1x1_data_gradient)(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
                                 const void* weight, DType, ConvShape, BatchNorm<void>);

@@ -17,8 +17,8 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
                             double count, DType, ChannelView, BatchNorm<void>);
 
 bool conv_supported(DType, ConvShape);
-void conv1x1_forward(void* out, const void* x, const void* weight, const float* bias, const void* residual, DType,
-                     ConvShape, BatchNorm<void>);
+void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, const void* weight, const float* bias,
+                     const void* residual, DType, ConvShape, BatchNorm<void>);
 void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
                            const void* weight, DType, ConvShape, BatchNorm<void>);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,

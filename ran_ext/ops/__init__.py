@@ -3,13 +3,15 @@
 from . import _fakes  # noqa: F401
 from .attention_gate import attention_gate, attention_gate_ref
 from .bn_relu import bn_relu, bn_relu_ref
-from .bn_relu_conv import bn_relu_conv2d, bn_relu_conv2d_ref
+from .bn_relu_conv import BatchStatistics, bn_relu_conv2d, bn_relu_conv2d_ref, chained_bn_relu_conv2d
 
 __all__ = [
+    "BatchStatistics",
     "attention_gate",
     "attention_gate_ref",
     "bn_relu",
     "bn_relu_conv2d",
     "bn_relu_conv2d_ref",
     "bn_relu_ref",
+    "chained_bn_relu_conv2d",
 ]

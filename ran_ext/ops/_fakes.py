@@ -42,13 +42,11 @@ def _register() -> None:
         )
 
     @fake("ran_ext::batch_norm_stats")
-    def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return _vector(x, x.shape[1]), _vector(x, x.shape[1])
 
     @fake("ran_ext::bn_relu")
-    def _(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _(x: Tensor, weight: Any, bias: Any, mean: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         size = x.shape[1] if mean is None else 0
         return _dense_like(x), _vector(x, size), _vector(x, size)
 
@@ -64,10 +62,6 @@ def _register() -> None:
     def _(dout: Tensor, x: Tensor, *args: Any) -> Tensor:
         return _dense_like(x)
 
-    @fake("ran_ext::update_running_stats")
-    def _(*args: Any) -> None:
-        return None
-
     @fake("ran_ext::bn_relu_conv2d")
     def _(
         x: Tensor,
@@ -75,15 +69,22 @@ def _register() -> None:
         bn_bias: Tensor | None,
         mean: Tensor | None,
         var: Tensor | None,
+        batch_stats: bool,
+        running: list[Tensor],
+        momentum: float | None,
+        eps: float,
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
         stride: list[int],
         padding: list[int],
-        eps: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        next_stats: bool,
+        *args: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         size = x.shape[1] if mean is None else 0
-        return F.conv2d(_dense_like(x), weight, bias, stride, padding), _vector(x, size), _vector(x, size)
+        following = weight.shape[0] if next_stats else 0
+        out = F.conv2d(_dense_like(x), weight, bias, stride, padding)
+        return out, _vector(x, size), _vector(x, size), _vector(x, following), _vector(x, following)
 
     @fake("ran_ext::bn_relu_conv2d_backward")
     def _(
@@ -113,18 +114,8 @@ def _register() -> None:
         )
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
-    def _(
-        x: Any,
-        bn_weight: Any,
-        bn_bias: Any,
-        mean: Any,
-        var: Any,
-        weight: Any,
-        *args: Any,
-        out_shape: Any,
-        **kwargs: Any,
-    ) -> int:
-        return conv_flop_count(x, weight, out_shape[0])
+    def _(x: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return conv_flop_count(x, args[8], out_shape[0])
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
     def _(

@@ -65,10 +65,8 @@ def bn_relu(
             eps=eps,
             num_batches_tracked=num_batches_tracked,
         )
-    mean, var = (None, None) if training or running_mean is None else (running_mean, running_var)
-    out, mean, var = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, eps)
-    if training:
-        update_running_stats(x, mean, var, running_mean, running_var, momentum, num_batches_tracked)
+    mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
+    out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, False, running, momentum, eps)[0]
     return out
 
 
@@ -97,20 +95,15 @@ def bn_relu_ref(
     return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, factor, eps))
 
 
-def update_running_stats(
-    x: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    """Blend the statistics of one batch of ``x`` into the running ones, on the device, outside autograd."""
-    if running_mean is None:
-        return
-    count = x.numel() // x.shape[1] if x.shape[1] else 0
-    torch.ops.ran_ext.update_running_stats(running_mean, running_var, num_batches_tracked, mean, var, count, momentum)
+def split_statistics(
+    training: bool, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Mean and variance to normalise with, or None for the batch's own; and what the batch's are blended into."""
+    if running_mean is None or running_var is None:
+        return None, None, []
+    if not training:
+        return running_mean, running_var, []
+    return None, None, [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
 
 
 def in_backward() -> bool:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import _backend
-from .bn_relu import bn_relu_ref, check_batch_norm, update_running_stats
+from .bn_relu import bn_relu_ref, check_batch_norm, split_statistics
+
+
+class BatchStatistics(NamedTuple):
+    """Mean and biased variance of each channel over one batch, ``(C,)`` each, float32 (float64 of float64)."""
+
+    mean: Tensor
+    var: Tensor
 
 
 def bn_relu_conv2d(
@@ -82,13 +91,82 @@ def bn_relu_conv2d(
             residual=residual,
             num_batches_tracked=num_batches_tracked,
         )
-    mean, var = (None, None) if training or running_mean is None else (running_mean, running_var)
-    out, mean, var = torch.ops.ran_ext.bn_relu_conv2d(
-        x, bn_weight, bn_bias, mean, var, weight, bias, residual, stride, padding, eps
-    )
-    if training:
-        update_running_stats(x, mean, var, running_mean, running_var, momentum, num_batches_tracked)
+    mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
+    norm = (bn_weight, bn_bias, mean, var, False, running, momentum, eps)
+    out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
+        x, *norm, weight, bias, residual, stride, padding, False, [], None
+    )[0]
     return out
+
+
+def chained_bn_relu_conv2d(
+    x: Tensor,
+    bn: nn.BatchNorm2d,
+    conv: nn.Conv2d,
+    residual: Tensor | None = None,
+    statistics: BatchStatistics | None = None,
+    next_bn: nn.BatchNorm2d | None = None,
+) -> tuple[Tensor, BatchStatistics | None]:
+    """:func:`bn_relu_conv2d` of two modules in training, which takes and gives the statistics between them.
+
+    A convolution has every output value at hand when it writes it; with ``next_bn`` it also takes the statistics that
+    the next batch normalisation will need, so that no pass over the tensor is left for them.
+
+    Args:
+        x: ``(N, C_in, H, W)``.
+        bn, conv: the parameters; ``bn`` in training mode, ``conv`` neither grouped nor dilated.
+        residual: added to the result, or None.
+        statistics: those of ``x``, as a call with ``next_bn=bn`` gave them; ``bn``'s running statistics are up to date
+            then. None: taken here.
+        next_bn: normalises the result next, in training mode; its running statistics are updated here. None: no
+            statistics are taken.
+
+    Returns:
+        The result, and its statistics or None (without ``next_bn``, and where plain PyTorch runs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, as in :func:`bn_relu_conv2d`.
+
+    >>> first, second = (nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), (nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
+    >>> h, statistics = chained_bn_relu_conv2d(torch.randn(2, 8, 4, 4), *first, next_bn=second[0])
+    >>> chained_bn_relu_conv2d(h, *second, statistics=statistics)[0].shape
+    torch.Size([2, 8, 4, 4])
+    """
+    op = "bn_relu_conv2d"
+    running_mean, running_var = (None, None) if statistics else (bn.running_mean, bn.running_var)
+    check_batch_norm(op, x, bn.weight, bn.bias, running_mean, running_var, True, bn.momentum, bn.num_batches_tracked)
+    _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
+    if not _backend.use_native(x):
+        out = bn_relu_conv2d_ref(
+            x,
+            bn.weight,
+            bn.bias,
+            running_mean,
+            running_var,
+            conv.weight,
+            conv.bias,
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            training=True,
+            momentum=bn.momentum,
+            eps=bn.eps,
+            residual=residual,
+            num_batches_tracked=bn.num_batches_tracked,
+        )
+        return out, None
+    mean, var = statistics or (None, None)
+    _, _, running = split_statistics(True, running_mean, running_var, bn.num_batches_tracked)
+    _, _, next_running = (
+        split_statistics(True, next_bn.running_mean, next_bn.running_var, next_bn.num_batches_tracked)
+        if next_bn
+        else (None, None, [])
+    )
+    norm = (bn.weight, bn.bias, mean, var, True, running, bn.momentum, bn.eps)
+    following = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
+    out, _, _, next_mean, next_var = torch.ops.ran_ext.bn_relu_conv2d(
+        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following
+    )
+    return out, BatchStatistics(next_mean, next_var) if next_bn else None
 
 
 def bn_relu_conv2d_ref(

@@ -89,7 +89,7 @@ def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         return x.new_zeros(x.shape[1], dtype=_acc(x)), x.new_zeros(x.shape[1], dtype=_acc(x))
     if _backend.use_native(x):
-        mean, var = torch.ops.ran_ext.batch_norm_stats(x)
+        mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
         return mean, var
     var, mean = torch.var_mean(x.to(_acc(x)), (0, 2, 3), correction=0)
     return mean, var
@@ -97,7 +97,7 @@ def _stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _apply(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     if _backend.use_native(x):
-        out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, eps)[0]
+        out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, True, [], None, eps)[0]
         return out
     return F.relu(F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps))
 
