@@ -93,37 +93,47 @@ class AttentionModule(nn.Module):
         return self.post((1 + torch.sigmoid(self.mask(x))) * self.trunk(x))
 
 
+def wide(channels: int, width: float) -> int:
+    """``channels`` of a network ``width`` times as wide: a multiple of 8.
+
+    >>> [wide(32, width) for width in (1, 0.4, 0.125)]
+    [32, 16, 8]
+    """
+    return max(8, round(channels * width / 8) * 8)
+
+
 class ResidualAttentionNetwork(nn.Module):
-    """Table 1. ``regularised``: BN + ReLU in stem and head, and dropout; ``skip``: mask skip connections."""
+    """Table 1. ``regularised``: BN + ReLU in stem and head; ``skip``: mask skip connections."""
 
     def __init__(
         self,
         modules: tuple[int, int],
         regularised: bool,
         skip: bool,
+        num_classes: int,
         dropout: float,
-        num_classes: int = 10,
-        bias: bool = True,
+        bias: bool,
+        width: float,
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, 5, padding=2, bias=bias)
-        self.bn1 = nn.BatchNorm2d(32) if regularised else None
+        c0, c1, c2, c3, mid = (wide(channels, width) for channels in (32, 128, 256, 1024, 64))
+        self.conv1 = nn.Conv2d(3, c0, 5, padding=2, bias=bias)
+        self.bn1 = nn.BatchNorm2d(c0) if regularised else None
         self.stage1 = nn.Sequential(
-            ResidualUnit(32, 128, 32, bias=bias),
-            *(AttentionModule(128, 2, skip, bias) for _ in range(modules[0])),
+            ResidualUnit(c0, c1, c0, bias=bias), *(AttentionModule(c1, 2, skip, bias) for _ in range(modules[0]))
         )
         self.stage2 = nn.Sequential(
-            ResidualUnit(128, 256, 64, 2, bias=bias),
-            *(AttentionModule(256, 1, skip, bias) for _ in range(modules[1])),
+            ResidualUnit(c1, c2, mid, 2, bias=bias), *(AttentionModule(c2, 1, skip, bias) for _ in range(modules[1]))
         )
         self.stage3 = nn.Sequential(
-            ResidualUnit(256, 1024, 64, 2, bias=bias), *(ResidualUnit(1024, 1024, 64, bias=bias) for _ in range(2))
+            ResidualUnit(c2, c3, mid, 2, bias=bias), *(ResidualUnit(c3, c3, mid, bias=bias) for _ in range(2))
         )
-        self.bn2 = nn.BatchNorm2d(1024) if regularised else None
+        self.bn2 = nn.BatchNorm2d(c3) if regularised else None
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(1024, num_classes)
+        self.fc = nn.Linear(c3, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, 3, 32, 32)``."""
         x = self.conv1(x)
         if self.bn1 is not None:
             x = F.relu(self.bn1(x))
@@ -133,16 +143,30 @@ class ResidualAttentionNetwork(nn.Module):
         return self.fc(self.dropout(x.mean((2, 3))))
 
 
-def ran_compact(num_classes: int = 10, dropout: float = 0.5, bias: bool = True) -> ResidualAttentionNetwork:
-    """The report's own network."""
-    return ResidualAttentionNetwork((1, 1), True, False, dropout, num_classes, bias)
+def ran_compact(
+    num_classes: int = 10, dropout: float = 0.5, bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
+    """The report's own network.
+
+    >>> sum(p.numel() for p in ran_compact().parameters())
+    6810570
+    """
+    return ResidualAttentionNetwork((1, 1), True, False, num_classes, dropout, bias, width)
 
 
-def ran_base(num_classes: int = 10, bias: bool = True) -> ResidualAttentionNetwork:
+def ran_base(
+    num_classes: int = 10, dropout: float = 0.0, bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
     """The report's network before regularisation."""
-    return ResidualAttentionNetwork((1, 1), False, False, 0.0, num_classes, bias)
+    return ResidualAttentionNetwork((1, 1), False, False, num_classes, dropout, bias, width)
 
 
-def ran_paper(num_classes: int = 10, bias: bool = True) -> ResidualAttentionNetwork:
-    """Wang et al.'s network as the report shrinks it: a further attention module, mask skip connections."""
-    return ResidualAttentionNetwork((1, 2), False, True, 0.0, num_classes, bias)
+def ran_paper(
+    num_classes: int = 10, dropout: float = 0.0, bias: bool = True, width: float = 1.0
+) -> ResidualAttentionNetwork:
+    """Wang et al.'s network as the report shrinks it: a further attention module, mask skip connections.
+
+    >>> sum(p.numel() for p in ran_paper().parameters())
+    11460618
+    """
+    return ResidualAttentionNetwork((1, 2), False, True, num_classes, dropout, bias, width)
