@@ -1,4 +1,7 @@
-"""The report's training: Adam or Nesterov SGD, learning rate steps, early stopping; eager, float32, NCHW."""
+"""The report's training: Adam or Nesterov SGD, learning rate steps, early stopping.
+
+Eager, float32, NCHW, and PyTorch's own settings: on CUDA its convolutions may use TF32.
+"""
 
 import dataclasses
 import time
