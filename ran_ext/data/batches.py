@@ -110,18 +110,30 @@ class Batches:
         self.epoch, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order, draws = self._plan(self.epoch)
+        for indices, draws in self.plan():
+            yield self.load(indices, draws)
+
+    def plan(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the batches of one epoch are made of, for :meth:`load`; iterates as the object itself does.
+
+        Yields:
+            the images' indices, int64 (N,), and the augmentation's draws, float32 (8, N), on the device.
+        """
+        order, draws = self._epoch_plan(self.epoch)
         first, self.first_batch = self.first_batch, 0
         self.epoch += 1
         for batch in range(first, len(self)):
             mine = self._share(batch)
-            images, labels = self.images[order[mine]], self.labels[order[mine]]
-            if isinstance(self.augment, Augment):
-                yield self.augment(images, draws=draws[:, mine]), labels
-            else:
-                yield self.augment(images), labels
+            yield order[mine], draws[:, mine]
 
-    def _plan(self, epoch: int) -> tuple[Tensor, Tensor]:
+    def load(self, indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch that :meth:`plan` means; on CUDA nothing waits for the device, so a CUDA graph can capture it."""
+        images, labels = self.images[indices], self.labels[indices]
+        if isinstance(self.augment, Augment):
+            return self.augment(images, draws=draws), labels
+        return self.augment(images), labels
+
+    def _epoch_plan(self, epoch: int) -> tuple[Tensor, Tensor]:
         """The epoch's order, (N,), and its augmentation's draws in that order, (8, N)."""
         count, device = len(self.labels), self.labels.device
         generator = torch.Generator().manual_seed((self.seed + epoch * EPOCH_STRIDE) % 2**64)

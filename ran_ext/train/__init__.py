@@ -12,6 +12,7 @@
 
 from .batches import build_augment, build_normalize, train_batches
 from .callbacks import Callback
+from .capture import CapturedStep, CudaGraph
 from .checkpoint import load_checkpoint, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .distributed import Ranks, process_group
@@ -20,7 +21,7 @@ from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
 from .evaluation import Evaluation, evaluate
 from .loop import fit
-from .optimizers import build_optimizer, set_lr
+from .optimizers import build_optimizer, load_optimizer, set_lr
 from .progress import Progress
 from .results import EpochFigures, Result
 from .schedule import learning_rate
@@ -30,8 +31,10 @@ from .step import Step, StepHistory, TrainStep
 __all__ = [
     "PRESETS",
     "Callback",
+    "CapturedStep",
     "CheckpointError",
     "Config",
+    "CudaGraph",
     "EarlyStopping",
     "EpochFigures",
     "Evaluation",
@@ -55,6 +58,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_normalize",
+    "load_optimizer",
     "process_group",
     "save_checkpoint",
     "set_lr",

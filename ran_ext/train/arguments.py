@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import CHOICES, PRESETS, Config
 from .errors import TrainingError
+from .step_kinds import STEPS
 
 #: The name that stands for the embedded images, and the folder looked for first.
 SAMPLE, DATA_FOLDER = "sample", Path("data")
@@ -31,6 +32,7 @@ class Options:
         out: folder of the run.
         resume: continue the run in ``out``.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        step: kind of training step.
         checkpoint_every: epochs.
         tensorboard: whether to write TensorBoard's files.
         quiet: print nothing but errors.
@@ -42,6 +44,7 @@ class Options:
     out: Path
     resume: bool
     device: str
+    step: str
     checkpoint_every: int
     tensorboard: bool
     quiet: bool
@@ -69,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument(
+        "--step",
+        choices=STEPS,
+        default="auto",
+        help="the training step: eager, one CUDA graph, or through torch.compile (default: auto, which is graph on one "
+        "GPU, else eager)",
+    )
     run.add_argument(
         "--checkpoint-every", type=int, default=1, metavar="N", help="epochs between checkpoints (default: 1)"
     )
@@ -112,7 +122,16 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     if not args.resume and (out / "last.pt").exists():
         raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
     return Options(
-        config, data, out, args.resume, args.device, args.checkpoint_every, args.tensorboard, args.quiet, chose
+        config,
+        data,
+        out,
+        args.resume,
+        args.device,
+        args.step,
+        args.checkpoint_every,
+        args.tensorboard,
+        args.quiet,
+        chose,
     )
 
 

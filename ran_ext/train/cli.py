@@ -67,6 +67,7 @@ def train(options: Options, ranks: Ranks) -> int:
         ranks=ranks,
         resume=options.resume,
         callbacks=loggers(options, train_set, test_set) if ranks.first else (),
+        step=options.step,
         checkpoint_every=options.checkpoint_every,
         quiet=options.quiet,
     )

@@ -29,6 +29,7 @@ def fit(
     ranks: Ranks | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
+    step: str = "auto",
     make_step: Callable[[TrainStep], Step] | None = None,
     augment: Augment | None = None,
     checkpoint_every: int = 1,
@@ -52,7 +53,10 @@ def fit(
             where there is one.
         resume: continue from ``last.pt`` where there is one; on the CPU bit for bit.
         callbacks: told of the steps, the epochs and the end, in the first process.
-        make_step: replaces the training step, given the plain one; the place for a captured step.
+        step: ``eager``; ``graph``, one CUDA graph from augmentation to optimizer (:class:`CapturedStep`); ``compile``,
+            the network through ``torch.compile``; or ``auto``: ``graph`` on one GPU, else ``eager``. Where the one
+            asked for cannot run, the step runs eagerly, and a line says why. Each kind resumes the others' checkpoints.
+        make_step: replaces the training step, given the plain one; with ``step="graph"`` it is captured too.
         augment: replaces what ``config.augment`` names.
         checkpoint_every: epochs between two checkpoints; the last epoch and an interruption always write one.
         quiet: show no progress.
@@ -78,7 +82,7 @@ def fit(
         )
         if resume:
             run.resume()
-        run.prepare(make_step, quiet)
+        run.prepare("eager" if make_step and step == "auto" else step, make_step, quiet)
         try:
             interrupted = run.train(stop)
         finally:

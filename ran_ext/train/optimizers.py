@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from .config import Config
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
     """Adam or Nesterov SGD over ``model``'s parameters, which must lie on ``device`` already.
 
-    On CUDA the learning rate is a tensor there and Adam's step count is ``capturable``, so that a captured step sees
-    the changes that :func:`set_lr` makes. ``config.weight_decay`` is taken here for ``weight_decay_scope="all"`` alone,
-    by weights of two dimensions and more (biases and BN's parameters are left free); the ``dense`` scope belongs to the
-    loss.
+    The learning rate is a tensor on the device, which the fused kernels read there, so that a captured step sees the
+    changes that :func:`set_lr` makes; foreach and plain SGD would wait for the device to read it.
+    ``config.weight_decay`` is taken here for ``weight_decay_scope="all"`` alone, by weights of two dimensions and more
+    (biases and BN's parameters are left free); the ``dense`` scope belongs to the loss.
     """
     decay = config.weight_decay if config.weight_decay_scope == "all" else 0.0
     weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -25,17 +26,52 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
         {"params": weights, "weight_decay": decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    on_cuda = device.type == "cuda"
-    lr = torch.tensor(config.base_lr, device=device) if on_cuda else config.base_lr
+    lr = torch.tensor(config.base_lr, device=device)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=on_cuda)
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)  # type: ignore[arg-type]
+        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
+    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a ``state_dict()``, also of another device, into the tensors that ``optimizer`` has already.
+
+    ``optimizer.load_state_dict`` puts new tensors in their place, which a captured step would not see.
+
+    >>> from copy import deepcopy
+    >>> weight = torch.ones(1, requires_grad=True)
+    >>> adam = torch.optim.Adam([weight], lr=torch.tensor(0.1), fused=True)
+    >>> weight.grad = torch.ones(1)
+    >>> adam.step()
+    >>> state, held = deepcopy(adam.state_dict()), adam.state[weight]["step"]
+    >>> adam.step()
+    >>> load_optimizer(adam, state)
+    >>> held
+    tensor(1.)
+    """
+    held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    names = ("lr", "capturable")  # as this device needs them
+    settings: list[dict[str, Any]] = [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(dict(state))
+    for parameter, values in held.items():
+        loaded = optimizer.state[parameter]
+        for name, tensor in values.items():
+            loaded[name] = tensor.copy_(loaded.get(name, torch.zeros(())))  # none: a state before the first step
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        lr = float(group["lr"])
+        group.update(mine)
+        _set_group_lr(group, lr)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group, in place where it is a tensor."""
     for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+        _set_group_lr(group, lr)
+
+
+def _set_group_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

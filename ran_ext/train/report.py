@@ -39,6 +39,7 @@ def result_dict(result: Result, environment: Mapping[str, Any], data: Mapping[st
         "selected_epoch": result.selected_epoch,
         "stopped_early": result.stopped_early,
         "interrupted": result.interrupted,
+        "step": result.step,
         "wall_seconds": result.seconds,
         "test": result.test.to_dict() if result.test else None,
     }
@@ -114,7 +115,7 @@ def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path)
             rows.append(("by class", ", ".join(f"{name} {share:.2f}" for name, share in pairs)))
     rate = max((row.images_per_second for row in result.figures), default=0.0)
     rows.append(("protocol", PROTOCOLS[result.config.protocol]))
-    rows.append(("time", f"{duration(result.seconds)}, up to {rate:.0f} images/s in training"))
+    rows.append(("time", f"{duration(result.seconds)}, up to {rate:.0f} images/s in training, {result.step} step"))
     rows.append(("files", f"{files}: {', '.join(sorted(path.name for path in files.iterdir()))}"))
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 

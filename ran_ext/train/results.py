@@ -46,6 +46,7 @@ class Result:
         seconds: wall time of training, validation and checkpoints; without interruptions, without the test.
         stopped_early: by lack of progress.
         interrupted: by Ctrl-C or SIGTERM; ``resume=True`` continues.
+        step: the kind of training step that ran last: ``eager``, ``graph`` or ``compile``.
     """
 
     config: Config
@@ -56,3 +57,4 @@ class Result:
     seconds: float
     stopped_early: bool
     interrupted: bool
+    step: str

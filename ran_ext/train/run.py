@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import CIFAR10, Augment
 from .batches import build_normalize, train_batches
 from .callbacks import Callback
+from .capture import CapturedStep
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .distributed import Ranks
@@ -29,6 +30,7 @@ from .schedule import learning_rate
 from .signals import StopRequest
 from .state import TrainingState
 from .step import Step, StepHistory, TrainStep
+from .step_kinds import CompiledModel, choose_step
 
 #: Steps between two agreements of several processes on whether one of them was asked to stop.
 AGREE_EVERY = 16
@@ -39,7 +41,10 @@ LAST, SELECTED = "last.pt", "model.pt"
 class Run:
     """One call of :func:`ran_ext.train.fit`; its arguments are explained there."""
 
+    #: Of what the batches are made of: indices and draws.
     step: Step
+    #: Of the step: ``eager``, ``graph`` or ``compile``.
+    kind: str
     progress: Progress
 
     def __init__(
@@ -87,12 +92,24 @@ class Run:
             state = load_checkpoint(self.out_dir / LAST, self.ranks.device)
             self.state.load_dict(state, self.ranks, self.images)
 
-    def prepare(self, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
+    def prepare(self, kind: str, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
         """Build the step; set the clock and the bar going."""
+        state = self.state
+        done = state.epoch * self.steps + state.history.count
+        self.progress = Progress(self.config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
+        self.step = self._new_step(kind, make_step)
+        self.start = time.perf_counter() - state.seconds
+        self.tell(lambda callback: callback.on_start(state, done))
+
+    def _new_step(self, kind: str, make_step: Callable[[TrainStep], Step] | None) -> Step:
         config, state = self.config, self.state
+        self.kind, reason = choose_step(kind, self.ranks)
+        if reason:
+            self.fall_back(reason)
+        model = self.ranks.wrap(state.model)
         penalise = config.weight_decay > 0 and config.weight_decay_scope == "dense"
-        step = TrainStep(
-            self.ranks.wrap(state.model),
+        plain = TrainStep(
+            CompiledModel(model, self.fall_back) if self.kind == "compile" else model,
             state.optimizer,
             l2=config.weight_decay,
             penalty=state.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
@@ -101,11 +118,17 @@ class Run:
             scaler=state.scaler,
             ema=(state.ema, state.model) if state.ema else None,
         )
-        self.step = make_step(step) if make_step else step
-        done = state.epoch * self.steps + state.history.count
-        self.progress = Progress(config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
-        self.start = time.perf_counter() - state.seconds
-        self.tell(lambda callback: callback.on_start(state, done))
+        step = make_step(plain) if make_step else plain
+
+        def whole(indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return step(*self.batches.load(indices, draws))
+
+        return CapturedStep(whole, on_fallback=self.fall_back) if self.kind == "graph" else whole
+
+    def fall_back(self, reason: str) -> None:
+        """Note that the step runs eagerly, and say why."""
+        self.kind = "eager"
+        self.progress.line(f"the training step runs eagerly: {reason}")
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
@@ -130,9 +153,9 @@ class Run:
         first = shown = history.count
         start = time.perf_counter()
         images_per_second = 0.0
-        for images, labels in self.batches:
+        for indices, draws in self.batches.plan():
             set_lr(state.optimizer, self.lr(history.count))
-            history.record(*self.step(images, labels))
+            history.record(*self.step(indices, draws))
             self.progress.advance()
             if self.progress.due or history.count == self.steps:
                 rows = history.read(shown)  # waits for the device, so the clock is read after it
@@ -248,7 +271,7 @@ class Run:
         best = state.stopping.best_epoch + 1 or None
         selected = best if config.select == "best" else state.epoch or None
         early = state.stopping.should_stop and state.epoch < config.epochs
-        return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted)
+        return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted, self.kind)
 
 
 def _epoch_line(figures: EpochFigures, epochs: int) -> str:

@@ -14,6 +14,7 @@ from .distributed import Ranks
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError
+from .optimizers import load_optimizer
 from .results import EpochFigures
 from .step import StepHistory
 
@@ -80,7 +81,7 @@ class TrainingState:
                 "settings, or train anew in another folder"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema:

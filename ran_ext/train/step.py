@@ -1,9 +1,9 @@
 """One optimisation step, and the record of what the steps of an epoch returned.
 
-The seam for capture in a CUDA graph is :class:`TrainStep`'s call: static shapes, every tensor on the device, no value
-read back. Whatever has the same call, ``(images, labels) -> (loss, correct)``, may stand in its place
+:class:`TrainStep`'s call can be captured in a CUDA graph: static shapes, every tensor on the device, no value read
+back. Whatever has the same call, ``(images, labels) -> (loss, correct)``, may stand in its place
 (``fit(make_step=...)``); the caller copies both results (:meth:`StepHistory.record`) before it calls again, so they may
-be the same memory each time. The learning rate comes in through :func:`ran_ext.train.set_lr`, by tensor on CUDA.
+be the same memory each time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[[Tensor], Tensor],
         optimizer: torch.optim.Optimizer,
         *,
         l2: float = 0.0,
