@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ran_ext import fold_for_inference, models, set_backend
+from ran_ext.train import CudaGraph
 
 #: Ratios are given to the first, and to the second where it is there.
 BASELINES = ("eager channels_last", "torch.compile")
@@ -226,21 +227,10 @@ def _on_backend(function: Callable[[], Any], contender: Contender) -> Callable[[
 def _graphed(function: Callable[[], Any], contender: Contender) -> Callable[[], Any]:
     if not contender.graph:
         return function
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
-
-    def replay() -> Any:
-        graph.replay()
-        return result
-
-    return replay
+    graph = CudaGraph()
+    for _ in range(3):
+        graph.warm_up(function)
+    return graph.capture(function)
 
 
 def differences(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> list[float]:

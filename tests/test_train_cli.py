@@ -49,6 +49,7 @@ def test_a_run_leaves_its_figures_its_curves_and_tensorboard(few_images, tmp_pat
     assert Config.from_dict(result["config"]).model_options == {"width": 0.125}
     assert [row["epoch"] for row in result["epochs"]] == [1, 2]
     assert result["environment"]["torch"] == torch.__version__
+    assert result["step"] == "eager"
     assert sum(map(sum, result["test"]["confusion"])) == 30
     assert 0 < result["epochs"][0]["seconds"] < result["wall_seconds"]
     assert Image.open(out / "curves.png").size[0] > 1000

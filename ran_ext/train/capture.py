@@ -29,7 +29,7 @@ class CapturedStep(Generic[T]):
     place of another: :func:`load_optimizer` loads an optimizer's state into the tensors that are there.
 
     Args:
-        function: of tensors on the device; it must not wait for the device.
+        function: of one tensor or more, on the device; it must not wait for the device.
         warm_up: eager calls before the capture, at least 1.
         on_fallback: told why the calls run eagerly.
         graph: warms up and captures; a :class:`CudaGraph` by default.
@@ -108,9 +108,9 @@ class CapturedStep(Generic[T]):
 
 
 class CudaGraph:
-    """Warms up and captures on a side stream of ``device``."""
+    """Warms up and captures on a side stream of ``device``, by default the current one."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device | None = None):
         self.stream = torch.cuda.Stream(device)
 
     def warm_up(self, function: Callable[[], T]) -> tuple[T, list[str]]:
@@ -161,15 +161,15 @@ def _waits() -> Iterator[list[str]]:
     lines: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        warnings.filterwarnings("always", message="called a synchronizing CUDA operation")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield lines
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     for warning in caught:
-        text = str(warning.message)
-        if "called a synchronizing CUDA operation" in text:
+        if str(warning.message).startswith("called a synchronizing CUDA operation"):
             lines.append(f"{warning.filename}:{warning.lineno}")
-        elif "Synchronization debug mode is a prototype" not in text:
+        else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)

@@ -53,6 +53,7 @@ class CompiledModel:
         try:
             return self.call(images)
         except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", error)
+            self.on_fallback(f"torch.compile failed: {type(cause).__name__}: {str(cause).strip().splitlines()[0]}")
             self.call = self.model
-            self.on_fallback(f"torch.compile failed: {str(error).strip().partition(chr(10))[0]}")
             return self.call(images)
