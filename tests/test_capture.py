@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -265,12 +266,20 @@ def test_choice_of_the_step():
         choose_step("fast", Ranks(0, 1, cpu))
 
 
+@pytest.mark.slow
+def test_fit_compiles_the_network_whole(images, eager_run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # needs no C++ compiler
+    result = run(images, images, SHORT, tmp_path, step="compile", ranks=CPU)
+    assert result.step == "compile"
+    losses = [[row.train_loss for row in figures] for figures in (result.figures, eager_run[0].figures)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
 def test_a_model_that_does_not_compile_runs_eagerly_with_the_reason(monkeypatch):
     def broken(graph, inputs):
         raise OSError("no compiler")
 
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiler(model, **options, backend=broken))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
     reasons, model = [], nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     twin = copy.deepcopy(model)
     compiled = CompiledModel(model, reasons.append)
