@@ -10,19 +10,31 @@ import pytest
 import test_attention_gate as gate
 import test_bn_relu as norm
 import test_bn_relu_conv as conv
+import test_nn as modules
 import torch
 from accuracy import DTYPES, LAYOUTS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ran_ext import _backend, ops, set_backend
+from ran_ext._explain import layers
 from ran_ext.nn import AttentionModule, BNReLUConv2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
 #: 1x1 convolutions that the fused kernels take, and others: n, c_in, h, w, c_out, kernel, stride, padding.
-CASES = [*conv.CASES, (2, 8, 7, 5, 24, 1, 1, 0), (4, 128, 16, 16, 512, 1, 1, 0), (4, 1024, 4, 4, 64, 1, 1, 0)]
-CHOICES = ["library", "fused"]
+CASES = [
+    *conv.CASES,
+    (2, 8, 7, 5, 24, 1, 1, 0),
+    (2, 16, 7, 5, 24, 1, 2, 0),
+    (4, 128, 16, 16, 512, 1, 1, 0),
+    (4, 1024, 4, 4, 64, 1, 1, 0),
+]
+#: Library convolutions and streamed normalisation; every fused and resident kernel that takes the shape.
+CHOICES = {
+    "library": {"RAN_EXT_CONV1X1": "library", "RAN_EXT_BN_RELU": "streaming"},
+    "fused": {"RAN_EXT_CONV1X1": "fused", "RAN_EXT_BN_RELU": "resident"},
+}
 
 
 @pytest.fixture
@@ -38,7 +50,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=CHOICES)
 def choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("RAN_EXT_CONV1X1", request.param)
+    for name, value in CHOICES[request.param].items():
+        monkeypatch.setenv(name, value)
     return request.param
 
 
@@ -54,12 +67,12 @@ def test_gate(shape, scale, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 1, 3, 5), (3, 5, 7, 9), (1, 130, 9, 7), (70, 33, 2, 2)])
-def test_bn_relu(shape, training, dtype, layout):
+def test_bn_relu(shape, training, dtype, layout, choice):
     norm.check(shape, dtype, LAYOUTS[layout], training)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bn_relu_of_many_tiles_and_of_a_large_mean(layout):
+def test_bn_relu_of_many_tiles_and_of_a_large_mean(layout, choice):
     for offset in (1.0, 1e2, 1e4):
         norm.check((32, 64, 32, 32), torch.float32, LAYOUTS[layout], True, offset=offset)
 
@@ -101,6 +114,38 @@ def test_as_on_the_cpu(test: Callable[[], None]):
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
 def test_module_behaves_as_batch_norm(options):
     norm.test_module_behaves_as_batch_norm(options, "native")
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("channels", [(64, 64, 32, 1), (32, 64, 32, 2), (12, 20, 9, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_residual_unit_chains_the_statistics(dtype, layout, channels, momentum, choice):
+    modules.test_residual_unit_chains_the_statistics(dtype, layout, channels, momentum)
+
+
+def test_running_statistics_of_any_dtype(choice):
+    """float32 ones are updated in the launch that takes the batch's, others after it."""
+    x = torch.randn(4, 32, 8, 8).contiguous(memory_format=torch.channels_last)
+    results = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        module = BNReLUConv2d(32, 16, 1, momentum=None)
+        module.bn.running_mean, module.bn.running_var = (t.to(dtype) for t in (torch.zeros(32), torch.ones(32)))
+        for scale in (1, 2, 3):
+            module(x * scale)
+        assert module.bn.num_batches_tracked == 3
+        results.append((module.bn.running_mean.float(), module.bn.running_var.float()))
+    for means, variances in results[1:]:
+        torch.testing.assert_close(means, results[0][0], rtol=0.02, atol=0.01)
+        torch.testing.assert_close(variances, results[0][1], rtol=0.02, atol=0.01)
+
+
+def test_explain_says_what_the_environment_chose(choice):
+    [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), torch.randn(2, 64, 4, 4).bfloat16())
+    assert "channels_last" in row.ways["forward"][1]
+    x = torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
+    [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), x)
+    assert {way for way, _ in row.ways.values()} == {choice}
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -306,10 +351,14 @@ class Checkpointed(nn.Module):
         return checkpoint(self.inner, x, use_reentrant=False)
 
 
-def test_environment_variable_is_checked(monkeypatch):
-    monkeypatch.setenv("RAN_EXT_CONV1X1", "fast")
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [("RAN_EXT_CONV1X1", "auto, fused, library"), ("RAN_EXT_BN_RELU", "auto, resident, streaming")],
+)
+def test_environment_variables_are_checked(monkeypatch, name, choices):
+    monkeypatch.setenv(name, "fast")
     module = conv.unit(k=1).bfloat16()
     module.bn.float()
     x = torch.randn(2, 32, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
-    with pytest.raises((ValueError, RuntimeError), match="RAN_EXT_CONV1X1 must be auto, fused or library, got 'fast'"):
+    with pytest.raises((ValueError, RuntimeError), match=f"{name} must be one of {choices}, got 'fast'"):
         module(x)
