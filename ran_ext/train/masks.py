@@ -1,44 +1,65 @@
-"""What the attention modules look at."""
+"""What the attention modules look at, as tensors and as a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn import AttentionGate
+from ..nn import AttentionGate, AttentionModule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class AttentionMaps(NamedTuple):
+    """One module's maps, float32 ``(N, H, W)`` each, averaged over the channels.
+
+    Attributes:
+        trunk: magnitude of what the trunk branch sees.
+        mask: the soft mask, in (0, 1).
+        product: magnitude of ``(1 + mask) * trunk``, which goes on.
+    """
+
+    trunk: Tensor
+    mask: Tensor
+    product: Tensor
 
 
 @torch.no_grad()
-def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The gates' masks, averaged over their channels, at the images' size.
+def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
+    """Trunk, mask and their product in every gate, averaged over the channels, at the images' size.
 
     Args:
         model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode, left in the mode it came in.
         images: normalised, float ``(N, C, H, W)``, on the model's device.
 
     Returns:
-        By the gate's name, in the order of the calls, float32 ``(N, H, W)`` in (0, 1), up-sampled to nearest.
+        By the gate's name, in the order of the calls, up-sampled to nearest.
 
     >>> from ran_ext.models import create_model
-    >>> masks = attention_masks(create_model("ran_compact", width=0.125), torch.randn(2, 3, 32, 32))
-    >>> {name: tuple(mask.shape) for name, mask in masks.items()}
+    >>> maps = attention_maps(create_model("ran_compact", width=0.125), torch.randn(2, 3, 32, 32))
+    >>> {name: tuple(map.product.shape) for name, map in maps.items()}
     {'stage1.1.gate': (2, 32, 32), 'stage2.1.gate': (2, 32, 32)}
     """
-    masks: dict[str, Tensor] = {}
+    maps: dict[str, AttentionMaps] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            mean = inputs[1].float().sigmoid().mean(1, keepdim=True)
-            masks[name] = F.interpolate(mean, size=images.shape[-2:], mode="nearest").squeeze(1)
+    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            trunk, mask = inputs
+            parts = (trunk.float().abs(), mask.float().sigmoid(), output.float().abs())
+            means = (part.mean(1, keepdim=True) for part in parts)
+            maps[name] = AttentionMaps(
+                *(F.interpolate(mean, size=images.shape[-2:], mode="nearest").squeeze(1) for mean in means)
+            )
 
         return hook
 
     gates = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionGate)]
-    hooks = [gate.register_forward_pre_hook(keep(name)) for name, gate in gates]
+    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates]
     was_training = model.training
     try:
         model.eval()(images)
@@ -46,4 +67,56 @@ def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    return masks
+    return maps
+
+
+def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The masks of :func:`attention_maps` alone: by the gate's name, float32 ``(N, H, W)`` in (0, 1)."""
+    return {name: maps.mask for name, maps in attention_maps(model, images).items()}
+
+
+def depths(model: nn.Module) -> dict[str, int]:
+    """How often the mask branch before each gate halves the resolution, by the gate's name.
+
+    >>> from ran_ext.models import create_model
+    >>> depths(create_model("ran_compact", width=0.125))
+    {'stage1.1.gate': 2, 'stage2.1.gate': 1}
+    """
+    return {f"{name}.gate": module.depth for name, module in model.named_modules()
+            if isinstance(module, AttentionModule)}  # fmt: skip
+
+
+def draw_attention(
+    images: Tensor, maps: Mapping[str, AttentionMaps], depth: Mapping[str, int], titles: Sequence[str]
+) -> Figure:
+    """Each image in a row, beside its trunk, mask and product in every attention module.
+
+    Args:
+        images: uint8 ``(N, 3, H, W)``, as they were before normalisation.
+        maps: of :func:`attention_maps`, on any device.
+        depth: of :func:`depths`.
+        titles: a line for each image, drawn beside it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure  # fails where matplotlib is missing, so not at import
+
+    columns = 1 + 3 * len(maps)
+    figure = Figure(figsize=(1.25 * columns + 0.8, 1.3 * len(images) + 0.5), layout="constrained")
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for row, image, title in zip(axes, images.cpu(), titles, strict=True):
+        row[0].imshow(image.permute(1, 2, 0))
+        row[0].set_ylabel(title, fontsize=8)
+    for module, (name, parts) in enumerate(maps.items()):
+        for part, (kind, values) in enumerate(parts._asdict().items()):
+            column = 1 + 3 * module + part
+            where = f"{name.removesuffix('.gate')}, depth {depth[name]}\n" if part == 1 else ""
+            axes[0][column].set_title(where + kind, fontsize=8)
+            for axis, value in zip(axes[:, column], values.cpu(), strict=True):
+                axis.imshow(value, cmap="magma")  # each map stretched from its least to its greatest value
+    axes[0][0].set_title("image", fontsize=8)
+    return figure

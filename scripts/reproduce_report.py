@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""The report's experiment, in ran_ext and in a plain reference side by side: figures 4 to 7, Table 1, the claims.
+
+python scripts/reproduce_report.py --out runs/report --scale smoke      the embedded images, about a minute
+python scripts/reproduce_report.py --out runs/report                    narrow networks, 40 minutes on 2 CPU cores
+python scripts/reproduce_report.py --out runs/report --scale full       as the report did, on a GPU
+
+Leaves report.html, report.md and the figures in --out. The same command again continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from experiments.outcomes import Study, StudyError
+from experiments.page import write_page
+from experiments.plan import SCALES
+from experiments.runs import Deadline, Runner, Stopped, load_images
+from experiments.sections import build
+from timing import environment
+
+from ran_ext.data import DatasetError
+from ran_ext.train import TrainingError
+from ran_ext.train.distributed import choose_device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status: 0, also when --minutes are over, 1 after an error, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder of the runs and of the page")
+    add("--scale", choices=SCALES, default="subset", help="how large the runs are (default: subset)")
+    add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; smoke needs none)")
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--minutes", type=float, help="stop after so many; the same command continues")
+    options = parser.parse_args(argv)
+    try:
+        return reproduce(options)
+    except (StudyError, TrainingError, DatasetError, ValueError) as error:
+        print(f"reproduce_report: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"reproduce_report: interrupted; {how_to_continue(options)}", file=sys.stderr)
+        return 130
+
+
+def reproduce(options: argparse.Namespace) -> int:
+    """Train what is missing, then write the page; the exit status."""
+    device, deadline = choose_device(options.device), Deadline(options.minutes)
+    torch.backends.cudnn.benchmark = True
+    study = Study(options.scale, SCALES[options.scale], options.out, environment(device)["device"])
+    images = load_images(study.scale, options.data)
+    try:
+        Runner(study, images, device, deadline).run_all()
+    except Stopped as reason:
+        print(f"reproduce_report: {reason}; {len(study.missing)} of {len(study.plan)} runs remain; "
+              f"{how_to_continue(options)}", file=sys.stderr)  # fmt: skip
+    for path in write_page(build(study, images), options.out):
+        print(path)
+    return 0
+
+
+def how_to_continue(options: argparse.Namespace) -> str:
+    """For people."""
+    return f"to continue: the same command again, with --out {options.out}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
