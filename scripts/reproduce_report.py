@@ -61,8 +61,9 @@ def reproduce(options: argparse.Namespace) -> int:
     except Stopped as reason:
         print(f"reproduce_report: {reason}; {len(study.missing)} of {len(study.plan)} runs remain; "
               f"{how_to_continue(options)}", file=sys.stderr)  # fmt: skip
-    for path in write_page(build(study, images), options.out):
-        print(path)
+    if study.outcomes:
+        for path in write_page(build(study, images), options.out):
+            print(path)
     return 0
 
 

@@ -10,6 +10,7 @@ format and size that Pillow reads: the middle square is taken, on white where it
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ran_ext.data import CLASSES
 from ran_ext.train import CheckpointError, load_model, load_normalize
+from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.masks import attention_maps, depths, draw_attention
 
 #: Predictions printed for each picture.
@@ -28,7 +30,7 @@ TOP = 3
 
 
 class PictureError(Exception):
-    """A picture cannot be read, or not be shown to this network; one sentence that says what to do."""
+    """A picture cannot be read, shown to this network, or drawn; one sentence that says what to do."""
 
 
 def read_picture(path: Path, size: int) -> Tensor:
@@ -39,7 +41,10 @@ def read_picture(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as file:
-            colours = ImageOps.exif_transpose(file).convert("RGBA")
+            upright = ImageOps.exif_transpose(file)
+            if upright.mode == "I;16":  # converting would cut all but the darkest 256 greys off
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            colours = upright.convert("RGBA")
     except FileNotFoundError as error:
         raise PictureError(f"there is no picture {path}; name another") from error
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's plugins raise all of these for damaged files
@@ -62,8 +67,7 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
 
     Raises:
         CheckpointError: ``checkpoint`` is none of ran_ext's.
-        PictureError: a picture cannot be read, or ``size`` does not fit the network.
-        OSError: ``out`` cannot be written.
+        PictureError: a picture cannot be read, ``size`` does not fit the network, or ``out`` cannot be written.
     """
     model, normalize = load_model(checkpoint), load_normalize(checkpoint)
     fixed = normalize.offset.shape[-1]
@@ -82,7 +86,12 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
         print(f"{path}: {text}")
     titles = [f"{path.stem[:18]}\n{text.split(',')[0]}" for path, text in zip(pictures, found, strict=True)]
     figure = draw_attention(images, attention_maps(model, inputs), depths(model), titles)
-    figure.savefig(out, dpi=150)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    try:
+        write_atomically(out, png.getvalue())
+    except OSError as error:
+        raise PictureError(f"cannot write {out} ({error.strerror}); name another --out") from error
     print(out)
 
 
@@ -97,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         show(options.checkpoint, options.pictures, options.size, options.out)
-    except (CheckpointError, PictureError, OSError) as error:
+    except (CheckpointError, PictureError) as error:
         print(f"show_masks: error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -1,6 +1,6 @@
 """The report's claims as intervals, and the verdict that the runs give on each.
 
-The rule: the seeds give a mean and a 95 % interval of Student's t around it. A claim is reproduced where the whole
+The rule: the seeds give a mean and a 95% interval of Student's t around it. A claim is reproduced where the whole
 interval satisfies it, refuted where none of it does, and not decided otherwise; and where the two implementations come
 to different verdicts, it is not decided. One seed has no interval, and so decides nothing.
 """
@@ -21,7 +21,7 @@ from .plan import RAN_EXT, REFERENCE
 
 REPRODUCED, REFUTED, UNDECIDED, UNTESTED = "reproduced", "refuted", "not decided", "not tested"
 
-#: Student's t, two-sided 95 %, of 1, 2, ... degrees of freedom; more than the last are taken as the last.
+#: Student's t, two-sided 95%, of 1, 2, ... degrees of freedom; more than the last are taken as the last.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -46,7 +46,7 @@ class Sample:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval of the mean; infinite for one seed."""
+        """Of the 95% interval of the mean; infinite for one seed."""
         n = len(self.values)
         return T95[min(n - 1, len(T95)) - 1] * self.std / math.sqrt(n) if n > 1 else math.inf
 
@@ -141,7 +141,7 @@ CLAIMS = (
           _lead(lambda run: run.test_accuracy), low=0),
     Claim("6", "validation accuracy lost: paper minus compact network", "< 0.01", ("paper", "compact"),
           _lead(lambda run: run.test_accuracy), high=0.01),
-    Claim("6", "training time saved until convergence, compact against paper network", "75 %", ("compact", "paper"),
+    Claim("6", "training time saved until convergence, compact against paper network", "75%", ("compact", "paper"),
           lambda compact, paper: 1 - compact.convergence / paper.convergence, low=0.75, shown="{:.0%}"),
     Claim("6", "validation accuracy of the compact network", "0.893", ("compact",),
           lambda run: run.test_accuracy, low=0.893, shown="{:.3f}", full_width=True),
@@ -153,16 +153,19 @@ CLAIMS = (
 
 
 def claim_rows(study: Study) -> list[list[str]]:
-    """Figure, claim, the report's figure, the reference's, ran_ext's, verdict: first what training decides."""
+    """Figure, claim, the report's figure, the reference's, ran_ext's, verdict: first what training decides.
+
+    The embedded sample is too small to decide anything by.
+    """
     rows = []
     for claim in CLAIMS:
         samples = [claim.sample(study, implementation) for implementation in (REFERENCE, RAN_EXT)]
-        verdict = joint_verdict([claim.judge(sample) for sample in samples])
+        verdict = UNTESTED if study.scale.sample else joint_verdict([claim.judge(sample) for sample in samples])
         rows.append([claim.figure, claim.text, claim.said, *(show(sample, claim.shown) for sample in samples), verdict])
     saved = [parameters_saved(implementation) for implementation in (REFERENCE, RAN_EXT)]
     verdict = joint_verdict([REPRODUCED if round(share, 2) >= 0.40 else REFUTED for share in saved])
     text = "parameters saved, compact against paper network"
-    return [*rows, ["Table 1", text, "40 %", *(f"{share:.1%}" for share in saved), verdict]]
+    return [*rows, ["Table 1", text, "40%", *(f"{share:.1%}" for share in saved), verdict]]
 
 
 def show(sample: Sample | None, shown: str = "{:.3f}") -> str:
@@ -170,4 +173,4 @@ def show(sample: Sample | None, shown: str = "{:.3f}") -> str:
     if sample is None:
         return "-"
     spread = shown.replace("+", "").format(sample.std) if len(sample.values) > 1 else "?"
-    return f"{shown.format(sample.mean)} ± {spread} (n = {len(sample.values)})"
+    return f"{shown.format(sample.mean)} ± {spread} (n\u00a0=\u00a0{len(sample.values)})"

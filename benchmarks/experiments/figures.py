@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ran_ext.data import CIFAR10, CLASSES
 from ran_ext.train import load_model, load_normalize
@@ -23,7 +24,8 @@ from .plan import RAN_EXT, REFERENCE, VARIANTS, Run
 
 #: Ground and ink, the same as the page's; and a colour for each variant that is legible on both grounds.
 LIGHT, DARK = ("#ffffff", "#1f2328"), ("#15181c", "#d7dce2")
-COLOURS = {"base-adam": "#3b82c4", "base-nesterov": "#e07b1a", "compact": "#2f9e62", "paper": "#b05cc6"}
+COLOURS = {"base-adam": "#3b82c4", "base-nesterov": "#e07b1a", "base-nesterov-0.1": "#c94a53",
+           "compact": "#2f9e62", "paper": "#b05cc6"}  # fmt: skip
 IMPLEMENTATIONS = (REFERENCE, RAN_EXT)
 #: Test images whose masks are drawn.
 MASK_IMAGES = 6
@@ -65,11 +67,25 @@ def comparison(study: Study, variants: Sequence[str], x: str = "epoch") -> Figur
     for axis, implementation in zip(figure.subplots(1, 2, sharey=True), IMPLEMENTATIONS, strict=True):
         for variant in variants:
             draw_variant(axis, study, implementation, variant, x, "accuracy")
-        axis.set(title=implementation, xlabel="epoch" if x == "epoch" else "wall time (s)")
-        axis.grid(alpha=0.25)
+        axis.set_title(implementation)
+        finish_axis(axis, x)
     figure.axes[0].set_ylabel("accuracy")
-    figure.axes[0].legend(fontsize=7)
+    share_legend(figure)
     return figure
+
+
+def finish_axis(axis: Axes, x: str) -> None:
+    """Label and ticks of an axis of epochs or seconds, which begin at 0."""
+    axis.set(xlabel="epoch" if x == "epoch" else "wall time (s)", xlim=(0, None))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.25)
+
+
+def share_legend(figure: Figure) -> None:
+    """One legend above all panels: what is drawn in any of them."""
+    named = {label: handle for axis in figure.axes
+             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
 
 
 def draw_variant(axis: Axes, study: Study, implementation: str, variant: str, x: str, measure: str) -> None:
@@ -88,15 +104,14 @@ def learning_curves(study: Study, implementation: str) -> Figure:
         for axis, x in zip(row, ("epoch", "seconds"), strict=True):
             for variant in COLOURS:
                 draw_variant(axis, study, implementation, variant, x, measure)
-            axis.set_xlabel("epoch" if x == "epoch" else "wall time (s)")
-            axis.grid(alpha=0.25)
+            finish_axis(axis, x)
         row[0].set_ylabel("cross entropy" if measure == "loss" else measure)
-    figure.axes[0].legend(fontsize=7)
+    share_legend(figure)
     return figure
 
 
 def ordering(study: Study) -> Figure:
-    """Test accuracy of every variant: a dot for each seed, the mean and its 95 % interval."""
+    """Test accuracy of every variant: a dot for each seed, the mean and its 95% interval."""
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axis = figure.subplots()
     markers = {REFERENCE: "s", RAN_EXT: "o"}
@@ -113,7 +128,7 @@ def ordering(study: Study) -> Figure:
                           markerfacecolor=filled, capsize=3)  # fmt: skip
     axis.set_yticks(range(len(COLOURS)), [VARIANTS[variant].label for variant in COLOURS])
     axis.invert_yaxis()
-    axis.set_xlabel("test accuracy; upper, hollow: reference; lower, filled: ran_ext")
+    axis.set_xlabel("test accuracy")
     axis.grid(alpha=0.25, axis="x")
     return figure
 
@@ -126,11 +141,12 @@ def weights(study: Study) -> Figure:
             runs = study.of(implementation, variant).values()
             values = [value for run in runs for row in run.last_layer for value in row]
             look: dict[str, Any] = {"histtype": "stepfilled", "alpha": 0.5, "color": COLOURS[variant], "density": True}
-            axis.hist(values, bins=60, label=VARIANTS[variant].label, **look)
+            if values:
+                axis.hist(values, bins=60, label=VARIANTS[variant].label, **look)
         axis.set(title=implementation, xlabel="weight of the last layer")
         axis.grid(alpha=0.25)
     figure.axes[0].set_ylabel("density")
-    figure.axes[0].legend(fontsize=7)
+    share_legend(figure)
     return figure
 
 

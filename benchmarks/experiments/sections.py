@@ -15,8 +15,8 @@ from .plan import RAN_EXT, REFERENCE, VARIANTS
 from .runs import Images
 
 RULE = (
-    "A cell is mean ± standard deviation over the seeds. The rule of the verdicts: the seeds give a 95 % interval of "
-    "Student's t around the mean; reproduced, where the whole interval satisfies the claim, refuted, where none of it "
+    "A cell is mean ± standard deviation over the seeds. The rule of the verdicts: the seeds give a 95% interval of "
+    "Student's t around the mean: reproduced, where the whole interval satisfies the claim, refuted, where none of it "
     "does; not decided otherwise, and where the two implementations disagree. The report validated on its test set: "
     "its validation accuracies are compared with accuracies on test images, which each run reads once, after its last "
     "epoch. Gaps are of the last epoch, training (augmented, in training mode) minus validation on images held out."
@@ -31,7 +31,7 @@ def picture(name: str, caption: str, draw: Callable[[], Figure]) -> Picture:
 def build(study: Study, images: Images) -> list[Section]:
     """The page of a study; of an unfinished one, with what there is."""
     return [
-        Section("The report's experiment, reproduced", [*what_ran(study), conditions(study, images)]),
+        Section("The report's experiment", [*what_ran(study), conditions(study, images)]),
         Section("The claims", [RULE, claims_table(study)]),
         Section("Test accuracy, and whether the implementations agree", agreement(study)),
         Section("Table 1: parameters", [parameters_table()]),
@@ -58,7 +58,7 @@ def what_ran(study: Study) -> list[str]:
             "epochs). They can show which side of a comparison wins; accuracies and times are not those of the report."
         )
     if study.missing:
-        text.append(f"Unfinished: {len(study.outcomes)} of {len(study.plan)} runs are there.")
+        text.append(f"Not finished: {len(study.outcomes)} of {len(study.plan)} runs are there.")
     return text
 
 
@@ -107,8 +107,8 @@ def agreement(study: Study) -> list[str | Table | Picture]:
             apart = f"{difference.mean:+.3f} ± {difference.half_width:.3f}"
             agree = "yes" if abs(difference.mean) <= difference.half_width else "no"
         rows.append([described.label, *cells, apart, agree])
-    head = ["network, optimizer", REFERENCE, RAN_EXT, "ran_ext minus reference, 95 % interval", "agree"]
-    caption = "Bars: 95 % intervals of the mean; strokes: the seeds. Upper, hollow: reference; lower, filled: ran_ext."
+    head = ["network, optimizer", REFERENCE, RAN_EXT, "ran_ext minus reference, 95% interval", "agree"]
+    caption = "Bars: 95% intervals of the mean; strokes: the seeds. Upper, hollow: reference; lower, filled: ran_ext."
     return [Table(head, rows), picture("accuracy", caption, partial(figures.ordering, study))]
 
 
@@ -130,7 +130,7 @@ def figure4(study: Study) -> list[str | Table | Picture]:
         f"{len(lost)} of {len(fast)} runs of the base network diverged"
     )
     caption = "Mean over the seeds; band: one standard deviation. Drawn through: validation; dotted: training."
-    draw = partial(figures.comparison, study, ("base-adam", "base-nesterov"))
+    draw = partial(figures.comparison, study, ("base-adam", "base-nesterov", "base-nesterov-0.1"))
     return [text + (f" ({'; '.join(lost)})." if lost else "."), picture("figure4", caption, draw)]
 
 

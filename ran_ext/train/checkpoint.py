@@ -88,6 +88,8 @@ def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> Re
         CheckpointError: the file cannot be read, or holds another model than its configuration says.
     """
     state = load_checkpoint(checkpoint, device)
+    if not {"config", "model"} <= state.keys():
+        raise CheckpointError(f"{checkpoint} is no checkpoint of a training; name a model.pt or last.pt of fit")
     model = Config.from_dict(state["config"]).create_model().to(device)
     weights = state["ema"]["average"] if state.get("ema") else state["model"]
     try:

@@ -109,14 +109,14 @@ def draw_attention(
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for row, image, title in zip(axes, images.cpu(), titles, strict=True):
-        row[0].imshow(image.permute(1, 2, 0))
+        row[0].imshow(image.permute(1, 2, 0).numpy())
         row[0].set_ylabel(title, fontsize=8)
     for module, (name, parts) in enumerate(maps.items()):
         for part, (kind, values) in enumerate(parts._asdict().items()):
             column = 1 + 3 * module + part
             where = f"{name.removesuffix('.gate')}, depth {depth[name]}\n" if part == 1 else ""
             axes[0][column].set_title(where + kind, fontsize=8)
-            for axis, value in zip(axes[:, column], values.cpu(), strict=True):
+            for axis, value in zip(axes[:, column], values.cpu().numpy(), strict=True):
                 axis.imshow(value, cmap="magma")  # each map stretched from its least to its greatest value
     axes[0][0].set_title("image", fontsize=8)
     return figure
