@@ -113,7 +113,8 @@ def test_claims_are_measured_seed_by_seed(tiny, tmp_path):
 
 def test_page_needs_nothing_else(finished):
     page = (finished / "report.html").read_text()
-    assert not re.search(r"https?:|//\w|url\(|@import|<script|<link", re.sub(r"data:image/png;base64,[\w+/=]+", "", page))
+    text = re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    assert not re.search(r"https?:|//\w|url\(|@import|<script|<link", text)
     sources = re.findall(r'(?:src|srcset)="([^"]*)"', page)
     drawn = sorted(path.stem for path in (finished / "figures").iterdir())
     assert {"figure4", "figure5", "figure6", "figure7", "confusion", "masks", "accuracy"} < set(drawn)
@@ -152,6 +153,7 @@ def test_results_of_other_settings_are_refused(finished, tiny, monkeypatch, caps
     assert reproduce_report.main(["--out", str(finished), "--scale", "smoke", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
     assert "was computed with other settings" in error
+    assert "recipe.epochs is 5 here and 2 there" in error
     assert "choose another --out, or delete" in error
 
 
@@ -160,7 +162,7 @@ def test_interrupted_run_continues(finished, tiny, tmp_path, monkeypatch, capsys
     from experiments import figures
     from experiments.outcomes import Outcome
 
-    monkeypatch.setattr(figures, "render", lambda draw, dark: b"" if dark or draw() else b"")  # built, not painted
+    monkeypatch.setattr(figures, "render", lambda draw, dark: repr(draw()).encode())  # built, not painted
     command = ["--out", str(tmp_path), "--scale", "smoke", "--device", "cpu", "--minutes", "0"]
     first = tmp_path / "runs" / "ran_ext-base-adam-seed0"
     assert reproduce_report.main(command) == 0

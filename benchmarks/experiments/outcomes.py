@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,19 @@ class Outcome:
             raise StudyError(f"{path} is no result of this experiment ({error}); delete it to run it again") from error
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by dotted names.
+
+    >>> flat({"seed": 0, "recipe": {"epochs": 2}})
+    {'seed': 0, 'recipe.epochs': 2}
+    """
+    named: dict[str, Any] = {}
+    for name, value in settings.items():
+        inner = flat(value) if isinstance(value, Mapping) else {}
+        named |= {f"{name}.{key}": part for key, part in inner.items()} if inner else {name: value}
+    return named
+
+
 class Study:
     """The plan of a scale and those of its runs that are finished.
 
@@ -124,9 +137,9 @@ class Study:
         return run.settings(self.scale) | {"device": self.device}
 
     def _require_same_settings(self, run: Run, outcome: Outcome) -> None:
-        here, there = self.settings(run), outcome.settings
-        unlike = [f"{name} is {here[name]!r} here and {there.get(name)!r} there" for name in here
-                  if here[name] != there.get(name)]  # fmt: skip
+        here, there = flat(self.settings(run)), flat(outcome.settings)
+        unlike = [f"{name} is {here.get(name)!r} here and {there.get(name)!r} there" for name in here | there
+                  if here.get(name) != there.get(name)]  # fmt: skip
         if unlike:
             raise StudyError(
                 f"{self.run_folder(run) / RESULT} was computed with other settings: {'; '.join(unlike)}; choose "

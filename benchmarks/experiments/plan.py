@@ -144,9 +144,10 @@ class Run:
 
     def settings(self, scale: Scale) -> dict[str, Any]:
         """Everything that decides what the run computes, fit for JSON."""
+        images = {name: getattr(scale, name) for name in ("train_images", "val_images", "test_images", "sample")}
         ours = self.implementation == RAN_EXT
         recipe = self.config(scale).to_dict() if ours else dataclasses.asdict(self.recipe(scale))
-        return dataclasses.asdict(self) | {"scale": dataclasses.asdict(scale), "recipe": recipe}
+        return dataclasses.asdict(self) | {"images": images, "recipe": recipe}
 
 
 def plan(scale: Scale) -> list[Run]:

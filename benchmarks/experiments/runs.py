@@ -116,6 +116,8 @@ class Runner:
             study.outcomes[run] = dataclasses.replace(outcome, settings=study.settings(run), environment=facts)
             study.outcomes[run].save(folder)
             (folder / LAST).unlink(missing_ok=True)
+            if self.deadline.left < 0 and study.missing:
+                raise Stopped("the time is up")
 
     def train_ran_ext(self, run: Run) -> Outcome:
         """Train with :func:`ran_ext.train.fit`, from its checkpoint where there is one."""
