@@ -1,6 +1,8 @@
 """The report's experiment: its plan, its verdicts, how it is stopped and continued, and its page."""
 
 import dataclasses
+import doctest
+import importlib
 import json
 import re
 from pathlib import Path
@@ -38,6 +40,12 @@ def finished(tiny, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")
     assert reproduce_report.main(["--out", str(out), "--scale", "smoke", "--device", "cpu"]) == 0
     return out
+
+
+@pytest.mark.parametrize("name", ["claims", "outcomes", "page", "plan"])
+def test_examples(name):
+    failed, tried = doctest.testmod(importlib.import_module(f"experiments.{name}"))
+    assert (failed, tried > 0) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["full", "subset", "smoke"])
@@ -184,7 +192,7 @@ def test_a_run_of_the_reference_that_would_be_lost_is_not_begun(finished, tiny, 
     study = Study("smoke", tiny, finished, "cpu")
     run = next(run for run in study.plan if run.implementation == "reference")
     runner = Runner(study, None, CPU, Deadline(0))
-    with pytest.raises(Stopped, match="cannot be continued later"):
+    with pytest.raises(Stopped, match="must end within one call"):
         runner.train_reference(run)
 
 

@@ -85,16 +85,15 @@ def share_legend(figure: Figure) -> None:
     """One legend above all panels: what is drawn in any of them."""
     named = {label: handle for axis in figure.axes
              for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
-    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
 
 
 def draw_variant(axis: Axes, study: Study, implementation: str, variant: str, x: str, measure: str) -> None:
     """Its two curves: validation drawn through, training dotted."""
     runs = list(study.of(implementation, variant).values())
-    for part, name, line in (("val", "validation", "-"), ("train", "training", ":")):
-        if runs:
-            look = {"color": COLOURS[variant], "linestyle": line, "label": f"{VARIANTS[variant].label}: {name}"}
-            curve(axis, runs, x, f"{part}_{measure}", **look)
+    if runs:
+        curve(axis, runs, x, f"train_{measure}", color=COLOURS[variant], linestyle=":")
+        curve(axis, runs, x, f"val_{measure}", color=COLOURS[variant], label=VARIANTS[variant].label)
 
 
 def learning_curves(study: Study, implementation: str) -> Figure:

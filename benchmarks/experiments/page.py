@@ -32,7 +32,9 @@ figure img { max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: 0.875rem; }
 @media print {
   body { max-width: none; padding: 0; font-size: 10pt; }
-  h2, tr, figure { break-inside: avoid; }
+  table { font-size: 8pt; }
+  th, td { padding: 0.25rem 0.4rem; }
+  h2, p, tr, figure { break-inside: avoid; }
   h2 { break-after: avoid; }
   .wide { overflow: visible; }
 }

@@ -137,7 +137,7 @@ class Runner:
                 callbacks=[self.deadline],
             )
         except NonFiniteError as error:
-            return Outcome(count_parameters(model), diverged=str(error))
+            return Outcome(count_parameters(model), diverged=str(error).partition(":")[0])
         if result.test is None:
             raise Stopped("the time is up") if self.deadline.asked else KeyboardInterrupt
         epochs = [{name: getattr(row, name) for name in CURVES} for row in result.figures]
@@ -147,7 +147,7 @@ class Runner:
         """Train with the reference, which always begins anew; so a run that would be lost is not begun."""
         expected = self.study.seconds_left([run])
         if expected is not None and self.deadline.left < expected:
-            raise Stopped(f"the next run, of the reference, takes {duration(expected)} and cannot be continued later")
+            raise Stopped(f"the next run, of the reference, takes {duration(expected)} and must end within one call")
         recipe, images = run.recipe(self.study.scale), self.images
         train, val, test = images.train, images.val, images.test
         progress = Progress(recipe.epochs)

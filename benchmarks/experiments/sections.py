@@ -14,6 +14,7 @@ from .page import Picture, Section, Table
 from .plan import RAN_EXT, REFERENCE, VARIANTS
 from .runs import Images
 
+#: Above the claims table; and below every figure of curves.
 RULE = (
     "A cell is mean ± standard deviation over the seeds. The rule of the verdicts: the seeds give a 95% interval of "
     "Student's t around the mean: reproduced, where the whole interval satisfies the claim, refuted, where none of it "
@@ -21,6 +22,7 @@ RULE = (
     "its validation accuracies are compared with accuracies on test images, which each run reads once, after its last "
     "epoch. Gaps are of the last epoch, training (augmented, in training mode) minus validation on images held out."
 )
+LINES = "Mean over the seeds, with a band of one standard deviation; drawn through: validation, dotted: training."
 
 
 def picture(name: str, caption: str, draw: Callable[[], Figure]) -> Picture:
@@ -102,7 +104,7 @@ def agreement(study: Study) -> list[str | Table | Picture]:
         seeds = sorted(set.intersection(*map(set, runs)))
         cells = [show(over_seeds(study, name, variant, lambda run: run.test_accuracy)) for name in (REFERENCE, RAN_EXT)]
         apart, agree = "-", "-"
-        if seeds:
+        if len(seeds) > 1:
             difference = Sample(tuple(runs[0][seed].test_accuracy - runs[1][seed].test_accuracy for seed in seeds))
             apart = f"{difference.mean:+.3f} ± {difference.half_width:.3f}"
             agree = "yes" if abs(difference.mean) <= difference.half_width else "no"
@@ -129,9 +131,8 @@ def figure4(study: Study) -> list[str | Table | Picture]:
         "The report gives no learning rates. Adam runs at 0.001, Nesterov SGD at 0.01. At 0.1, as Wang et al. train, "
         f"{len(lost)} of {len(fast)} runs of the base network diverged"
     )
-    caption = "Mean over the seeds; band: one standard deviation. Drawn through: validation; dotted: training."
     draw = partial(figures.comparison, study, ("base-adam", "base-nesterov", "base-nesterov-0.1"))
-    return [text + (f" ({'; '.join(lost)})." if lost else "."), picture("figure4", caption, draw)]
+    return [text + (f" ({'; '.join(lost)})." if lost else "."), picture("figure4", LINES, draw)]
 
 
 def figure5(study: Study) -> list[str | Table | Picture]:
@@ -141,9 +142,8 @@ def figure5(study: Study) -> list[str | Table | Picture]:
         gaps = [show(over_seeds(study, name, variant, lambda run: run.gap)) for name in (REFERENCE, RAN_EXT)]
         rows.append([VARIANTS[variant].label, *gaps])
     head = ["training minus validation accuracy", REFERENCE, RAN_EXT]
-    caption = "Base against compact network, which adds BN + ReLU in stem and head, dropout and L2."
     draw = partial(figures.comparison, study, ("base-adam", "compact"))
-    return [picture("figure5", caption, draw), Table(head, rows)]
+    return [picture("figure5", LINES, draw), Table(head, rows)]
 
 
 def figure6(study: Study) -> list[str | Table | Picture]:
@@ -163,7 +163,7 @@ def figure6(study: Study) -> list[str | Table | Picture]:
     head = ["network", "implementation", "parameters as run", *times, "test accuracy"]
     text = "Converged: the first epoch whose validation accuracy is within 0.005 of the run's best."
     draw = partial(figures.comparison, study, ("compact", "paper"), "seconds")
-    return [picture("figure6", "Accuracy over wall time, validation included.", draw), text, Table(head, rows)]
+    return [picture("figure6", "Accuracy over wall time, validation included. " + LINES, draw), text, Table(head, rows)]
 
 
 def figure7(study: Study) -> list[str | Table | Picture]:
@@ -174,9 +174,8 @@ def figure7(study: Study) -> list[str | Table | Picture]:
 
 def learning_curves(study: Study) -> list[str | Table | Picture]:
     """Every variant, over epochs and over seconds."""
-    caption = "{}: validation drawn through, training dotted."
     return [
-        picture(f"curves_{name}", caption.format(name), partial(figures.learning_curves, study, name))
+        picture(f"curves_{name}", f"{name}. {LINES}", partial(figures.learning_curves, study, name))
         for name in (REFERENCE, RAN_EXT)
     ]
 
