@@ -22,6 +22,27 @@ def test_parameters_are_the_reports(name, with_bias, without):
         assert sum(p.numel() for p in model.parameters()) == expected
 
 
+@pytest.mark.parametrize("width", [1.0, 0.25])
+def test_without_attention_the_parameters_stay_equal(width):
+    with_mask, without = (models.ran_compact(width=width, attention=attention) for attention in (True, False))
+    assert not any(isinstance(module, AttentionModule) for module in without.modules())
+    counts = [sum(p.numel() for p in model.parameters()) for model in (with_mask, without)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.01)
+    assert without(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_without_the_stems_pool_the_same_weights_see_twice_the_resolution():
+    pooled, full = (models.ran_compact(width=0.125, stem_pool=stem_pool).eval() for stem_pool in (True, False))
+    full.load_state_dict(pooled.state_dict())
+    seen = []
+    full.stage1.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(2, 3, 32, 32)
+    out = full(x)
+    assert seen[0].shape[2:] == (32, 32)
+    assert not torch.allclose(out, pooled(x))
+    torch.testing.assert_close(ran_ext.fold_for_inference(full)(x), out, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.usefixtures("native")
 def test_a_checkpoint_gives_the_same_output_on_both_backends(tmp_path):
     model = models.ran_compact(width=0.25)

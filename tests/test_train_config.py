@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ran_ext.train import PRESETS, Config, EarlyStopping, build_optimizer, learning_rate, set_lr
+from ran_ext.data import Normalize
+from ran_ext.train import PRESETS, Config, EarlyStopping, build_augment, build_optimizer, learning_rate, set_lr
 
 CPU = torch.device("cpu")
 
@@ -39,12 +40,25 @@ def test_json_round_trip(name):
         ("lr_step_factor", 0.0),
         ("weight_decay", -1e-3),
         ("channels_last", 1),
+        ("mixup", 1),
+        ("cutout", -2),
         ("model_options", {"dropout": 0.1}),
     ],
 )
 def test_a_value_out_of_range_is_named(field, value):
     with pytest.raises(ValueError, match=f"Config: {field} must be .*got"):
         Config(**{field: value})
+
+
+def test_cutout_needs_augmentation():
+    with pytest.raises(ValueError, match="cutout must be 0 where augment is 'none', got 8"):
+        Config(augment="none", cutout=8)
+
+
+@pytest.mark.parametrize(("augment", "crop"), [("report", 0), ("light", 2), ("standard", 4)])
+def test_augmentation_is_what_the_recipe_names(augment, crop):
+    built = build_augment(Config(augment=augment, cutout=6), Normalize(torch.zeros(3, 1, 1)))
+    assert (built.crop, built.cutout, built.rotation > 0) == (crop, 6, augment == "report")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"epoch": 3}'])

@@ -137,6 +137,20 @@ def test_a_finished_run_resumes_to_the_same_result(images, val_images, uninterru
     assert again.seconds == whole.seconds
 
 
+def test_mixup_cutout_and_the_mirror_reach_the_run_and_resume(images, val_images, tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, epochs=2, augment="standard", cutout=8, mixup=True, test_mirror=True)
+    whole = run(images, val_images, config, tmp_path / "whole")
+    plain = run(images, val_images, dataclasses.replace(config, mixup=False), tmp_path / "plain")
+    assert whole.figures[0].train_loss != plain.figures[0].train_loss
+    normalize = load_normalize(tmp_path / "whole" / "last.pt", torch.channels_last)
+    found = evaluate(load_model(tmp_path / "whole" / "last.pt"), val_images, normalize, mirror=True)
+    assert whole.figures[-1].val_loss == pytest.approx(found.loss, rel=1e-6)
+    monkeypatch.setattr("ran_ext.train.progress.Progress.due", True)
+    run(images, val_images, config, tmp_path / "cut", callbacks=[InterruptAt(1)])
+    resumed = run(images, val_images, config, tmp_path / "cut", resume=True)
+    assert [row.train_loss for row in resumed.figures] == [row.train_loss for row in whole.figures]
+
+
 def test_model_pt_holds_the_best_epoch_and_loads_by_itself(images, val_images, uninterrupted):
     whole, out = uninterrupted
     accuracies = [row.val_accuracy for row in whole.figures]

@@ -57,6 +57,24 @@ def test_step_is_the_textbook_step():
         torch.testing.assert_close(mine, other - 0.1 * other.grad, rtol=0, atol=1e-7)
 
 
+def test_mixup_weighs_two_images_and_their_losses():
+    ours, theirs = small(dropout=0.0), small(dropout=0.0)
+    images, labels = batch()
+    torch.manual_seed(5)
+    step = TrainStep(ours, torch.optim.SGD(ours.parameters(), lr=0.1), label_smoothing=0.1, mix=True)
+    loss, right = step(images, labels)
+    torch.manual_seed(5)
+    share = torch.rand(4)
+    mixed = share.view(4, 1, 1, 1) * images + (1 - share).view(4, 1, 1, 1) * images.flip(0)
+    logits = theirs(mixed)
+    own, partners = (
+        F.cross_entropy(logits, target, label_smoothing=0.1, reduction="none") for target in (labels, labels.flip(0))
+    )
+    assert loss.item() == pytest.approx((share * own + (1 - share) * partners).mean().item(), rel=1e-5)
+    hits = [(logits.argmax(1) == target).float() for target in (labels, labels.flip(0))]
+    assert right.item() == pytest.approx((share * hits[0] + (1 - share) * hits[1]).sum().item(), abs=1e-6)
+
+
 def test_step_in_bfloat16_keeps_float32_weights_and_loss():
     model = small()
     loss, _ = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), dtype=torch.bfloat16)(*batch())
@@ -106,6 +124,16 @@ def test_evaluate_counts_as_a_plain_loop_does(images):
     assert found.accuracy == confusion.trace().item() / 30
     per_class = [found.confusion[c, c].item() / max(1, found.confusion[c].sum().item()) for c in range(10)]
     assert found.per_class == pytest.approx(per_class)
+
+
+def test_mirrored_evaluation_averages_the_logits(images):
+    model, normalize = small().eval(), Normalize.per_pixel(images)
+    x = normalize(images.images)
+    with torch.no_grad():
+        logits = (model(x) + model(x.flip(3))) / 2
+    found = evaluate(model, images, normalize, batch_size=7, mirror=True)
+    assert found.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    assert found.loss != evaluate(model, images, normalize).loss
 
 
 def test_a_class_without_images_is_null_in_json(images):

@@ -11,15 +11,18 @@
 from .augment import Augment, Normalize
 from .batches import Batches
 from .cifar10 import CIFAR10, sample, split_validation, to_float
+from .corruptions import CORRUPTIONS, corrupt
 from .formats import CLASSES, DatasetError
 
 __all__ = [
     "CIFAR10",
     "CLASSES",
+    "CORRUPTIONS",
     "Augment",
     "Batches",
     "DatasetError",
     "Normalize",
+    "corrupt",
     "sample",
     "split_validation",
     "to_float",

@@ -124,6 +124,16 @@ class CIFAR10(Dataset[tuple[Any, int]]):
         part.images, part.labels = self.images[indices], self.labels[indices]
         return part
 
+    def to(self, device: torch.device | str) -> CIFAR10:
+        """The same data set with its images and labels on ``device``.
+
+        >>> CIFAR10.sample("test").to("cpu").labels.device
+        device(type='cpu')
+        """
+        moved = copy.copy(self)
+        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
+        return moved
+
     def mean_image(self) -> Tensor:
         """Mean of every pixel, float32 (3, 32, 32) in 0..1.
 

@@ -21,6 +21,7 @@ from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
 from .evaluation import Evaluation, evaluate
 from .loop import fit
+from .mixing import mixup
 from .optimizers import build_optimizer, load_optimizer, set_lr
 from .progress import Progress
 from .results import EpochFigures, Result
@@ -59,6 +60,7 @@ __all__ = [
     "load_model",
     "load_normalize",
     "load_optimizer",
+    "mixup",
     "process_group",
     "save_checkpoint",
     "set_lr",

@@ -60,8 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help="the recipe to start from: the report's, or one for the embedded sample on a small CPU (default: sample "
-        "for the embedded images, else report)",
+        help="the recipe to start from: the report's, a fast one, or one for the embedded sample on a small CPU "
+        "(default: sample for the embedded images, else report)",
     )
     run.add_argument(
         "--data",

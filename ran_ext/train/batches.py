@@ -16,10 +16,13 @@ def build_normalize(train_set: CIFAR10, config: Config) -> Normalize:
 
 
 def build_augment(config: Config, normalize: Normalize) -> Augment | Normalize:
-    """``config.augment``."""
+    """``config.augment`` and ``config.cutout``."""
     if config.augment == "none":
         return normalize
-    return Augment(normalize) if config.augment == "report" else Augment(normalize, rotation=0, shift=0, crop=2)
+    if config.augment == "report":
+        return Augment(normalize, cutout=config.cutout)
+    crop = {"light": 2, "standard": 4}[config.augment]
+    return Augment(normalize, rotation=0, shift=0, crop=crop, cutout=config.cutout)
 
 
 def train_batches(

@@ -54,6 +54,7 @@ def evaluate(
     *,
     batch_size: int = 512,
     dtype: torch.dtype = torch.float32,
+    mirror: bool = False,
     ranks: Ranks | None = None,
 ) -> Evaluation:
     """Run ``model`` in evaluation mode over ``dataset``, on the device of its parameters.
@@ -65,6 +66,7 @@ def evaluate(
             Also sets the images' memory format.
         batch_size: images at a time; no figure depends on it but by rounding.
         dtype: of autocast; float32 for none.
+        mirror: average the logits of each image and of its mirror image, at twice the time.
         ranks: share the work with the other processes of a run.
 
     Raises:
@@ -89,6 +91,8 @@ def evaluate(
         for images, labels in Batches(mine, batch_size, normalize, shuffle=False, device=device):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images).float()
+                if mirror:
+                    logits = (logits + model(images.flip(3)).float()) / 2
             classes = logits.shape[1]
             losses += F.cross_entropy(logits, labels, reduction="sum")
             pairs.append(labels * classes + logits.argmax(1))

@@ -114,6 +114,7 @@ class Run:
             l2=config.weight_decay,
             penalty=state.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
             label_smoothing=config.label_smoothing,
+            mix=config.mixup,
             dtype=config.torch_dtype,
             scaler=state.scaler,
             ema=(state.ema, state.model) if state.ema else None,
@@ -225,8 +226,8 @@ class Run:
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:
-        model, dtype = self.state.eval_model, self.config.torch_dtype
-        return evaluate(model, dataset, self.normalize, dtype=dtype, ranks=self.ranks)
+        model, dtype, mirror = self.state.eval_model, self.config.torch_dtype, self.config.test_mirror
+        return evaluate(model, dataset, self.normalize, dtype=dtype, mirror=mirror, ranks=self.ranks)
 
     def save(self) -> None:
         """Write ``last.pt``, unless that would lose the last good one to a bad one."""

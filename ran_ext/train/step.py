@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .ema import ExponentialMovingAverage
+from .mixing import mixup
 
 #: What :func:`ran_ext.train.fit` calls once a batch.
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -29,13 +30,14 @@ class TrainStep:
         l2: weight of ``penalty()``, added to the cross entropy.
         penalty: a scalar to keep small, such as ``model.l2_penalty``.
         label_smoothing: of the cross entropy.
+        mix: train on images mixed by :func:`ran_ext.train.mixup`.
         dtype: of autocast; float32 for none.
         scaler: of the loss, for float16.
         ema: updated with ``source`` after the optimizer.
 
     Returns (the call):
-        The batch's mean cross entropy, without the penalty, and its count of right predictions: float32 scalars on the
-        device.
+        The batch's mean cross entropy, without the penalty, and its count of right predictions (of a mixed image, the
+        share that the predicted class has in it): float32 scalars on the device.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
     >>> step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -53,19 +55,22 @@ class TrainStep:
         l2: float = 0.0,
         penalty: Callable[[], Tensor] | None = None,
         label_smoothing: float = 0.0,
+        mix: bool = False,
         dtype: torch.dtype = torch.float32,
         scaler: torch.amp.GradScaler | None = None,
         ema: tuple[ExponentialMovingAverage, nn.Module] | None = None,
     ):
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.l2, self.penalty = l2, penalty
-        self.label_smoothing, self.dtype = label_smoothing, dtype
+        self.label_smoothing, self.mix, self.dtype = label_smoothing, mix, dtype
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
+        share = torch.rand(len(images), device=images.device) if self.mix else None
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images).float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            logits = self.model(images if share is None else mixup(images, share)).float()
+        targets = labels if share is None else mixup(F.one_hot(labels, logits.shape[1]).float(), share)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         objective = loss if self.penalty is None or not self.l2 else loss + self.l2 * self.penalty()
         if self.scaler is None:
             objective.backward()
@@ -78,7 +83,9 @@ class TrainStep:
             average, source = self.ema
             average.update(source)
         with torch.no_grad():
-            return loss.detach(), (logits.argmax(1) == labels).sum(dtype=torch.float32)
+            predicted = logits.argmax(1, keepdim=True)
+            right = predicted == labels[:, None] if share is None else targets.gather(1, predicted)
+            return loss.detach(), right.sum(dtype=torch.float32)
 
 
 class StepHistory:
