@@ -46,8 +46,8 @@ from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST
 
 RECIPES = {
-    # A prediction: the error was 0.127 after 6 epochs; if it falls as epochs ** -0.4 to -0.5, it is 0.104 to 0.098 after
-    # 10, and 0.107 is the target.
+    # A prediction: the error was 0.127 after 6 epochs; if it falls as epochs ** -0.4 to -0.5, it is 0.104 to 0.098
+    # after 10, and 0.107 is the target.
     "0.893": dataclasses.replace(PRESETS["fast"], epochs=10, test_mirror=True),
     "best": dataclasses.replace(
         PRESETS["fast"],
@@ -230,8 +230,8 @@ def run(options: argparse.Namespace) -> None:
         if not baseline.rows:
             baseline.add(measure_reference(config, train_set, test_set, device))
         reference = baseline.rows[0]
-    print(f"{config.model}, {settings['parameters']:,} parameters, {config.epochs} epochs of batches of "
-          f"{config.batch_size}, {facts['device']}, torch {facts['torch']}, mirrored test")  # fmt: skip
+    schedule, parameters = f"{config.epochs} epochs of batches of {config.batch_size}", settings["parameters"]
+    print(f"{config.model}, {parameters:,} parameters, {schedule}, {facts['device']}, torch {facts['torch']}")
     print(table([row for row in ledger.rows if row["seed"] < options.seeds], reference))
     print(REHEARSAL if options.quick else ledger.path)
 

@@ -170,14 +170,19 @@ def run(options: argparse.Namespace) -> None:
     }
     ledger = Ledger(options.out / "robustness.json", settings, facts)
     for key, checkpoint in checkpoints(options, scale, train_set, device, ledger):
-        ledger.add({**key, **accuracies(checkpoint, test_set, device)})
+        row = {**key, **accuracies(checkpoint, test_set, device)}
+        ledger.add(row)
+        print(f"{checkpoint}: accuracy {row['clean']:.4f} on clean images", flush=True)
     seeds = [Seed(row["network"], row["seed"], row["clean"], row["corrupted"]) for row in ledger.rows]
     title = title_of(options, scale)
     text = f"{title}\n\n{table(seeds)}\n"
     print(text)
     write_atomically(options.out / "robustness.md", text.encode())
-    draw(options.out / "robustness.png", seeds, title)
-    print(*(options.out / f"robustness.{kind}" for kind in ("json", "md", "png")), sep="\n")
+    try:
+        draw(options.out / "robustness.png", seeds, title)
+    except ImportError:
+        print("no robustness.png: pip install matplotlib", file=sys.stderr)
+    print(*sorted(options.out.glob("robustness.*")), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

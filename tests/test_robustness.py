@@ -61,6 +61,12 @@ def test_finished_parts_are_not_repeated(rehearsed, monkeypatch, capsys):
     assert (rehearsed / "robustness.json").read_bytes() == before
 
 
+def test_missing_matplotlib_costs_the_figure_alone(rehearsed, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert robustness.main(["--quick", "--device", "cpu", "--out", str(rehearsed)]) == 0
+    assert capsys.readouterr().err == "no robustness.png: pip install matplotlib\n"
+
+
 def test_checkpoints_given_are_tested_alike_and_told_apart(rehearsed, tmp_path, monkeypatch):
     paths = sorted(str(path) for path in rehearsed.glob("*/seed0/model.pt"))
     monkeypatch.setattr(robustness, "fit", None)
