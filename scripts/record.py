@@ -36,6 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from ledger import Ledger
+from reference import training as reference_training
 from timing import environment
 
 from ran_ext.data import CIFAR10, DatasetError
@@ -122,6 +123,7 @@ def measure(
         "accuracy": result.test.accuracy,
         "seconds": earlier + time.perf_counter() - began,
         "epoch_seconds": statistics.median(images / row.images_per_second for row in later),
+        "step": result.step,
         "resumed": resumed,
         "epochs": [dataclasses.asdict(row) for row in result.figures],
     }
@@ -132,10 +134,8 @@ def measure_reference(config: Config, train_set: CIFAR10, test_set: CIFAR10, dev
 
     Eager, float32, NCHW; worker processes augment the images, and each epoch is tested, as the report did.
     """
-    from reference.training import Recipe, train  # imports no ran_ext: a training of its own
-
     workers = min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
-    recipe = Recipe(
+    recipe = reference_training.Recipe(
         width=config.model_options.get("width", 1.0),
         epochs=config.epochs,
         batch_size=config.batch_size,
@@ -148,8 +148,10 @@ def measure_reference(config: Config, train_set: CIFAR10, test_set: CIFAR10, dev
         figures = f"accuracy {row['val_accuracy']:.4f}, {row['seconds']:.1f} s"
         print(f"reference, epoch {row['epoch']}/{config.epochs}: {figures}", flush=True)
 
-    images = (tensor.cpu() for data in (train_set, test_set) for tensor in (data.images, data.labels))
-    figures = train(recipe, *images, device, say).figures
+    train_set, test_set = train_set.to("cpu"), test_set.to("cpu")
+    figures = reference_training.train(
+        recipe, train_set.images, train_set.labels, test_set.images, test_set.labels, device, say
+    ).figures
     return {
         "seed": config.seed,
         "accuracy": figures[-1]["val_accuracy"],
