@@ -70,6 +70,7 @@ class Training:
             self.optimizer,
             l2=1e-3,
             penalty=model.l2_penalty,
+            mix=self.config.mixup,
             dtype=self.config.torch_dtype,
             scaler=scaler,
             ema=(self.ema, model),
@@ -106,6 +107,13 @@ def test_captured_steps_are_the_eager_ones_bit_for_bit(images, device, optimizer
     assert_equal(captured, eager, "captured")
     assert torch.equal(torch.rand(4, device=device), drawn)  # the generator stands where eager steps leave it
     assert len({figures[0].item() for figures in eager[0]}) == len(RATES)
+
+
+def test_captured_mixup_draws_the_eager_ones_shares(images, device):
+    eager = Training(images, device, captured=False, mixup=True).run(RATES)
+    training = Training(images, device, captured=True, mixup=True)
+    assert_equal(training.run(RATES), eager, "captured")
+    assert training.reasons == []
 
 
 def test_the_stand_in_sees_no_python_number_as_a_graph_does_not(device):

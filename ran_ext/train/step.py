@@ -69,7 +69,10 @@ class TrainStep:
         share = torch.rand(len(images), device=images.device) if self.mix else None
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images if share is None else mixup(images, share)).float()
-        targets = labels if share is None else mixup(F.one_hot(labels, logits.shape[1]).float(), share)
+        targets = labels
+        if share is not None:
+            classes = torch.arange(logits.shape[1], device=labels.device)
+            targets = mixup((labels[:, None] == classes).float(), share)  # F.one_hot reads the labels back on the CPU
         loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
         objective = loss if self.penalty is None or not self.l2 else loss + self.l2 * self.penalty()
         if self.scaler is None:
