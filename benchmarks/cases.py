@@ -19,6 +19,10 @@ class Case(Protocol):
     def name(self) -> str:
         """Op and shape."""
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the first input, NCHW."""
+
     def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
         """Seeded inputs, the same numbers in each dtype; those that are differentiated require gradients."""
 
@@ -35,12 +39,12 @@ class Case(Protocol):
         """Floating-point operations of the convolution; 0 where memory bounds the op."""
 
 
-def _draw(
+def draw(
     shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format
 ) -> Tensor:
     """Normal numbers that bfloat16 holds exactly, so that all dtypes compute with the same ones."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-    return values.to(device, dtype, memory_format=layout)
+    values = torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).bfloat16()
+    return values.to(dtype, memory_format=layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Gate:
     def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
         n, c, h, w = self.shape
         sizes = self.shape, (n, c, h // self.scale, w // self.scale)
-        return tuple(_draw(size, seed, dtype, device, layout).requires_grad_() for seed, size in enumerate(sizes))
+        return tuple(draw(size, seed, dtype, device, layout).requires_grad_() for seed, size in enumerate(sizes))
 
     def plain(self, trunk: Tensor, mask: Tensor) -> Tensor:
         if self.scale != 1:
@@ -82,9 +86,9 @@ class _BatchNorm:
         """x, weight, bias and running statistics; the vectors stay float32 (float64 for float64), as under autocast."""
         vector = torch.promote_types(dtype, torch.float32)
         c, flat = self.shape[1], torch.contiguous_format
-        x = _draw(self.shape, 0, dtype, device, layout).requires_grad_()
-        weight = (1 + _draw((c,), 1, vector, device, flat) / 4).requires_grad_()
-        bias = (_draw((c,), 2, vector, device, flat) / 4).requires_grad_()
+        x = draw(self.shape, 0, dtype, device, layout).requires_grad_()
+        weight = (1 + draw((c,), 1, vector, device, flat) / 4).requires_grad_()
+        bias = (draw((c,), 2, vector, device, flat) / 4).requires_grad_()
         return x, weight, bias, torch.zeros(c, dtype=vector, device=device), torch.ones(c, dtype=vector, device=device)
 
 
@@ -129,8 +133,8 @@ class BNReLUConv(_BatchNorm):
 
     def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
         size = (self.out_channels, self.shape[1], self.kernel, self.kernel)
-        weight = _draw(size, 3, dtype, device, layout) / 2 ** round((size[1] * self.kernel**2).bit_length() / 2)
-        bias = _draw((self.out_channels,), 4, dtype, device, torch.contiguous_format)
+        weight = draw(size, 3, dtype, device, layout) / 2 ** round((size[1] * self.kernel**2).bit_length() / 2)
+        bias = draw((self.out_channels,), 4, dtype, device, torch.contiguous_format)
         return *self.batch_norm(layout, dtype, device), weight.requires_grad_(), bias.requires_grad_()
 
     def plain(self, x: Tensor, *tensors: Tensor) -> Tensor:
@@ -153,15 +157,39 @@ def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
+#: The seven BN-ReLU-convolutions that make up the network: channels, side of the image, channels out, kernel.
+UNITS = (
+    (128, 16, 128, 1),
+    (128, 16, 128, 3),
+    (256, 8, 256, 1),
+    (256, 8, 256, 3),
+    (1024, 4, 64, 1),
+    (64, 4, 64, 3),
+    (64, 4, 1024, 1),
+)
+
+
+def units(batch: int) -> list[BNReLUConv]:
+    """The network's seven BN-ReLU-convolutions.
+
+    >>> len(units(32)), units(32)[0].name
+    (7, 'bn_relu_conv2d 32x128x16x16 1x1 128-128')
+    """
+    return [BNReLUConv((batch, c, side, side), out, kernel) for c, side, out, kernel in UNITS]
+
+
 def op_cases(batch: int) -> list[Case]:
-    """The gates, BN-ReLU, and BN-ReLU-conv at the seven shapes that make up the network.
+    """The gates, and BN-ReLU and BN-ReLU-conv at the seven shapes (four of them distinct without the convolution).
 
     >>> [case.name for case in op_cases(32)][:2]
     ['attention_gate 32x128x16x16 scale 1', 'attention_gate 32x128x16x16 scale 2']
     """
-    wide, deep, last, mid = (batch, 128, 16, 16), (batch, 256, 8, 8), (batch, 1024, 4, 4), (batch, 64, 4, 4)
-    gates = [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1)]
-    norms = [BNReLU(shape) for shape in (wide, deep, last, mid)]
-    convs = [(wide, 128, 1), (wide, 128, 3), (deep, 256, 1), (deep, 256, 3)]
-    convs += [(last, 64, 1), (mid, 64, 3), (mid, 1024, 1)]
-    return [*gates, *norms, *(BNReLUConv(*conv) for conv in convs)]
+    convs = units(batch)
+    wide, deep = convs[0].shape, convs[2].shape
+    norms = [BNReLU(shape) for shape in dict.fromkeys(conv.shape for conv in convs)]
+    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *norms, *convs]
+
+
+def large_gates() -> list[Case]:
+    """The gate on tensors of 256 MiB in 16 bits, which no cache holds: memory alone bounds it."""
+    return [Gate((4096, 128, 16, 16), scale) for scale in (1, 2)]

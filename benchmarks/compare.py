@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import cudnn_graphs
 import torch
-from cases import Case, op_cases
+from agreement import admit
+from cases import Case, large_gates, op_cases
 from contenders import (
     BASELINES,
     Contender,
@@ -26,14 +31,16 @@ from contenders import (
     network,
     op_oracle,
     op_subject,
-    verify,
 )
 from memory import saved_bytes
-from report import Row, read_json, regressions, tables, write_chart, write_json
+from report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
 from timing import Spread, environment, interleave, peaks, ratios
+from torch import Tensor
 
 from ran_ext import _backend
 
+SUITES = ["ops", "model", "memory"]
+OP_TASKS, MODEL_TASKS = ("forward", "forward + backward"), ("training step", "inference")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,49 +49,66 @@ class Comparison:
 
     def __init__(self, options: argparse.Namespace):
         self.device = torch.device(options.device)
-        self.rounds, self.quick = options.rounds, options.quick
-        self.batches, self.compiled = options.batch, options.compile
+        self.rounds, self.quick, self.tasks = options.rounds, options.quick, options.task
+        self.batches, self.compiled, self.chosen = options.batch, options.compile, options.contender
         self.dtypes = [DTYPES[name] for name in options.dtype]
         self.rates: dict[str, float] = {}
 
     def ops(self) -> Iterator[Row]:
-        """Every op at the network's shapes, forward and forward + backward."""
-        self.rates = peaks(self.device, [torch.float32, *self.dtypes], self.quick)
+        """Every op at the network's shapes."""
         for batch in self.batches:
-            for task in ("forward", "forward + backward"):
-                for dtype in self.dtypes:
-                    yield from self._ops(batch, task, dtype)
+            yield from self._ops("ops", self._cases(batch), f", batch {batch}")
 
-    def _ops(self, batch: int, task: str, dtype: torch.dtype) -> Iterator[Row]:
-        sums: dict[str, list[float]] = {}
-        summed = 0
-        for case in self._cases(batch):
-            rows = contenders(dtype, self.device, self.compiled, task)
-            torch.compiler.reset()  # a new shape is compiled anew, not with symbolic sizes
-            subjects = {row.name: op_subject(case, row, task, self.device) for row in rows}
-            verify(subjects, dtype, op_oracle(case, task, self.device))
-            seconds = self._time(subjects, f"{case.name}, {task}, {_name(dtype)}")
-            for row in self._rows("ops", case.name, task, dtype, seconds):
-                own = next(contender.dtype for contender in rows if contender.name == row.contender)
-                yield self._rated(row, case, task, own)
-            if case.flops(False):
-                summed += 1
-                for name, values in seconds.items():
-                    sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * self.rounds), values, strict=True)]
-        yield from self._rows("ops", f"bn_relu_conv2d, sum of {summed} shapes, batch {batch}", task, dtype, sums)
+    def bandwidth(self) -> Iterator[Row]:
+        """The gate on tensors that no cache holds."""
+        yield from self._ops("bandwidth", op_cases(2)[:2] if self.quick else large_gates(), "")
+
+    def _ops(self, suite: str, cases: list[Case], note: str) -> Iterator[Row]:
+        self.rates = self.rates or peaks(self.device, [torch.float32, *self.dtypes], self.quick)
+        for task in [task for task in OP_TASKS if task in self.tasks]:
+            for dtype in self.dtypes:
+                sums: dict[str, list[list[float]]] = {}
+                for case in cases:
+                    seconds = yield from self._op(suite, case, task, dtype)
+                    for name, values in seconds.items() if case.flops(False) else ():
+                        sums.setdefault(name, []).append(values)
+                count = max(map(len, sums.values()), default=0)
+                whole = {name: Tensor(parts).sum(0).tolist() for name, parts in sums.items() if len(parts) == count}
+                yield from self._rows(suite, f"bn_relu_conv2d, sum of {count} shapes{note}", task, dtype, whole)
+
+    def _op(
+        self, suite: str, case: Case, task: str, dtype: torch.dtype
+    ) -> Generator[Row, None, dict[str, list[float]]]:
+        rows = self._contenders(dtype, task)
+        torch.compiler.reset()  # a new shape is compiled anew, not with symbolic sizes
+        makers = {row.name: partial(op_subject, case, row, task, self.device) for row in rows}
+        if self.device.type == "cuda" and cudnn_graphs.offers(case, task, dtype) and self._wanted(cudnn_graphs.NAME):
+            makers[cudnn_graphs.NAME] = partial(cudnn_graphs.subject, case, task, dtype, self.device)
+        subjects, why_not = admit(makers, dtype, op_oracle(case, task, self.device))
+        seconds = self._time(subjects, f"{case.name}, {task}, {_name(dtype)}")
+        own = {row.name: row.dtype for row in rows}
+        for row in self._rows(suite, case.name, task, dtype, seconds, why_not):
+            yield self._rated(row, case, task, own.get(row.contender, dtype))
+        return seconds
 
     def model(self) -> Iterator[Row]:
         """The training step and inference of ``ran_compact``."""
         for batch in self.batches:
-            for task in ("training step", "inference"):
+            for task in [task for task in MODEL_TASKS if task in self.tasks]:
                 oracle = model_oracle(task, self.device, batch)
                 for dtype in self.dtypes:
                     torch.compiler.reset()
-                    rows = contenders(dtype, self.device, self.compiled, task)
-                    subjects = {row.name: model_subject(row, task, self.device, batch) for row in rows}
-                    verify(subjects, dtype, oracle)
+                    rows = self._contenders(dtype, task)
+                    makers = {row.name: partial(model_subject, row, task, self.device, batch) for row in rows}
+                    subjects, why_not = admit(makers, dtype, oracle)
                     seconds = self._time(subjects, f"ran_compact batch {batch}, {task}, {_name(dtype)}")
-                    yield from self._rows("model", f"ran_compact batch {batch}", task, dtype, seconds)
+                    yield from self._rows("model", f"ran_compact batch {batch}", task, dtype, seconds, why_not)
+
+    def _contenders(self, dtype: torch.dtype, task: str) -> list[Contender]:
+        return [row for row in contenders(dtype, self.device, self.compiled, task) if self._wanted(row.name)]
+
+    def _wanted(self, name: str) -> bool:
+        return self.chosen is None or name in (BASELINES[0], *self.chosen)
 
     def memory(self) -> Iterator[Row]:
         """Bytes kept between forward and backward: each op, and ``ran_compact`` (on a GPU its peak too)."""
@@ -147,12 +171,20 @@ class Comparison:
         return interleave(functions, self.rounds, self.device, flush=small, warm_up=1 if self.quick else 3)
 
     def _rows(
-        self, suite: str, case: str, task: str, dtype: torch.dtype, seconds: dict[str, list[float]]
+        self,
+        suite: str,
+        case: str,
+        task: str,
+        dtype: torch.dtype,
+        seconds: dict[str, list[float]],
+        why_not: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Row]:
         faster = {name: ratios(seconds, name) for name in BASELINES if name in seconds}
         for name, values in seconds.items():
             own = {baseline: spreads[name] for baseline, spreads in faster.items()}
             yield Row(suite, case, task, _name(dtype), name, 1e3 * Spread.of(values).median, "ms", own)
+        for name, reason in why_not.items():
+            yield Row(suite, case, task, _name(dtype), name, math.nan, "ms", {}, missing=reason)
 
     def _memory(self, case: str, task: str, dtype: torch.dtype, measured: dict[str, int]) -> Iterator[Row]:
         for name, size in measured.items():
@@ -163,13 +195,13 @@ class Comparison:
     def _rated(self, row: Row, case: Case, task: str, dtype: torch.dtype) -> Row:
         """The row with its share of the measured rate that bounds it: least traffic by copy, operations by matmul."""
         backward, seconds = task != "forward", row.value / 1e3
-        if case.flops(backward) and self.device.type != "cuda":
+        if row.missing or (case.flops(backward) and self.device.type != "cuda"):
             return row
         if case.flops(backward):
             rate = self.rates[f"matmul {_name(dtype)}, GFLOP/s"]
             work, of = case.flops(backward) / 1e9, "matmul"
         else:
-            size = case.inputs(dtype, torch.channels_last, torch.device("cpu"))[0].nbytes
+            size = math.prod(case.shape) * dtype.itemsize
             rate = _nearest_copy(self.rates, size / (1 << 20))
             work, of = case.passes(backward) * size / 1e9, "copy"
         return dataclasses.replace(row, percent=(100 * work / seconds / rate, of))
@@ -188,7 +220,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options, with what depends on the device filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--suite", choices=["ops", "model", "memory", "all"], default="all")
+    add("--suite", choices=[*SUITES, "bandwidth", "all"], default="all", help="all: bandwidth only on CUDA")
+    add("--task", nargs="+", choices=[*OP_TASKS, *MODEL_TASKS], default=[*OP_TASKS, *MODEL_TASKS])
+    add("--contender", nargs="+", choices=list(COLOURS), metavar="NAME", help="only these, beside the baseline")
     add("--rounds", type=int, default=None, help="samples of each contender (default 15, with --quick 3)")
     add("--threads", type=int, default=None, help="of the CPU (default torch's)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -223,27 +257,41 @@ def main(argv: list[str] | None = None) -> int:
     old = read_json(options.against)[1] if options.against else None
     comparison = Comparison(options)
     before = environment(comparison.device)
-    suites = ["ops", "model", "memory"] if options.suite == "all" else [options.suite]
-    rows = [row for suite in suites for row in getattr(comparison, suite)()]
+    suites = [options.suite]
+    if options.suite == "all":
+        suites = [*SUITES, "bandwidth"] if options.device == "cuda" else SUITES
+    rows: list[Row] = []
+    for suite in suites:
+        for row in getattr(comparison, suite)():
+            rows.append(row)
+            if options.out:  # at once: a run that is cut short leaves what it has measured
+                write_json(options.out, before | _settings(options, comparison), rows)
     print(tables(rows))
-    settings = {"rounds": options.rounds, "quick": options.quick, "rates": comparison.rates}
-    after = {"load_average_after": environment(comparison.device)["load_average"]}
     print(
         f"\nMedians of {options.rounds} interleaved rounds [quartiles]; load average {before['load_average'][0]:.1f}."
     )
     print(f"{before['cpu']}, {before['threads']} threads, {before['device']}; torch {before['torch']}.")
     if options.out:
-        write_json(options.out, {**before, **after, **settings}, rows)
+        after = {"load_average_after": environment(comparison.device)["load_average"]}
+        write_json(options.out, before | _settings(options, comparison) | after, rows)
         for suite in suites:
             chart = options.out.with_name(f"{options.out.stem}_{suite}.png")
             write_chart(chart, [row for row in rows if row.suite == suite])
             print(f"{chart}")
         print(f"{options.out}")
-    if old is None:
-        return 0
-    worse = regressions(rows, old, options.tolerance)
-    print("\n".join(f"worse by more than {options.tolerance:.0%}: {line}" for line in worse) or "no ratio got worse")
-    return 1 if worse else 0
+    broken = [row for row in rows if row.missing and row.contender.startswith("ran_ext")]
+    print(*(f"NOT TIMED {', '.join(row.key)}: {row.missing}" for row in broken), sep="\n")
+    return 1 if broken or (old is not None and _worse(rows, old, options.tolerance)) else 0
+
+
+def _settings(options: argparse.Namespace, comparison: Comparison) -> dict[str, Any]:
+    return {"rounds": options.rounds, "quick": options.quick, "rates": comparison.rates}
+
+
+def _worse(rows: list[Row], old: list[Row], tolerance: float) -> bool:
+    worse = regressions(rows, old, tolerance)
+    print("\n".join(f"worse by more than {tolerance:.0%}: {line}" for line in worse) or "no ratio got worse")
+    return bool(worse)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from timing import Spread
 
-#: Colours of a chart's bars, the same in every chart: plain PyTorch grey, compiled orange, ran_ext blue.
+#: Colours of a chart's bars, the same in every chart: plain PyTorch grey, compiled orange, cuDNN green, ran_ext blue.
 COLOURS = {
     "eager channels_last": "#555555",
     "eager NCHW fp32": "#bbbbbb",
@@ -20,6 +21,7 @@ COLOURS = {
     "torch.compile, freezing": "#f8cda6",
     "max-autotune": "#f09a4f",
     "max-autotune, CUDA graph": "#a34602",
+    "cuDNN graph API": "#76b900",
     "ran_ext": "#1f5fa8",
     "ran_ext without kernels": "#a6cbee",
     "ran_ext folded": "#0b2f5c",
@@ -30,11 +32,11 @@ COLOURS = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One contender's figure.
+    """One contender's figure, or why it has none.
 
     Args:
         suite, case, task, dtype, contender: what was measured.
-        value: median of ``unit``, ms or MB.
+        value: median of ``unit``, ms or MB; NaN where ``missing`` says why there is none.
         ratios: to each baseline: times faster for ms, the share of its bytes for MB.
         percent: of the machine's measured rate, and which rate; None where neither bounds the case.
     """
@@ -48,6 +50,7 @@ class Row:
     unit: str
     ratios: dict[str, Spread]
     percent: tuple[float, str] | None = None
+    missing: str = ""
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -72,7 +75,8 @@ def _table(rows: list[Row]) -> str:
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     previous = ""
     for row in rows:
-        cells = [row.case if row.case != previous else "", row.contender, f"{row.value:.4g}"]
+        value = f"not available: {row.missing}" if row.missing else f"{row.value:.4g}"
+        cells = [row.case if row.case != previous else "", row.contender, value]
         cells += [_ratio(row.ratios.get(name), unit) for name in names]
         if rated:
             cells.append(f"{row.percent[0]:.0f} {row.percent[1]}" if row.percent else "")
@@ -88,10 +92,12 @@ def _ratio(spread: Spread | None, unit: str) -> str:
 
 
 def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> None:
-    """The rows and what they must be read with."""
+    """The rows and what they must be read with; a missing value is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"environment": environment, "rows": [dataclasses.asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    written = [dataclasses.asdict(row) | ({"value": None} if row.missing else {}) for row in rows]
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps({"environment": environment, "rows": written}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -101,6 +107,7 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
     for row in content["rows"]:
         row["ratios"] = {name: Spread(**spread) for name, spread in row["ratios"].items()}
         row["percent"] = tuple(row["percent"]) if row["percent"] else None
+        row["value"] = math.nan if row["value"] is None else row["value"]
         rows.append(Row(**row))
     return content["environment"], rows
 
@@ -137,7 +144,8 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # fails where matplotlib is missing, so not at import
     from matplotlib.figure import Figure
 
-    panels = [list(group) for _, group in groupby(rows, lambda row: (row.task, row.dtype))]
+    shown = [row for row in rows if not row.missing]
+    panels = [list(group) for _, group in groupby(shown, lambda row: (row.task, row.dtype))]
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(7.5 * columns, lines * max(2.4, 0.22 * max(map(len, panels)) + 1.4)), layout="constrained")

@@ -47,25 +47,89 @@ def test_ratio_is_taken_within_each_round():
 @pytest.mark.parametrize("task", ["forward", "forward + backward"])
 @pytest.mark.parametrize("index", range(14))
 def test_contenders_of_ops_agree(index, task):
+    from agreement import limits, verify
     from cases import op_cases
-    from contenders import contenders, op_oracle, op_subject, verify
+    from contenders import contenders, op_oracle, op_subject
 
     case = op_cases(2)[index]
     for dtype in (torch.float32, torch.bfloat16):
-        rows = contenders(dtype, CPU, False, task)
-        verify({row.name: op_subject(case, row, task, CPU) for row in rows}, dtype, op_oracle(case, task, CPU))
+        oracle = op_oracle(case, task, CPU)
+        subjects = {row.name: op_subject(case, row, task, CPU) for row in contenders(dtype, CPU, False, task)}
+        allowed = limits(subjects["eager channels_last"], dtype, oracle)
+        for name, subject in subjects.items():
+            verify(name, subject, allowed, oracle)
 
 
 @pytest.mark.parametrize("wrong", [lambda x: 1.01 * x, torch.zeros_like, lambda x: x * float("nan")])
 def test_wrong_results_are_not_timed(wrong):
-    from contenders import Subject, verify
+    from agreement import admit
+    from contenders import Subject
 
     truth = (torch.randn(50).double(),)
     right = Subject(lambda: None, lambda: (truth[0].float(),))
-    verify({"baseline": right, "right": right}, torch.float32, truth)
     other = Subject(lambda: None, lambda: (wrong(truth[0].float()),))
-    with pytest.raises(RuntimeError, match="verify: other: results must differ"):
-        verify({"baseline": right, "other": other}, torch.float32, truth)
+    makers = {"baseline": lambda: right, "other": lambda: other, "right": lambda: right}
+    subjects, why_not = admit(makers, torch.float32, truth)
+    assert list(subjects) == ["baseline", "right"]
+    assert "verify: other: results must differ" in why_not["other"]
+
+
+def test_a_baseline_that_fails_is_an_error():
+    from agreement import admit
+    from contenders import Subject
+
+    def broken():
+        raise OSError("out of order")
+
+    with pytest.raises(OSError, match="out of order"):
+        admit({"baseline": broken}, torch.float32, ())
+    fine = Subject(lambda: None, lambda: (torch.ones(1),))
+    assert admit({"baseline": lambda: fine, "b": broken}, torch.float32, (torch.ones(1),))[1] == {
+        "b": "OSError: out of order"
+    }
+
+
+def test_cudnn_without_its_package_is_a_row_with_the_reason(monkeypatch):
+    import cudnn_graphs
+    from agreement import admit
+    from cases import op_cases
+    from contenders import contenders, op_oracle, op_subject
+    from report import Row, tables
+
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    cudnn_graphs._library.cache_clear()
+    case = next(case for case in op_cases(2) if cudnn_graphs.offers(case, "forward", torch.bfloat16))
+    baseline = contenders(torch.bfloat16, CPU, False, "forward")[0]
+    makers = {
+        baseline.name: lambda: op_subject(case, baseline, "forward", CPU),
+        cudnn_graphs.NAME: lambda: cudnn_graphs.subject(case, "forward", torch.bfloat16, CPU),
+    }
+    why_not = admit(makers, torch.bfloat16, op_oracle(case, "forward", CPU))[1]
+    [(name, reason)], nan = why_not.items(), float("nan")
+    row = Row("ops", case.name, "forward", "bfloat16", name, nan, "ms", {}, missing=reason)
+    assert f"| {case.name} | cuDNN graph API | not available: ModuleNotFoundError" in tables([row])
+
+
+def test_cudnn_is_offered_where_it_has_an_engine():
+    from cases import op_cases
+    from cudnn_graphs import offers
+
+    for dtype, task, wanted in [
+        (torch.bfloat16, "forward + backward", {"bn_relu": 4}),
+        (torch.float16, "forward", {"bn_relu": 4, "bn_relu_conv2d": 7}),
+        (torch.float32, "forward", {}),
+    ]:
+        ops = [case.name.split()[0] for case in op_cases(128) if offers(case, task, dtype)]
+        assert {op: ops.count(op) for op in ops} == wanted
+
+
+def test_missing_values_survive_the_file(tmp_path):
+    from report import Row, read_json, write_json
+
+    row = Row("ops", "gate", "forward", "float32", "ran_ext", float("nan"), "ms", {}, missing="no kernels")
+    write_json(tmp_path / "rows.json", {}, [row])
+    assert "NaN" not in (tmp_path / "rows.json").read_text()
+    assert read_json(tmp_path / "rows.json")[1][0].missing == "no kernels"
 
 
 @needs_kernels
@@ -183,9 +247,11 @@ def test_suites_are_collected_and_a_missing_gpu_is_named():
 
 
 def test_every_contender_has_a_colour():
+    import cudnn_graphs
     from contenders import contenders
     from report import COLOURS
 
+    assert cudnn_graphs.NAME in COLOURS
     for device in (CPU, torch.device("cuda")):
         for task in ("forward + backward", "training step", "inference"):
             assert {row.name for row in contenders(torch.float32, device, True, task)} <= set(COLOURS)
