@@ -86,12 +86,12 @@ def parse_ptxas(said: str) -> list[Usage]:
     return [Usage(name, u.arch, u.registers, u.shared, u.spills) for name, u in zip(names, found, strict=True)]
 
 
-def find_cuobjdump() -> str | None:
-    """The tool on PATH, else in the wheel ``nvidia-cuda-cuobjdump``."""
+def find_tool(name: str) -> str | None:
+    """A tool of CUDA's on PATH, else in its wheel, such as ``nvidia-cuda-cuobjdump``."""
     spec = importlib.util.find_spec("nvidia")
     folders = list(spec.submodule_search_locations or []) if spec else []
-    wheels = [str(tool) for folder in folders for tool in Path(folder).glob("*/bin/cuobjdump")]
-    return shutil.which("cuobjdump") or next(iter(wheels), None)
+    wheels = [str(tool) for folder in folders for tool in Path(folder).glob(f"*/bin/{name}")]
+    return shutil.which(name) or next(iter(wheels), None)
 
 
 def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], set[str]]:
@@ -180,7 +180,7 @@ def main() -> int:
         try:
             with ThreadPoolExecutor(native.jobs()) as pool:
                 usages = [usage for said in pool.map(native.Compile.run, chosen) for usage in parse_ptxas(said)]
-            tool = find_cuobjdump()
+            tool = find_tool("cuobjdump")
             sass = {key: held for task in chosen if tool for key, held in read_sass(tool, task.object).items()}
         except native.BuildFailure as failure:
             print(failure)

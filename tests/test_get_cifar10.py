@@ -51,6 +51,20 @@ def npm_files(records):
     return files | {f"package/{split}_lables.json": json.dumps(part).encode() for split, part in labels.items()}
 
 
+def atlas_files(records):
+    """Lossless atlases, 5 tiles wide, as though they had travelled in two parts."""
+    files, labels = {}, {"train": b"", "test": b""}
+    for stem, data in records.items():
+        split = "test" if stem == "test_batch" else "train"
+        part, name = ("b/c", "test") if split == "test" else ("a", f"train_{stem[-1]}")
+        tiles = data[:, 1:].reshape(4, 5, 3, 32, 32).transpose(0, 3, 1, 4, 2).reshape(4 * 32, 5 * 32, 3)
+        buffer = io.BytesIO()
+        Image.fromarray(tiles).save(buffer, "WEBP", lossless=True)
+        files[f"{part}/{name}.webp"] = buffer.getvalue()
+        labels[split] += data[:, 0].tobytes()
+    return files | {f"b/{split}_labels.bin": content for split, content in labels.items()}
+
+
 def tar_of(files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
@@ -72,7 +86,7 @@ def assert_got(out, records, extra=()):
 # --- a path -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [binaries, npm_files])
+@pytest.mark.parametrize("files", [binaries, npm_files, atlas_files])
 @pytest.mark.parametrize("packed", [True, False], ids=["archive", "folder"])
 def test_path(tmp_path, records, files, packed, capsys):
     source, out = tmp_path / "source", tmp_path / "new" / "out"
@@ -89,6 +103,15 @@ def test_path(tmp_path, records, files, packed, capsys):
     assert main(["--source", "official", "--out", str(out)]) == 0
     assert "there already, verified" in capsys.readouterr().out
     assert (out / "cifar-10-batches-bin" / "test_batch.bin").stat().st_mtime_ns == before
+
+
+def test_a_spread_set_with_a_part_missing_names_it(tmp_path, records, capsys):
+    for name, content in atlas_files(records).items():
+        if "train_3" not in name:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+    assert main(["--source", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path} holds CIFAR-10 (WebP atlas layout), but train_3.webp is missing" in capsys.readouterr().err
 
 
 def test_faulty_set_is_mended_and_other_files_stay(tmp_path, records):

@@ -47,25 +47,53 @@ def is_complete(out: Path) -> bool:
 def convert(source: Path, out: Path) -> None:
     """Verify the CIFAR-10 in ``source`` (a folder or an archive, any format) and write ``out``/cifar-10-batches-bin.
 
+    The files of a set may be spread over folders in ``source``, two deep at most, as where it travelled in parts.
+
     Raises:
         DatasetError: ``source`` holds no CIFAR-10, or not all of it as it should be.
     """
-    if source.is_dir():
-        _convert_folder(source, out)
-    elif source.is_file():
-        with tempfile.TemporaryDirectory(prefix="unpacked-", dir=_work(out)) as folder:
-            unpack(source, Path(folder))
-            try:
-                _convert_folder(Path(folder), out)
-            except DatasetError as error:  # the unpacked files are gone when this is read: name the archive
-                raise DatasetError(str(error).replace(str(Path(folder).resolve()), str(source))) from error
-    else:
+    if not source.exists():
         raise DatasetError(f"{source}: no such file or folder; --source takes an archive or a folder with CIFAR-10")
+    if source.is_dir() and (not (spread := _spread(source)) or _is_whole(source)):
+        _convert_folder(source, out)
+        return
+    with tempfile.TemporaryDirectory(prefix="unpacked-", dir=_work(out)) as folder:
+        if source.is_dir():
+            for path in spread:
+                (Path(folder) / path.name).symlink_to(path)
+        else:
+            unpack(source, Path(folder))
+        try:
+            _convert_folder(Path(folder), out)
+        except DatasetError as error:  # the unpacked files are gone when this is read: name the archive
+            raise DatasetError(str(error).replace(str(Path(folder).resolve()), str(source))) from error
+
+
+def _wanted() -> set[str]:
+    """The names of all files that hold CIFAR-10 in some layout."""
+    return {name for layout in LAYOUTS for batch in all_batches() for name in layout.files(batch)}
+
+
+def _spread(source: Path) -> list[Path]:
+    """The files of CIFAR-10 in folders of ``source``, one of each name, where they lie in more than one folder."""
+    names, patterns = _wanted(), ("*", "*/*", "*/*/*")
+    found = {path.name: path.absolute() for p in patterns for path in sorted(source.glob(p)) if path.name in names}
+    return [*found.values()] if len({path.parent for path in found.values()}) > 1 else []
+
+
+def _is_whole(source: Path) -> bool:
+    """Whether one layout is there with all its files, in its usual folder."""
+    try:
+        for batches in SPLITS.values():
+            find_layout(source, batches, "")
+    except DatasetError:
+        return False
+    return True
 
 
 def unpack(archive: Path, folder: Path) -> None:
     """What CIFAR-10 needs of a tar archive, into ``folder`` itself: no path of the archive's is followed."""
-    wanted = {name for layout in LAYOUTS for batch in all_batches() for name in layout.files(batch)}
+    wanted = _wanted()
     try:
         with tarfile.open(archive) as tar:
             for member in tqdm(tar, desc=f"unpack {archive.name}", unit=" files"):

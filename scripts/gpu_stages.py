@@ -1,0 +1,203 @@
+"""The stages of the GPU suite, in order of value: what each runs, for how long, and what is read from it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from check_cuda import find_tool
+from native import find_toolkit
+from stages import Stage
+
+#: Makes a stage from its name, minutes and arguments.
+Maker = Callable[..., Stage]
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+#: Every op's kernels in bfloat16 on a few small shapes: the sanitizer slows a kernel down 10 to 100 times.
+SANITIZED = ["tests/test_cuda.py", "-k", "dtype1 and channels_last and (shape0 or shape4 or fused)"]
+#: Whom the budget allows beside the baseline; ``compare.py`` by itself takes all.
+OP_RIVALS = ["eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph", "cuDNN graph API"]
+OP_RIVALS += ["ran_ext", "ran_ext, CUDA graph"]
+STEP_RIVALS = ["eager NCHW fp32", "eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph"]
+STEP_RIVALS += ["ran_ext", "ran_ext, torch.compile", "ran_ext, CUDA graph"]
+
+
+def stages(options: argparse.Namespace) -> list[Stage]:
+    """All stages for ``--device``, ``--quick``, ``--data`` and ``--out``.
+
+    Minutes are those of an H200 with 16 cores; a rehearsal needs less.
+    """
+    python, out, gpu = sys.executable, options.out.resolve(), options.device == "cuda"
+    device, quick = ["--device", options.device], ["--quick"] if options.quick else []
+    data, no_data = _data(options, out)
+    results = out / "results"
+
+    def script(name: str, minutes: float, *arguments: str | Path, found: Path | None = None, skip: str = "") -> Stage:
+        command = [python, *map(str, arguments)]
+        return Stage(name, minutes, [] if skip else [command], found, skip=skip)
+
+    def measured(name: str, minutes: float, *arguments: str | Path) -> Stage:
+        found = results / f"{name}.json"
+        return script(name, minutes, *arguments, "--out", found, *device, *quick, found=found)
+
+    def compared(name: str, minutes: float, suite: str, *arguments: str) -> Stage:
+        return measured(name, minutes, "benchmarks/compare.py", "--suite", suite, *arguments)
+
+    return [
+        _environment(python, gpu),
+        _constants(measured("constants", 2, "benchmarks/constants.py"), python),
+        Stage("build", 4, [[python, "setup.py", "build_ext", "--inplace"], [python, "-m", "ran_ext.info"]]),
+        _tests(python, gpu),
+        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu),
+               found=results / "emulation.json"),
+        *(_sanitizer(tool, python, gpu) for tool in TOOLS),
+        *_op_benchmarks(compared, options.quick),
+        *_step_benchmarks(compared, options.quick),
+        _unpack(options, python, out),
+        *_experiments(script, options, [*data, *device, *quick], data, no_data),
+    ]  # fmt: skip
+
+
+def _on(gpu: bool) -> list[str]:
+    return [] if gpu else ["--device", "cpu"]
+
+
+def _data(options: argparse.Namespace, out: Path) -> tuple[list[str], str]:
+    """The arguments that name the unpacked CIFAR-10, and why the whole set cannot be trained on."""
+    if options.data is not None:
+        return ["--data", str(out / "data")], ""
+    return [], "" if options.quick else "no CIFAR-10: give its folder with --data"
+
+
+def _environment(python: str, gpu: bool) -> Stage:
+    commands = [[python, "-m", "ran_ext.info"]]
+    if gpu:
+        toolkit = find_toolkit()
+        commands += [["nvidia-smi"], [str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "--version"]]
+    return Stage("environment", 1, commands)
+
+
+def _constants(stage: Stage, python: str) -> Stage:
+    """The constants, and the time model with them."""
+    model = [python, "benchmarks/time_model.py", str(stage.results)]
+    return dataclasses.replace(stage, commands=[*stage.commands, model])
+
+
+def _tests(python: str, gpu: bool) -> Stage:
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    commands = [[*pytest, "tests", "-m", "gpu"]]
+    if not gpu:  # those all skip; one that runs
+        commands.append([*pytest, "tests/test_attention_gate.py", "-k", "empty"])
+    return Stage("tests", 4, commands, read=pytest_counts)
+
+
+def _sanitizer(tool: str, python: str, gpu: bool) -> Stage:
+    """Without a GPU the tests are only collected, which shows that the selection names some."""
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SANITIZED]
+    name = f"sanitizer-{tool}"
+    if not gpu:
+        return Stage(name, 2, [[*pytest, "--collect-only"]], skip="no GPU; its tests were collected")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    sanitizer = shutil.which(f"{home}/bin/compute-sanitizer") or find_tool("compute-sanitizer")
+    if sanitizer is None:
+        return Stage(name, 2, [], skip="no compute-sanitizer: set CUDA_HOME, or pip install nvidia-cuda-sanitizer-api")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--show-backtrace", "no"]
+    if tool in ("racecheck", "synccheck"):  # the others must see every write of torch's own kernels too
+        command += ["--kernel-regex", "kns=3ran4cuda"]  # namespace ran::cuda, mangled
+    # Each tensor an allocation of its own, so that a byte past its end is nobody's.
+    return Stage(
+        name, 4, [[*command, *pytest]], read=sanitizer_errors, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    )
+
+
+def _op_benchmarks(compared: Maker, quick: bool) -> list[Stage]:
+    both = ["--task", "forward + backward"]
+    rounds = ["--rounds", "2"] if quick else []
+    chosen = [*both, *rounds, "--contender", *OP_RIVALS]
+    found = [compared("bandwidth", 2, "bandwidth", "--dtype", "bfloat16", *chosen)]
+    for batch in (128,) if quick else (128, 1024):
+        for dtype in ("bfloat16", "float16"):
+            size = [] if quick else ["--batch", str(batch)]
+            tasks = ["--task", "forward", "forward + backward"] if dtype == "float16" else both  # cuDNN's convolution
+            arguments = [*size, "--dtype", dtype, *tasks, *rounds, "--contender", *OP_RIVALS]
+            found.append(compared(f"ops-{batch}-{dtype}", 8, "ops", *arguments))
+    return found
+
+
+def _step_benchmarks(compared: Maker, quick: bool) -> list[Stage]:
+    step = ["--dtype", "bfloat16", "--task", "training step", "--contender", *STEP_RIVALS]
+    size = {batch: [] if quick else ["--batch", str(batch)] for batch in (128, 1024)}
+    rounds = ["--rounds", "2"] if quick else []
+    found = [
+        compared("model-128", 8, "model", *size[128], *rounds, *step),
+        compared("memory", 2, "memory", *size[128], "--dtype", "bfloat16"),
+    ]
+    return found if quick else [*found, compared("model-1024", 8, "model", *size[1024], *step)]
+
+
+def _unpack(options: argparse.Namespace, python: str, out: Path) -> Stage:
+    if options.data is None:
+        return Stage("data", 1, [], skip="no --data: what is trained takes the embedded images, or is skipped")
+    get = [python, "-m", "ran_ext.data.get_cifar10", "--source", str(options.data.resolve())]
+    return Stage("data", 1, [[*get, "--out", str(out / "data")]])
+
+
+def _experiments(
+    script: Maker, options: argparse.Namespace, common: list[str], data: list[str], skip: str
+) -> list[Stage]:
+    """Training: the record, the report's experiment, robustness."""
+    out, quick = options.out.resolve(), options.quick
+    folder = out / "record"
+    record = ["scripts/record.py", "--out", folder, *common]
+    short = [*record, "--target", "0.893", "--seeds", "1" if quick else "5"]
+    best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
+    report = ["scripts/reproduce_report.py", "--out", out / "report", "--minutes", "{minutes}", *data]
+    robust = ["scripts/robustness.py", "--out", out / "robustness", *data]
+    return [
+        script("record-time", 4, *short, found=folder / "0.893.json", skip=skip),
+        script("record-best", 8, *best, found=folder / "best.json", skip=skip),
+        script("record-reference", 6, *short, "--reference", found=folder / "0.893_reference.json", skip=skip),
+        script("report", 9, *report, "--scale", "smoke" if quick else "full", "--device", options.device, skip=skip),
+        script("robustness", 9, *robust, *(["--quick"] if quick else ["--scale", "full"]), skip=skip),
+    ]
+
+
+def pytest_counts(log: str) -> dict[str, Any]:
+    """How many tests passed, failed and so on, over all runs in a log.
+
+    Raises:
+        ValueError: none passed: all were skipped, which pytest calls success.
+
+    >>> pytest_counts("3 passed, 2 skipped in 1.0s")
+    {'passed': 3, 'skipped': 2}
+    """
+    counts: dict[str, int] = {}
+    for line in re.findall(r"^=*\s*(\d+ \w+.*) in [\d.]+s", log, re.MULTILINE):
+        for number, what in re.findall(r"(\d+) (passed|failed|skipped|error)", line):
+            counts[what] = counts.get(what, 0) + int(number)
+    if not counts.get("passed"):
+        raise ValueError(f"tests: at least one must pass, got {counts or 'no summary'}; see the log for why they skip")
+    return counts
+
+
+def sanitizer_errors(log: str) -> dict[str, Any]:
+    """Errors (hazards, of racecheck) that compute-sanitizer counted.
+
+    Raises:
+        ValueError: it printed no summary, so nothing is known.
+
+    >>> sanitizer_errors("========= ERROR SUMMARY: 0 errors")
+    {'errors': 0}
+    >>> sanitizer_errors("========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)")
+    {'errors': 2}
+    """
+    found = re.findall(r"SUMMARY: (\d+) (?:error|hazard)", log)
+    if not found:
+        raise ValueError("sanitizer: compute-sanitizer printed no summary; see the log")
+    return {"errors": sum(map(int, found))}
