@@ -57,6 +57,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu),
                found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
+        measured("dispatch", 2, "benchmarks/dispatch.py", *(["--install"] if gpu and not options.quick else [])),
         *_op_benchmarks(compared, options.quick),
         *_step_benchmarks(compared, options.quick),
         _unpack(options, python, out),

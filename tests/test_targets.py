@@ -81,7 +81,10 @@ def test_the_sanitizer_counts_when_all_four_tools_have_run():
 def test_a_rehearsed_record_is_no_record():
     from targets import check
 
-    rows = [dict(accuracy=0.9, seconds=10, epoch_seconds=0.7), dict(accuracy=0.88, seconds=14, epoch_seconds=0.9)]
+    rows = [
+        {"accuracy": 0.9, "seconds": 10, "epoch_seconds": 0.7},
+        {"accuracy": 0.88, "seconds": 14, "epoch_seconds": 0.9},
+    ]
     settings = {"rehearsal": None, "recipe": {"batch_size": 128}}
     figures = {"record-time": {"rows": rows, "settings": settings}}
     assert measured(figures, "its seconds") == 12

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""Measures the fused 1x1 convolutions against the library's, pass by pass, and writes what the choice rests on.
+
+python benchmarks/dispatch.py --out FILE --install             on a GPU; also makes it the package's own table
+python benchmarks/dispatch.py --out FILE --device cpu --quick  a rehearsal, whose times say nothing
+
+Rows of other architectures are kept. ``csrc/cuda_dispatch.h`` says how a row is used, ``ran_ext.explain`` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import BNReLUConv, units
+from timing import Spread, environment, interleave
+
+from ran_ext import _backend
+
+PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
+
+
+def run_pass(case: BNReLUConv, name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """One pass of the op, without autograd around it."""
+    with torch.no_grad():
+        x, bn_weight, bn_bias, _, _, weight, bias = case.inputs(dtype, torch.channels_last, device)
+        mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
+        norm, geometry = (bn_weight, bn_bias, mean, var), ([1, 1], [0, 0])
+        out = case.plain(x, bn_weight, bn_bias, mean.clone(), var.clone(), weight, bias)
+    if name == "forward":
+        return lambda: torch.ops.ran_ext.bn_relu_conv2d(
+            x.detach(), *norm, True, [], None, 1e-5, weight, bias, None, *geometry, False, [], None
+        )
+    wanted = PASSES[name]
+    return lambda: torch.ops.ran_ext.bn_relu_conv2d_backward(out, x, *norm, weight, *geometry, 1e-5, True, wanted)
+
+
+@contextmanager
+def chosen(way: str) -> Iterator[None]:
+    """With ``RAN_EXT_CONV1X1=way``."""
+    before = os.environ.get("RAN_EXT_CONV1X1")
+    os.environ["RAN_EXT_CONV1X1"] = way
+    try:
+        yield
+    finally:
+        del os.environ["RAN_EXT_CONV1X1"]
+        if before is not None:
+            os.environ["RAN_EXT_CONV1X1"] = before
+
+
+def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A row for every pass of every 1x1 convolution of the network."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    rows = []
+    for case in (case for batch in batches for case in units(batch) if case.kernel == 1):
+        for dtype in dtypes:
+            for name in PASSES:
+                call = run_pass(case, name, dtype, device)
+
+                def timed(way: str, call: Callable[[], object] = call) -> Callable[[], object]:
+                    def run() -> object:
+                        with torch.no_grad(), chosen(way):
+                            return call()
+
+                    return run
+
+                ways = {way: timed(way) for way in ("fused", "library")}
+                seconds = interleave(ways, rounds, device, flush=True)
+                times = {f"{way}_us": round(1e6 * Spread.of(values).median, 2) for way, values in seconds.items()}
+                n, c, h, w = case.shape
+                rows.append({"arch": 10 * major + minor, "dtype": str(dtype).removeprefix("torch."), "pass": name})
+                rows[-1] |= {"rows": n * h * w, "c_in": c, "c_out": case.out_channels, **times}
+                print(f"{case.name}, {rows[-1]['dtype']}, {name}: {times}", file=sys.stderr, flush=True)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="a rehearsal: one small batch, two rounds")
+    parser.add_argument("--out", type=Path, required=True, help="JSON")
+    parser.add_argument("--install", action="store_true", help=f"write {_backend.DISPATCH_FILE.name} of ran_ext too")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    if missing := _backend.why_not_native(device.type):
+        parser.error(f"nothing to measure: ran_ext has no kernels for {device.type}: {missing}")
+    if options.install and (device.type != "cuda" or options.quick):
+        parser.error("--install: the table is for GPUs and measured in full, got --device cpu or --quick")
+    torch.backends.cudnn.benchmark = True
+    batches, dtypes = ([2], [torch.bfloat16]) if options.quick else ([128, 1024], [torch.bfloat16, torch.float16])
+    found = measure(batches, dtypes, device, 2 if options.quick else 15)
+    table = json.loads(_backend.DISPATCH_FILE.read_text())
+    arch = found[0]["arch"]
+    kept = [row for row in table["measured"] if row["arch"] != arch]
+    table |= {"measured": kept + found, f"environment {arch}": environment(device)}
+    for path in (options.out, *([_backend.DISPATCH_FILE] if options.install else [])):
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(table, indent=1) + "\n")
+        partial.replace(path)
+    faster = sum(row["fused_us"] < row["library_us"] for row in found)
+    print(f"fused is faster in {faster} of {len(found)} passes; {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
