@@ -41,18 +41,17 @@ def unit_seconds(unit: BNReLUConv, dtype: torch.dtype, device: torch.device, rou
     """Seconds of the library's passes over one BN-ReLU-convolution: forward, dgrad and wgrad, and batch norm's both."""
     inputs = unit.inputs(dtype, torch.channels_last, device)
     x, gamma, beta, mean, var, weight, _ = inputs
-    padding = [unit.kernel // 2] * 2
-    with torch.no_grad():
-        dout = torch.randn_like(F.conv2d(x, weight, padding=padding))
+    image, kernel, padding = x.detach(), weight.detach(), [unit.kernel // 2] * 2
+    dout = torch.randn_like(F.conv2d(image, kernel, padding=padding))
     normalised = F.batch_norm(x, mean, var, gamma, beta, training=True)
     dnormalised = torch.randn_like(normalised)
 
     def convolution_backward(data: bool) -> Callable[[], Any]:
-        arguments = (dout, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [data, not data, False])
+        arguments = (dout, image, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], 1, [data, not data, False])
         return lambda: torch.ops.aten.convolution_backward(*arguments)
 
     functions = {
-        "forward": lambda: F.conv2d(x, weight, padding=padding),
+        "forward": lambda: F.conv2d(image, kernel, padding=padding),
         "dgrad": convolution_backward(True),
         "wgrad": convolution_backward(False),
         "batch norm forward": lambda: F.batch_norm(x, mean, var, gamma, beta, training=True),

@@ -146,7 +146,8 @@ class Runner:
         """The exit status; None where the time limit ended it. Nothing that it started outlives it."""
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
-        variables = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+        path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))  # nothing is installed
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **stage.environment}
         try:
             process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.root, env=variables, start_new_session=True
