@@ -93,6 +93,8 @@ class Runner:
         began = time.monotonic()
         path, fault, figures = self.out / f"{stage.name}.log", "", {}
         status = "skipped" if stage.skip else "passed"
+        if stage.results is not None:
+            stage.results.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w") as log:
             for command in stage.commands:
                 left = seconds - (time.monotonic() - began)
