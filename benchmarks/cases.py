@@ -79,6 +79,60 @@ class Gate:
         return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class MaxPool:
+    """``max_pool2d``."""
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"max_pool2d {_size(self.shape)}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        return (draw(self.shape, 0, dtype, device, layout).requires_grad_(),)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2, ceil_mode=True)
+
+    def ours(self, x: Tensor) -> Tensor:
+        return ops.max_pool2d(x)
+
+    def passes(self, backward: bool) -> float:
+        return 2.5 if backward else 1.25  # and the index, whose share depends on the dtype
+
+    def flops(self, backward: bool) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class UpsampleAdd:
+    """``upsample_add`` with a skip of twice the lower's ``shape``."""
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"upsample_add {_size(self.shape)}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        n, c, h, w = self.shape
+        sizes = self.shape, (n, c, 2 * h, 2 * w)
+        return tuple(draw(size, seed, dtype, device, layout).requires_grad_() for seed, size in enumerate(sizes))
+
+    def plain(self, lower: Tensor, skip: Tensor) -> Tensor:
+        return F.interpolate(lower, scale_factor=2.0, mode="nearest") + skip
+
+    def ours(self, lower: Tensor, skip: Tensor) -> Tensor:
+        return ops.upsample_add(lower, skip)
+
+    def passes(self, backward: bool) -> float:
+        return 14 if backward else 9  # the skip's gradient is dout itself
+
+    def flops(self, backward: bool) -> int:
+        return 0
+
+
 class _BatchNorm:
     shape: tuple[int, int, int, int]
 
@@ -179,7 +233,7 @@ def units(batch: int) -> list[BNReLUConv]:
 
 
 def op_cases(batch: int) -> list[Case]:
-    """The gates, and BN-ReLU and BN-ReLU-conv at the seven shapes (four of them distinct without the convolution).
+    """The gates, the masks' pyramid, BN-ReLU and BN-ReLU-conv at the seven shapes (four distinct without the conv).
 
     >>> [case.name for case in op_cases(32)][:2]
     ['attention_gate 32x128x16x16 scale 1', 'attention_gate 32x128x16x16 scale 2']
@@ -187,7 +241,8 @@ def op_cases(batch: int) -> list[Case]:
     convs = units(batch)
     wide, deep = convs[0].shape, convs[2].shape
     norms = [BNReLU(shape) for shape in dict.fromkeys(conv.shape for conv in convs)]
-    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *norms, *convs]
+    pyramid: list[Case] = [MaxPool(wide), MaxPool(deep), UpsampleAdd((batch, 128, 4, 4))]
+    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *pyramid, *norms, *convs]
 
 
 def large_gates() -> list[Case]:

@@ -187,6 +187,8 @@ class Comparison:
             yield Row(suite, case, task, _name(dtype), name, math.nan, "ms", {}, missing=reason)
 
     def _memory(self, case: str, task: str, dtype: torch.dtype, measured: dict[str, int]) -> Iterator[Row]:
+        if not measured[BASELINES[0]]:
+            return  # an op that needs nothing kept
         for name, size in measured.items():
             share = size / measured[BASELINES[0]]
             ratio = {BASELINES[0]: Spread(share, share, share)}

@@ -6,12 +6,18 @@
 namespace ran::composed {
 namespace {
 
-Tensor upsampled(const Tensor& mask, const Tensor& trunk, int64_t scale) {
-  if (scale == 1) return mask;
-  return mask.repeat_interleave(scale, 2)
-      .repeat_interleave(scale, 3)
-      .narrow(2, 0, trunk.size(2))
-      .narrow(3, 0, trunk.size(3));
+// `sizes` are the result's.
+Tensor upsampled(const Tensor& lower, at::IntArrayRef sizes, int64_t scale) {
+  if (scale == 1) return lower;
+  return lower.repeat_interleave(scale, 2).repeat_interleave(scale, 3).narrow(2, 0, sizes[2]).narrow(3, 0, sizes[3]);
+}
+
+// Of each scale x scale window, the last ones cut off at the border: the gradient of `upsampled`.
+Tensor window_sums(const Tensor& t, int64_t scale) {
+  if (scale == 1) return t;
+  const int64_t h = (t.size(2) + scale - 1) / scale, w = (t.size(3) + scale - 1) / scale;
+  const Tensor whole = at::constant_pad_nd(t, {0, w * scale - t.size(3), 0, h * scale - t.size(2)});
+  return whole.reshape({t.size(0), t.size(1), h, scale, w, scale}).sum({3, 5});
 }
 
 // A vector of one value a channel, to be broadcast over (N, C, H, W).
@@ -32,20 +38,37 @@ Tensor masked(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
 }  // namespace
 
 Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale) {
-  return (at::sigmoid(upsampled(mask, trunk, scale)) + 1) * trunk;
+  return (at::sigmoid(upsampled(mask, trunk.sizes(), scale)) + 1) * trunk;
 }
 
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
                                                    int64_t scale) {
-  const Tensor s = at::sigmoid(upsampled(mask, trunk, scale));
-  Tensor dmask = dout * trunk * s * (1 - s);
-  if (scale != 1) {
-    // Whole windows, then the sum over each.
-    const int64_t h = mask.size(2), w = mask.size(3);
-    dmask = at::constant_pad_nd(dmask, {0, w * scale - trunk.size(3), 0, h * scale - trunk.size(2)});
-    dmask = dmask.reshape({mask.size(0), mask.size(1), h, scale, w, scale}).sum({3, 5});
-  }
-  return {dout * (1 + s), dmask};
+  const Tensor s = at::sigmoid(upsampled(mask, trunk.sizes(), scale));
+  return {dout * (1 + s), window_sums(dout * trunk * s * (1 - s), scale)};
+}
+
+Tensor upsample_add(const Tensor& lower, const Tensor& skip, int64_t height, int64_t width) {
+  const Tensor wide = upsampled(lower, {lower.size(0), lower.size(1), height, width}, 2);
+  return skip.defined() ? wide + skip : wide;
+}
+
+Tensor upsample_add_backward(const Tensor& dout) { return window_sums(dout, 2); }
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x) {
+  const auto [out, place] =
+      at::max_pool2d_with_indices(x, {2, 2}, {2, 2}, /*padding=*/0, /*dilation=*/1, /*ceil_mode=*/true);
+  const int64_t width = x.size(3);
+  return {out, place.floor_divide(width).remainder(2) * 2 + place.remainder(width).remainder(2)};
+}
+
+Tensor max_pool2d_backward(const Tensor& dout, const Tensor& index, int64_t height, int64_t width) {
+  // (N, C, H / 2, 2, W / 2, 2): every window with dout where its maximum stands.
+  const auto along = [](const Tensor& t) { return t.unsqueeze(3).unsqueeze(5); };
+  const Tensor positions = at::arange(4, index.options()).view({2, 1, 2});
+  const Tensor windows = at::where(along(index) == positions, along(dout), at::zeros({}, dout.options()));
+  return windows.reshape({dout.size(0), dout.size(1), 2 * dout.size(2), 2 * dout.size(3)})
+      .narrow(2, 0, height)
+      .narrow(3, 0, width);
 }
 
 Tensor bn_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,

@@ -15,6 +15,14 @@ Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale);
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
                                                    int64_t scale);
 
+// skip may be undefined.
+Tensor upsample_add(const Tensor& lower, const Tensor& skip, int64_t height, int64_t width);
+Tensor upsample_add_backward(const Tensor& dout);  // dlower
+
+// out and index; the derivative is differentiable in dout.
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x);
+Tensor max_pool2d_backward(const Tensor& dout, const Tensor& index, int64_t height, int64_t width);
+
 // relu(bn(x)) with the batch's own statistics or those given; weight and bias may be undefined.
 Tensor bn_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
                bool batch_stats, double eps);

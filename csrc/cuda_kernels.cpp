@@ -24,6 +24,22 @@ void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const 
                "attention_gate (backward)");
 }
 
+void upsample_add_forward(void* out, const void* lower, const void* skip, DType dtype, GateShape shape) {
+  check_launch(cuda::upsample_add_forward(out, lower, skip, dtype, shape, current_stream()), "upsample_add");
+}
+
+void upsample_add_backward(void* dlower, const void* dout, DType dtype, GateShape shape) {
+  check_launch(cuda::upsample_add_backward(dlower, dout, dtype, shape, current_stream()), "upsample_add (backward)");
+}
+
+void max_pool_forward(void* out, uint8_t* index, const void* x, DType dtype, GateShape shape) {
+  check_launch(cuda::max_pool_forward(out, index, x, dtype, shape, current_stream()), "max_pool2d");
+}
+
+void max_pool_backward(void* dx, const void* dout, const uint8_t* index, DType dtype, GateShape shape) {
+  check_launch(cuda::max_pool_backward(dx, dout, index, dtype, shape, current_stream()), "max_pool2d (backward)");
+}
+
 void bn_relu_forward(void* out, const void* x, DType dtype, ChannelView view, BatchNorm<void> bn) {
   check_launch(cuda::bn_relu_forward(out, x, dtype, view, as_float(bn), current_stream()), "bn_relu");
 }
@@ -50,9 +66,21 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
 bool conv_supported(DType, cpu::ConvShape) { return false; }
 
 constexpr Kernels kTable{
-    "cuda",          attention_gate_forward,  attention_gate_backward,
+    "cuda",
+    attention_gate_forward,
+    attention_gate_backward,
+    upsample_add_forward,
+    upsample_add_backward,
+    max_pool_forward,
+    max_pool_backward,
     nullptr,  // cuda_bn_relu.cpp: it updates the running statistics too
-    bn_relu_forward, bn_relu_backward_reduce, bn_relu_backward_apply,  conv_supported, nullptr, nullptr, nullptr,
+    bn_relu_forward,
+    bn_relu_backward_reduce,
+    bn_relu_backward_apply,
+    conv_supported,
+    nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

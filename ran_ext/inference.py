@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .models.cifar import ResidualAttentionNetwork
 from .nn import BNReLU, ResidualUnit, SoftMaskBranch
+from .ops import max_pool2d
 
 
 def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -122,7 +123,7 @@ class FoldedNetwork(nn.Module):
 
     def __init__(self, network: ResidualAttentionNetwork, dtype: torch.dtype):
         super().__init__()
-        self.conv1, self.pool = _folded(network.conv1, network.bn1, dtype), network.pool
+        self.conv1, self.stem_pool = _folded(network.conv1, network.bn1, dtype), network.stem_pool
         self.stages = nn.Sequential(network.stage1, network.stage2, network.stage3)
         # Normalisation and the dense layer stay wide; they are small.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -133,7 +134,7 @@ class FoldedNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         x = self.conv1(x.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last))
-        x = self.stages(self.pool(x))
+        x = self.stages(max_pool2d(x, ceil_mode=False) if self.stem_pool else x)
         x = x if self.bn2 is None else self.bn2(x)
         return self.fc(x.mean((2, 3), dtype=self.fc.weight.dtype))
 

@@ -199,13 +199,12 @@ class SoftMaskBranch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pyramid: list[Tensor] = []
         for units in self.down:
-            x = units(F.max_pool2d(x, 2, ceil_mode=True))
+            x = units(ops.max_pool2d(x))
             pyramid.append(x)
         for level in range(len(self.up) - 1, 0, -1):
             lower, upper = self.up[level](x), pyramid[level - 1]
-            x = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., : upper.shape[2], : upper.shape[3]]
-            if len(self.skip):
-                x = x + self.skip[level - 1](upper)
+            skip = self.skip[level - 1](upper) if len(self.skip) else None
+            x = ops.upsample_add(lower, skip, upper.shape[2:])
         return self.conv2(self.conv1(self.up[0](x)))
 
 

@@ -10,7 +10,9 @@ import pytest
 import test_attention_gate as gate
 import test_bn_relu as norm
 import test_bn_relu_conv as conv
+import test_max_pool as pool
 import test_nn as modules
+import test_upsample_add as upsample
 import torch
 from accuracy import DTYPES, LAYOUTS
 from torch import Tensor, nn
@@ -65,6 +67,16 @@ def test_gate(shape, scale, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", [True, False])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 2, 2), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
+def test_pyramid(shape, option, dtype, layout):
+    pool.check(shape, option, dtype, LAYOUTS[layout])
+    pool.check(shape, option, dtype, LAYOUTS[layout], nan=True)
+    upsample.check(shape, option, dtype, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 1, 3, 5), (3, 5, 7, 9), (1, 130, 9, 7), (70, 33, 2, 2)])
 def test_bn_relu(shape, training, dtype, layout, choice):
@@ -94,6 +106,19 @@ def test_bn_relu_conv2d(case, training, dtype, layout, choice):
         gate.test_infinities_and_nan_as_in_pytorch,
         gate.test_gradcheck_and_second_derivatives,
         gate.test_opcheck,
+        pool.test_empty_batch,
+        pool.test_one_row_one_column_one_pixel,
+        pool.test_sliced_expanded_and_transposed_inputs,
+        pool.test_gradcheck_and_second_derivatives,
+        pool.test_opcheck,
+        pool.test_keeps_one_byte_a_pixel,
+        upsample.test_empty_batch,
+        upsample.test_sliced_expanded_and_transposed_inputs,
+        upsample.test_one_pixel_below_keeps_channels_last,
+        upsample.test_nan_and_infinities_as_in_pytorch,
+        upsample.test_gradcheck_and_second_derivatives,
+        upsample.test_opcheck,
+        upsample.test_keeps_no_tensor,
         norm.test_without_affine_parameters,
         norm.test_sliced_input_and_gradient,
         norm.test_nan_reaches_output_and_gradient,
@@ -330,6 +355,9 @@ def test_more_than_two_to_the_31_elements():
     out = ops.attention_gate(trunk, torch.zeros(1, 1, 2**13, 2**12 + 1, dtype=torch.bfloat16), 8)
     assert out[0, 0, -1, -1] == 1.5
     assert out[0, 0, -1].float().mean() == 1.5
+    del trunk, out
+    pool.test_more_than_two_to_the_31_elements()
+    upsample.test_more_than_two_to_the_31_elements()
 
 
 def test_checkpointed_network(choice):

@@ -9,6 +9,11 @@ void attention_gate_forward(void* out, const void* trunk, const void* mask, DTyp
 void attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType,
                              GateShape);
 
+void upsample_add_forward(void* out, const void* lower, const void* skip, DType, GateShape);
+void upsample_add_backward(void* dlower, const void* dout, DType, GateShape);
+void max_pool_forward(void* out, uint8_t* index, const void* x, DType, GateShape);
+void max_pool_backward(void* dx, const void* dout, const uint8_t* index, DType, GateShape);
+
 void batch_norm_stats(void* mean, void* var, const void* x, DType, ChannelView);
 void bn_relu_forward(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,

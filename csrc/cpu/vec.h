@@ -184,6 +184,12 @@ inline void for_lanes(int64_t size, Body&& body) {
   if (i < size) body(i, int(size - i));
 }
 
+// Values of one dtype as those of another with the same accumulator.
+template <typename To, typename From>
+inline void convert(To* to, const From* from, int64_t size) {
+  for_lanes<Acc<To>>(size, [&](int64_t i, int n) { store(to + i, load(from + i, n), n); });
+}
+
 template <typename A>
 inline A sum(Vec<A> v) {
   A total = 0;

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import AttentionModule, BNReLU, ResidualUnit
+from ..ops import max_pool2d
 
 
 class ResidualAttentionNetwork(nn.Module):
@@ -54,7 +55,7 @@ class ResidualAttentionNetwork(nn.Module):
         c0, c1, c2, c3, mid = (wide(c) for c in (32, 128, 256, 1024, 64))
         self.conv1 = nn.Conv2d(in_channels, c0, 5, padding=2, bias=conv_bias)
         self.bn1 = BNReLU(c0) if regularised else None
-        self.pool = nn.MaxPool2d(2) if stem_pool else nn.Identity()
+        self.stem_pool = stem_pool
         self.stage1 = nn.Sequential(
             ResidualUnit(c0, c1, c0, bias=conv_bias),
             *(module(c1, depth=2) for _ in range(modules[0])),
@@ -84,7 +85,8 @@ class ResidualAttentionNetwork(nn.Module):
         x = self.conv1(x)
         if self.bn1 is not None:
             x = self.bn1(x)
-        x = self.stage3(self.stage2(self.stage1(self.pool(x))))
+        x = max_pool2d(x, ceil_mode=False) if self.stem_pool else x
+        x = self.stage3(self.stage2(self.stage1(x)))
         if self.bn2 is not None:
             x = self.bn2(x)
         return self.fc(self.dropout(x.mean((2, 3))))

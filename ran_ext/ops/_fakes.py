@@ -25,6 +25,12 @@ def _dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
+def _empty_at(x: Tensor, height: Any, width: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """As the C++ ``empty_at``: another height and width, in the memory format that x's strides suggest."""
+    size, layout = (*x.shape[:2], height, width), torch._prims_common.suggest_memory_format(x)
+    return torch.empty(size, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
+
+
 def _register() -> None:
     fake: Any = torch.library.register_fake
 
@@ -40,6 +46,23 @@ def _register() -> None:
         return dtrunk, mask.contiguous(memory_format=_format(dtrunk)).new_empty(mask.shape).contiguous(
             memory_format=_format(dtrunk)
         )
+
+    @fake("ran_ext::max_pool2d")
+    def _(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = _empty_at(x, -(-x.shape[2] // 2), -(-x.shape[3] // 2))
+        return out, torch.empty_like(out, dtype=torch.uint8)
+
+    @fake("ran_ext::max_pool2d_backward")
+    def _(dout: Tensor, index: Tensor, height: int, width: int) -> Tensor:
+        return _empty_at(index, height, width, dout.dtype)
+
+    @fake("ran_ext::upsample_add")
+    def _(lower: Tensor, skip: Tensor | None, height: int, width: int) -> Tensor:
+        return _empty_at(lower if skip is None else skip, height, width)
+
+    @fake("ran_ext::upsample_add_backward")
+    def _(dout: Tensor) -> Tensor:
+        return _empty_at(dout, -(-dout.shape[2] // 2), -(-dout.shape[3] // 2))
 
     @fake("ran_ext::batch_norm_stats")
     def _(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

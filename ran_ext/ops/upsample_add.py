@@ -1,0 +1,85 @@
+"""A lower level of a pyramid added to the one above it: nearest x2 up-sampling and the addition in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _backend
+
+
+def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
+    """``lower`` up-sampled by two (nearest) and cropped, plus ``skip``; differentiable in both.
+
+    Equivalent to::
+
+        wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
+        wide if skip is None else wide + skip
+
+    in one pass each way: the up-sampled tensor is never written out. Backward keeps no tensor.
+
+    Args:
+        lower: ``(N, C, ceil(H / 2), ceil(W / 2))``, float16, bfloat16, float32 or float64.
+        skip: ``(N, C, H, W)``, of ``lower``'s dtype and device; None adds nothing.
+        size: ``(H, W)`` of the result; None for ``skip``'s, or for twice ``lower``'s where there is no ``skip``.
+
+    Returns:
+        ``(N, C, H, W)`` of ``lower``'s dtype, in the memory format of ``skip``, or of ``lower`` where there is none.
+
+    Raises:
+        TypeError: the dtypes differ or are not floating point.
+        ValueError: shapes, ``size`` or devices do not fit.
+
+    >>> upsample_add(torch.tensor([[[[1.0, 2.0]]]]), torch.full((1, 1, 2, 3), 0.5))
+    tensor([[[[1.5000, 1.5000, 2.5000],
+              [1.5000, 1.5000, 2.5000]]]])
+    """
+    if skip is not None and torch.is_autocast_enabled(lower.device.type) and lower.dtype != skip.dtype:
+        wider = torch.promote_types(lower.dtype, skip.dtype)  # what `+` does in eager PyTorch
+        lower, skip = lower.to(wider), skip.to(wider)
+    height, width = _check(lower, skip, size)
+    # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
+    if torch.compiler.is_compiling() or not _backend.use_native(lower):
+        return upsample_add_ref(lower, skip, (height, width))
+    return torch.ops.ran_ext.upsample_add(lower, skip, height, width)
+
+
+def upsample_add_ref(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
+    """:func:`upsample_add` in plain PyTorch: the fallback, and what the kernels are held to."""
+    height, width = _check(lower, skip, size)
+    wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., :height, :width]
+    return wide if skip is None else wide + skip
+
+
+def _check(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> tuple[int, int]:
+    """Height and width of the result; raises what :func:`upsample_add` documents."""
+    if not lower.is_floating_point() or (skip is not None and skip.dtype != lower.dtype):
+        raise TypeError(
+            f"upsample_add: lower and skip must have the same floating-point dtype, got lower {lower.dtype}"
+            + ("" if skip is None else f" and skip {skip.dtype}")
+        )
+    if skip is not None and skip.device != lower.device:
+        raise ValueError(
+            f"upsample_add: lower and skip must be on the same device, got lower on {lower.device} and skip on "
+            f"{skip.device}"
+        )
+    if lower.dim() != 4 or 0 in lower.shape[1:]:
+        raise ValueError(
+            f"upsample_add: lower must be (N, C, H, W) with at least one channel and pixel, got {list(lower.shape)}"
+        )
+    n, c, h, w = lower.shape
+    if size is None:
+        size = (2 * h, 2 * w) if skip is None else skip.shape[2:]
+    if len(size) != 2 or size[0] not in (2 * h - 1, 2 * h) or size[1] not in (2 * w - 1, 2 * w):
+        raise ValueError(
+            f"upsample_add: size must be ({2 * h - 1} or {2 * h}, {2 * w - 1} or {2 * w}) for lower "
+            f"{list(lower.shape)}, got {tuple(size)}"
+        )
+    if skip is not None and list(skip.shape) != [n, c, *size]:
+        raise ValueError(
+            f"upsample_add: skip must be {[n, c, *size]} for lower {list(lower.shape)}, got {list(skip.shape)}"
+        )
+    return size[0], size[1]
