@@ -32,8 +32,9 @@ Tensors2 max_pool2d(const Tensor& x_) {
 // height and width are those of x: the index tells them only rounded up to even.
 Tensor max_pool2d_backward(const Tensor& dout_, const Tensor& index_, int64_t height, int64_t width) {
   check_pyramid(kOp, "dout", dout_);
-  RAN_CHECK_VALUE(index_.sizes() == dout_.sizes() && index_.scalar_type() == at::kByte, kOp, "index must be ",
-                  dout_.sizes(), " Byte, as dout is, got ", index_.sizes(), " ", index_.scalar_type());
+  RAN_CHECK_VALUE(index_.sizes() == dout_.sizes() && index_.device() == dout_.device(), kOp, "index must be ",
+                  dout_.sizes(), " on ", dout_.device(), ", as dout is, got ", index_.sizes(), " on ", index_.device());
+  RAN_CHECK_TYPE(index_.scalar_type() == at::kByte, kOp, "index must be uint8, got ", index_.scalar_type());
   const DType dtype = dtype_of(dout_, kOp, "dout");
   const at::MemoryFormat format = index_.suggest_memory_format();
   const Tensor index = index_.contiguous(format), dout = dout_.contiguous(format);

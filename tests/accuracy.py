@@ -4,6 +4,8 @@ The rule: measured against float64, an op's error is at most twice that of PyTor
 PyTorch happens to be exact, the floor is a few roundings of the dtype.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,10 @@ def assert_accurate(name: str, value: Tensor, eager: Tensor, exact: Tensor, time
     assert ours <= max(times * theirs, times / 2 * FLOOR[value.dtype]), (
         f"{name}: error {ours:.3g}, PyTorch's own is {theirs:.3g}"
     )
+
+
+def strided_views() -> Iterator[Tensor]:
+    """``(N, C, H, W)`` tensors that are not dense: sliced, transposed, expanded."""
+    base = torch.randn(4, 12, 9, 10)
+    yield from (base[:, 2:7], base[..., ::2], base[1:3, :, 1:, 3:])
+    yield from (base.permute(0, 3, 1, 2), base[:, :1].expand(-1, 6, -1, -1))

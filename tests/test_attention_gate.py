@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, assert_accurate
+from accuracy import DTYPES, LAYOUTS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,14 +56,7 @@ def test_any_shape(shape, scale, dtype, layout):
 
 
 def test_sliced_expanded_and_transposed_inputs():
-    base = torch.randn(4, 12, 9, 10)
-    for trunk in (
-        base[:, 2:7],
-        base[..., ::2],
-        base[1:3, :, 1:, 3:],
-        base.permute(0, 3, 1, 2),
-        base[:, :1].expand(-1, 6, -1, -1),
-    ):
+    for trunk in strided_views():
         mask = torch.randn(trunk.shape[::-1]).permute(3, 2, 1, 0)
         torch.testing.assert_close(ops.attention_gate(trunk, mask), ops.attention_gate_ref(trunk, mask))
         low = torch.randn(*trunk.shape[:2], -(-trunk.shape[2] // 2), -(-trunk.shape[3] // 2))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, assert_accurate
+from accuracy import DTYPES, LAYOUTS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -72,14 +72,7 @@ def test_size_defaults_to_the_skips_or_twice_the_lowers():
 
 
 def test_sliced_expanded_and_transposed_inputs():
-    base = torch.randn(4, 12, 9, 10)
-    for skip in (
-        base[:, 2:7],
-        base[..., ::2],
-        base[1:3, :, 1:, 3:],
-        base.permute(0, 3, 1, 2),
-        base[:, :1].expand(-1, 6, -1, -1),
-    ):
+    for skip in strided_views():
         low = torch.randn(-(-skip.shape[3] // 2), -(-skip.shape[2] // 2), *skip.shape[1::-1]).permute(3, 2, 1, 0)
         dout = torch.randn(skip.shape[::-1]).permute(3, 2, 1, 0)
         ours, eager = run(ops.upsample_add, low, skip, dout), run(ops.upsample_add_ref, low, skip, dout)
@@ -172,6 +165,7 @@ def test_bit_for_bit_from_run_to_run():
         (torch.zeros(2, 2, 2), None, None, ValueError, r"lower must be \(N, C, H, W\)"),
         (torch.zeros(2, 0, 2, 2), None, None, ValueError, "at least one channel"),
         (torch.zeros(1, 2, 2, 3), None, (5, 6), ValueError, r"size must be \(3 or 4, 5 or 6\) .* got \(5, 6\)"),
+        (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 7, 4), None, ValueError, r"skip's height and width must be \(3 or"),
         (torch.zeros(1, 2, 2, 2), torch.zeros(1, 3, 4, 4), None, ValueError, r"skip must be \[1, 2, 4, 4\]"),
         (torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 4, 4), (3, 4), ValueError, r"skip must be \[1, 2, 3, 4\]"),
     ],

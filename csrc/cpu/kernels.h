@@ -28,11 +28,12 @@ struct Kernels {
   void (*attention_gate_backward)(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask,
                                   DType, GateShape);
 
-  // Below, lower, out of max_pool and index have the mask's size in the shape, whose scale is 2; index as in
-  // cuda/kernels.h. out = lower up-sampled (nearest) and cropped, + skip, which may be null and whose gradient is dout.
+  // In these four the shape's scale is 2. out = lower, which has the mask's size, up-sampled (nearest) and cropped, +
+  // skip, which may be null and whose gradient is dout
   void (*upsample_add_forward)(void* out, const void* lower, const void* skip, DType, GateShape);
   void (*upsample_add_backward)(void* dlower, const void* dout, DType, GateShape);
-  // 2x2 windows at stride 2, the last ones cut off at the border
+  // 2x2 windows at stride 2, the last ones cut off at the border; out and index have the mask's size. index: 2 * row +
+  // column of the maximum in its window; the first of equals, the last NaN
   void (*max_pool_forward)(void* out, uint8_t* index, const void* x, DType, GateShape);
   void (*max_pool_backward)(void* dx, const void* dout, const uint8_t* index, DType, GateShape);
 

@@ -11,7 +11,7 @@
 namespace ran::cpu::RAN_ISA {
 
 // Low rows [begin, end), counted through all planes, and the high rows of their windows, which follow one another in
-// memory: both resolutions are walked in its order, the speed of which no other comes near.
+// memory. Both are walked in its order: window by window, what is in no cache yet takes twice as long to read.
 struct RowBlock {
   GateShape g;
   int64_t begin, end;

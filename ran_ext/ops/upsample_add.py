@@ -71,11 +71,12 @@ def _check(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> tu
             f"upsample_add: lower must be (N, C, H, W) with at least one channel and pixel, got {list(lower.shape)}"
         )
     n, c, h, w = lower.shape
+    name = "size" if skip is None or size is not None else "skip's height and width"
     if size is None:
-        size = (2 * h, 2 * w) if skip is None else skip.shape[2:]
+        size = (2 * h, 2 * w) if skip is None else skip.shape[-2:]
     if len(size) != 2 or size[0] not in (2 * h - 1, 2 * h) or size[1] not in (2 * w - 1, 2 * w):
         raise ValueError(
-            f"upsample_add: size must be ({2 * h - 1} or {2 * h}, {2 * w - 1} or {2 * w}) for lower "
+            f"upsample_add: {name} must be ({2 * h - 1} or {2 * h}, {2 * w - 1} or {2 * w}) for lower "
             f"{list(lower.shape)}, got {tuple(size)}"
         )
     if skip is not None and list(skip.shape) != [n, c, *size]:
