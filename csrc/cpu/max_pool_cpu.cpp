@@ -31,9 +31,15 @@ inline Mask<A> load_index(const uint8_t* p, int n) {
   return __builtin_convertvector(__builtin_convertvector(bytes, Wholes<A, uint16_t>), Mask<A>);
 }
 
-// The values of one position of `size` windows: where they are larger than the best so far, they are the best.
+// The values of one position of `size` windows, position 0 first: where they are larger than the best so far, they are
+// the best.
 template <typename A, typename T>
 inline void keep_larger(A* best, uint8_t* index, const T* values, int position, int64_t size) {
+  if (position == 0) {
+    convert(best, values, size);
+    std::fill_n(index, size, uint8_t(0));
+    return;
+  }
   for_lanes<A>(size, [&](int64_t i, int n) {
     const Vec<A> value = load(values + i, n), old = load(best + i, n);
     const Mask<A> larger = (value > old) | (value != value);
@@ -54,19 +60,17 @@ inline void pass_back(S* dx, const T* dout, const uint8_t* index, int position, 
 // a window lacks at the border is -infinity there, which is larger than nothing.
 template <typename T, typename A = Acc<T>>
 void forward(T* out, uint8_t* index, const T* x, GateShape g) {
-  constexpr A lowest = -std::numeric_limits<A>::infinity();
   for_row_blocks(g, [&](const RowBlock& block) {
     const int64_t size = block.low_size();
     const T* const high = x + block.high();
     uint8_t* const at = index + block.low();
-    std::vector<A> best(size_t(size), lowest);
-    std::fill_n(at, size, uint8_t(0));
+    std::vector<A> best(static_cast<size_t>(size));
     if (g.channels_last) {
       block.for_pixels([&](int64_t from, int64_t to, int position) {
         keep_larger(best.data() + to, at + to, high + from, position, g.c);
       });
     } else {
-      std::vector<A> values(size_t(block.high_size())), apart(size_t(4 * size), lowest);
+      std::vector<A> values(size_t(block.high_size())), apart(size_t(4 * size), -std::numeric_limits<A>::infinity());
       convert(values.data(), high, block.high_size());
       block.for_pixels([&](int64_t from, int64_t to, int position) { apart[position * size + to] = values[from]; });
       for (int k = 0; k < 4; ++k) keep_larger(best.data(), at, apart.data() + k * size, k, size);
