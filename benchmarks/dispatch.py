@@ -36,10 +36,10 @@ def run_pass(case: BNReLUConv, name: str, dtype: torch.dtype, device: torch.devi
         out = case.plain(x, bn_weight, bn_bias, mean.clone(), var.clone(), weight, bias)
     if name == "forward":
         return lambda: torch.ops.ran_ext.bn_relu_conv2d(
-            x.detach(), *norm, True, [], None, 1e-5, weight, bias, None, *geometry, False, [], None
+            x.detach(), *norm, True, [], None, 1e-5, weight, bias, None, *geometry, False, [], None, False
         )
     wanted = PASSES[name]
-    return lambda: torch.ops.ran_ext.bn_relu_conv2d_backward(out, x, *norm, weight, *geometry, 1e-5, True, wanted)
+    return lambda: torch.ops.ran_ext.bn_relu_conv2d_backward(out, x, *norm, weight, *geometry, 1e-5, True, wanted, None)
 
 
 @contextmanager

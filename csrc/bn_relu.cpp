@@ -91,24 +91,26 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
   return sums;
 }
 
-void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
-                double count) {
-  if (composed::needed(x))
+void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                const BackwardSums* sums, double count) {
+  if (composed::needed(x)) {
     dx.copy_(composed::bn_relu_dx(dout, x, bn, sums, count));
-  else if (x.numel())
-    kernels_of(x)->bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
+    if (residual.defined()) dx.add_(residual);
+  } else if (x.numel()) {
+    kernels_of(x)->bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(), pointer(residual),
                                           sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
                                           count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+  }
 }
 
-BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                               bool batch_stats) {
+BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,
+                               const BatchNormArgs& bn, bool batch_stats) {
 #ifdef RAN_WITH_CUDA
   if (batch_stats)
-    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, bn)) return *sums;
+    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, residual, bn)) return *sums;
 #endif
   const BackwardSums sums = bn_relu_sums(dout, x, bn);
-  bn_relu_dx(dx, dout, x, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));
+  bn_relu_dx(dx, dout, x, residual, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));
   return sums;
 }
 
@@ -136,7 +138,8 @@ Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor
                           const Tensor& mean, const Tensor& var, double eps, bool batch_stats) {
   const Tensor x = dense_activation(kOp, x_), dout = gradient_like(kOp, dout_, x);
   Tensor dx = at::empty_like(x);
-  const BackwardSums sums = bn_relu_gradients(dx, dout, x, {kOp, x, weight, bias, mean, var, eps}, batch_stats);
+  const BackwardSums sums =
+      bn_relu_gradients(dx, dout, x, Tensor(), {kOp, x, weight, bias, mean, var, eps}, batch_stats);
   return {dx, sums.dz_xhat, sums.dz};
 }
 
@@ -155,7 +158,7 @@ Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTen
   const Tensor x = dense_activation(kOp, x_);
   const BackwardSums sums{channel_vector(kOp, x, sum_dz, "sum_dz"), channel_vector(kOp, x, sum_dz_xhat, "sum_dz_xhat")};
   Tensor dx = at::empty_like(x);
-  bn_relu_dx(dx, gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps}, &sums, count);
+  bn_relu_dx(dx, gradient_like(kOp, dout, x), x, Tensor(), {kOp, x, weight, bias, mean, var, eps}, &sums, count);
   return dx;
 }
 

@@ -35,14 +35,14 @@ struct BackwardSums {
 };
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);
 
-// dx for batch statistics over `count` values a channel, or, without sums, for given statistics. dx may be dout on the
-// CPU.
-void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, const BackwardSums* sums,
-                double count);
+// dx for batch statistics over `count` values a channel, or, without sums, for given statistics; plus `residual`, the
+// gradient that reaches x on another way, undefined where there is none. dx may be dout on the CPU.
+void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                const BackwardSums* sums, double count);
 
 // Both at once.
-BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                               bool batch_stats);
+BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,
+                               const BatchNormArgs& bn, bool batch_stats);
 
 // The ops' signatures, for calls through the dispatcher.
 using BatchNormStatsOp = std::tuple<Tensor, Tensor>(const Tensor& x, at::TensorList running,

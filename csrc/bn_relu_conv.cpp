@@ -14,6 +14,7 @@ namespace {
 
 constexpr const char* kOp = "bn_relu_conv2d";
 
+using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 void check(const Tensor& x, const Tensor& weight, const Convolution& conv) {
@@ -24,12 +25,14 @@ void check(const Tensor& x, const Tensor& weight, const Convolution& conv) {
   RAN_CHECK_VALUE(conv.stride.size() == 2 && conv.padding.size() == 2, kOp, "stride and padding must be pairs");
 }
 
-// out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false.
-Tensors5 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+// out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false; and
+// x again, where autograd is to `fork`: the gradient of that output is added in the launch that writes dx. Below
+// autograd it is empty.
+Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
                         const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
                         const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                         at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                        std::optional<double> next_momentum) {
+                        std::optional<double> next_momentum, bool) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
   check(x, weight, conv);
@@ -40,15 +43,20 @@ Tensors5 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t : at::empty({0}, x.options().dtype(acc_type(x)));
   };
-  return {y.out, or_empty(y.mean), or_empty(y.var), or_empty(y.next_mean), or_empty(y.next_var)};
+  return {y.out,
+          or_empty(y.mean),
+          or_empty(y.var),
+          or_empty(y.next_mean),
+          or_empty(y.next_var),
+          at::empty({0}, x.options())};
 }
 
-// dx, dbn_weight, dbn_bias, dweight, dbias; `wanted` says which of (dx and BN's, dweight, dbias) to compute, the others
-// are empty.
+// dx with `dfork` added, dbn_weight, dbn_bias, dweight, dbias; `wanted` says which of (dx and BN's, dweight, dbias) to
+// compute, the others are empty.
 Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
                                  const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
-                                 std::array<bool, 3> wanted) {
+                                 std::array<bool, 3> wanted, const OptTensor& dfork) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
   check(x, weight, conv);
@@ -58,7 +66,8 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
                   "dout must be ", at::IntArrayRef(out_sizes), " ", x.scalar_type(), ", got ", dout.sizes(), " ",
                   dout.scalar_type());
   const ConvGradients g =
-      conv_backward(dout, x, {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
+      conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),
+                    {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
   return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
 }
@@ -69,6 +78,7 @@ struct Statistics {
   Kept running;
   bool next_stats;
   Kept next_running;
+  bool fork;
 };
 
 struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
@@ -78,9 +88,10 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
                                const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding) {
     static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, batch_mean, batch_var, next_mean, next_var] = op.call(
-        x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps, weight,
-        bias, residual, stride, padding, stats.next_stats, stats.next_running.tensors, stats.next_running.momentum);
+    auto [out, batch_mean, batch_var, next_mean, next_var, none] =
+        op.call(x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps,
+                weight, bias, residual, stride, padding, stats.next_stats, stats.next_running.tensors,
+                stats.next_running.momentum, stats.fork);
     stats.running.mark_changed();
     stats.next_running.mark_changed();
     const bool given = present(mean);
@@ -91,14 +102,21 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["eps"] = eps;
-    ctx->mark_non_differentiable({batch_mean, batch_var, next_mean, next_var});
-    return {out, batch_mean, batch_var, next_mean, next_var};
+    variable_list flat{batch_mean, batch_var, next_mean, next_var};
+    if (!stats.fork) flat.push_back(none);
+    ctx->mark_non_differentiable(flat);
+    ctx->set_materialize_grads(false);  // out or identity may lead nowhere
+    return {out, batch_mean, batch_var, next_mean, next_var, stats.fork ? x : none};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(bn_relu_conv2d_backward)>("ran_ext::bn_relu_conv2d_backward");
     variable_list result(12);
-    if (!grads[0].defined()) return result;
+    const Tensor& dfork = grads[5];
+    if (!grads[0].defined()) {
+      result[0] = dfork;
+      return result;
+    }
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &bn_weight = saved[1], &bn_bias = saved[2], &weight = saved[5], &bias = saved[6];
     const auto stride = ctx->saved_data["stride"].toIntVector(), padding = ctx->saved_data["padding"].toIntVector();
@@ -111,12 +129,14 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
       const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin());
       std::copy_n(found.begin() + 3, 2, result.begin() + 7);
+      if (dfork.defined()) result[0] = result[0].defined() ? result[0] + dfork : dfork;
       return result;
     }
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0) || ctx->needs_input_grad(1) || ctx->needs_input_grad(2),
                                      weight.requires_grad(), bias.defined() && bias.requires_grad()};
     auto [dx, dbn_weight, dbn_bias, dweight, dbias] =
-        op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted);
+        op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted,
+                dfork.defined() ? OptTensor(dfork) : std::nullopt);
     if (wanted[0]) {
       result[0] = dx;
       if (bn_weight.defined()) result[1] = dbn_weight.to(bn_weight.scalar_type());
@@ -128,28 +148,28 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
   }
 };
 
-Tensors5 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+Tensors6 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
                                  const OptTensor& mean, const OptTensor& var, bool batch_stats, at::TensorList running,
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum) {
-  const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}};
+                                 std::optional<double> next_momentum, bool fork) {
+  const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}, fork};
   const variable_list out =
       BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias, residual, stride, padding);
-  return {out[0], out[1], out[2], out[3], out[4]};
+  return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
 // Autocast as eager PyTorch's: the convolution in the lower precision, batch normalisation's vectors as they are. Where
 // x itself is wider (a network's first layer) it is normalised in that precision and rounded once, after the ReLU;
 // where the residual is wider the sum is. The next statistics are then taken from what comes out.
 template <at::DeviceType device>
-Tensors5 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
                                  const OptTensor& mean, const OptTensor& var, bool batch_stats, at::TensorList running,
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum) {
+                                 std::optional<double> next_momentum, bool fork) {
   static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const bool wide_x = x.scalar_type() != lower && x.scalar_type() != at::kDouble;
@@ -162,8 +182,8 @@ Tensors5 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
   if (!wide_x && !wide_residual)
     return op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                   residual, stride, padding, next_stats, next_running, next_momentum);
-  Tensor out, batch_mean, batch_var, next_mean, next_var;
+                   residual, stride, padding, next_stats, next_running, next_momentum, fork);
+  Tensor out, batch_mean, batch_var, next_mean, next_var, identity = x;
   if (wide_x) {
     static const auto norm = find_op<BnReluOp>("ran_ext::bn_relu");
     Tensor a;
@@ -171,9 +191,9 @@ Tensors5 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
         norm.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps);
     out = at::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
   } else {
-    std::tie(out, batch_mean, batch_var, next_mean, next_var) =
+    std::tie(out, batch_mean, batch_var, next_mean, next_var, identity) =
         op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                std::nullopt, stride, padding, false, {}, std::nullopt);
+                std::nullopt, stride, padding, false, {}, std::nullopt, fork);
   }
   if (present(residual)) out = out + *residual;
   static const auto take = find_op<BatchNormStatsOp>("ran_ext::batch_norm_stats");
@@ -181,7 +201,7 @@ Tensors5 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
     std::tie(next_mean, next_var) = take.call(out, next_running, next_momentum);
   else if (!next_mean.defined())
     next_mean = at::empty({0}, batch_mean.options()), next_var = at::empty({0}, batch_mean.options());
-  return {out, batch_mean, batch_var, next_mean, next_var};
+  return {out, batch_mean, batch_var, next_mean, next_var, identity};
 }
 
 }  // namespace
@@ -190,12 +210,13 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
       "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool batch_stats, "
       "Tensor(a!)[] running, float? momentum, float eps, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum) -> "
-      "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var)");
+      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork) -> "
+      "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var, Tensor identity)");
   m.def(
       "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, "
       "Tensor "
-      "weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted) -> "
+      "weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, "
+      "Tensor? dfork) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {

@@ -27,7 +27,8 @@ cpu::ConvShape cpu_shape(const Tensor& x, const Tensor& weight, const Convolutio
 }
 
 ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
   if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
@@ -120,8 +121,9 @@ ConvOutput conv_forward(const Tensor& x, const PreActivation& norm, const Tensor
   return y;
 }
 
-ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, bool batch_stats,
-                            const Tensor& weight, const Convolution& conv, std::array<bool, 3> wanted) {
+ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                            bool batch_stats, const Tensor& weight, const Convolution& conv,
+                            std::array<bool, 3> wanted) {
   ConvGradients g;
   const bool fused_wgrad = wanted[1] && takes_fused(ConvPass::wgrad, x, weight, conv);
   const bool fused_dgrad = wanted[0] && takes_fused(ConvPass::dgrad, x, weight, conv);
@@ -148,9 +150,9 @@ ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const BatchNorm
   if (!wanted[0]) return g;
   g.dx = x.is_cuda() ? at::empty_like(x) : dz;
   if (fused_dgrad)
-    bn_relu_dx(g.dx, dz, x, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
+    bn_relu_dx(g.dx, dz, x, residual, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
   else
-    g.sums = bn_relu_gradients(g.dx, dz, x, bn, batch_stats);
+    g.sums = bn_relu_gradients(g.dx, dz, x, residual, bn, batch_stats);
   return g;
 }
 

@@ -50,8 +50,10 @@ struct ConvGradients {
   Tensor dx, dweight, dbias;
   BackwardSums sums;
 };
-// `wanted`: dx (with the sums), dweight, dbias; the others stay undefined.
-ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn, bool batch_stats,
-                            const Tensor& weight, const Convolution& conv, std::array<bool, 3> wanted);
+// `residual`: the gradient that reaches x on another way, added to dx; undefined where there is none. `wanted`: dx
+// (with the sums), dweight, dbias; the others stay undefined.
+ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                            bool batch_stats, const Tensor& weight, const Convolution& conv,
+                            std::array<bool, 3> wanted);
 
 }  // namespace ran

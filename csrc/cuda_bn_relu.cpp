@@ -92,8 +92,9 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
 }
 
 std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
-                                                           const BatchNormArgs& bn) {
+                                                           const Tensor& residual, const BatchNormArgs& bn) {
   if (!x.is_cuda() || !dout.is_contiguous(at::MemoryFormat::ChannelsLast) || !on_16_bytes(dout)) return std::nullopt;
+  if (residual.defined() && !on_16_bytes(residual)) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
   const cuda::ResidentPlan plan = resident_plan(x, 2);
   if (!plan.group) return std::nullopt;
@@ -101,10 +102,10 @@ std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Ten
   const DType dtype = dtype_of(x, kOp, "x");
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
-  check_launch(cuda::bn_relu_resident_backward(dx.mutable_data_ptr(), sums.dz.mutable_data_ptr<float>(),
-                                               sums.dz_xhat.mutable_data_ptr<float>(), dout.const_data_ptr(),
-                                               x.const_data_ptr(), nullptr, dtype, view, norm_of(bn), plan,
-                                               workspace.mutable_data_ptr(), current_stream()),
+  check_launch(cuda::bn_relu_resident_backward(
+                   dx.mutable_data_ptr(), sums.dz.mutable_data_ptr<float>(), sums.dz_xhat.mutable_data_ptr<float>(),
+                   dout.const_data_ptr(), x.const_data_ptr(), residual.defined() ? residual.const_data_ptr() : nullptr,
+                   dtype, view, norm_of(bn), plan, workspace.mutable_data_ptr(), current_stream()),
                "bn_relu (backward)");
   return sums;
 }

@@ -24,7 +24,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
                                                                         const OptTensor& weight, const OptTensor& bias,
                                                                         double eps, const Running& running);
 std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
-                                                           const BatchNormArgs& bn);
+                                                           const Tensor& residual, const BatchNormArgs& bn);
 
 // The plan of the kernel that holds `tensors` tensors of x's size; its group is 0, and `why` (if given) says so in
 // words, where there is none.

@@ -45,7 +45,8 @@ ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, c
   if (weight.size(2) != 1 || weight.size(3) != 1 || conv.padding[0] != 0 || conv.padding[1] != 0)
     return {false, "only 1x1 convolutions without padding have fused kernels"};
   if (conv.stride[0] != conv.stride[1]) return {false, "the stride differs between height and width"};
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const c10::cuda::CUDAGuard guard(x.device());
   const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
   const DType dtype = dtype_of(x, kOp, "x");

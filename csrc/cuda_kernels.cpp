@@ -54,10 +54,10 @@ void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, 
       "bn_relu (backward, sums)");
 }
 
-void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
-                            double count, DType dtype, ChannelView view, BatchNorm<void> bn) {
+void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+                            const void* sum_dz_xhat, double count, DType dtype, ChannelView view, BatchNorm<void> bn) {
   check_launch(cuda::bn_relu_backward_apply(dx, dout, x, static_cast<const float*>(sum_dz),
-                                            static_cast<const float*>(sum_dz_xhat), nullptr, count, dtype, view,
+                                            static_cast<const float*>(sum_dz_xhat), residual, count, dtype, view,
                                             as_float(bn), current_stream()),
                "bn_relu (backward, dx)");
 }

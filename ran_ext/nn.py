@@ -63,8 +63,8 @@ class BNReLUConv2d(nn.Module):
     groups, dilation or non-zero padding mode, is run as written, unfused. Forward hooks on ``bn`` and ``conv`` are not
     called by the fused path.
 
-    With ``following``, the module that takes the result next, a call returns the result and, in training, the
-    statistics that ``following`` takes with it: see :func:`ran_ext.ops.chained_bn_relu_conv2d`.
+    With ``following``, the module that takes the result next, a call returns the result, in training the statistics
+    that ``following`` takes with it, and ``x``: see :func:`ran_ext.ops.chained_bn_relu_conv2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as in ``nn.Conv2d``.
@@ -102,10 +102,10 @@ class BNReLUConv2d(nn.Module):
         chains = self._chains and (following is None or following._chains)
         if not chains or (statistics is None and following is None):
             out = self._plain(x, residual)
-            return out if following is None else (out, None)
+            return out if following is None else ops.Chained(out, None, x)
         next_bn = None if following is None else following.bn
-        out, found = ops.chained_bn_relu_conv2d(x, self.bn, self.conv, residual, statistics, next_bn)
-        return out if following is None else (out, found)
+        chained = ops.chained_bn_relu_conv2d(x, self.bn, self.conv, residual, statistics, next_bn)
+        return chained.out if following is None else chained
 
     @property
     def is_fusable(self) -> bool:
@@ -167,8 +167,8 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        h, statistics, x = self.conv1(x, following=self.conv2)
         identity = x if self.shortcut is None else self.shortcut(x)
-        h, statistics = self.conv1(x, following=self.conv2)
         h = self.conv2(h, statistics=statistics)
         out: Tensor = self.conv3(h, residual=identity)
         return out

@@ -149,13 +149,13 @@ def test_opcheck(case, layout):
     ):
         torch.library.opcheck(
             torch.ops.ran_ext.bn_relu_conv2d,
-            (x_, g_, b_, *known, *running, 1e-5, w_, bias_, r_, stride, padding, *following),
+            (x_, g_, b_, *known, *running, 1e-5, w_, bias_, r_, stride, padding, *following, False),
         )
     dout = torch.randn_like(r)
-    for wanted in ([True, True, True], [True, False, False], [False, True, True]):
+    for wanted, fork in (([True] * 3, None), ([True, False, False], x.clone()), ([False, True, True], None)):
         torch.library.opcheck(
             torch.ops.ran_ext.bn_relu_conv2d_backward,
-            (dout, x, g, b, mean, var, w, stride, padding, 1e-5, True, wanted),
+            (dout, x, g, b, mean, var, w, stride, padding, 1e-5, True, wanted, fork),
         )
 
 

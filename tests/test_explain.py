@@ -18,7 +18,7 @@ def test_every_fused_call_is_listed_in_order():
     names = [layer.name for layer in layers(model, torch.randn(2, 3, 32, 32))]
     units = [name for name, module in model.named_modules() if isinstance(module, BNReLUConv2d)]
     assert set(units) <= set(names)
-    assert names[:3] == ["conv1", "bn1", "stage1.0.shortcut"]
+    assert names[:4] == ["conv1", "bn1", "stage1.0.conv1", "stage1.0.shortcut"]
     assert names[-1] == "bn2"
 
 

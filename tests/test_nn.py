@@ -70,7 +70,7 @@ def test_chained_statistics_are_those_of_the_stored_result():
         x = torch.randn(5, 64, 6, 7).to(dtype, memory_format=torch.channels_last)
         unit = copy.deepcopy(first)
         unit.conv.to(dtype)
-        out, statistics = unit(x, following=second)
+        out, statistics, _ = unit(x, following=second)
         var, mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(statistics.mean.double(), mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(statistics.var.double(), var, rtol=1e-5, atol=1e-6)
@@ -79,15 +79,38 @@ def test_chained_statistics_are_those_of_the_stored_result():
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("case", [(32, 32, 1, 0), (32, 32, 3, 1), (5, 7, 3, 1)])
+def test_identity_adds_its_gradient_in_the_convolutions_backward(case):
+    """``x`` used elsewhere too, through ``identity``: gradients as autograd would add them; the two alone and twice."""
+    c_in, c_out, kernel, padding = case
+    unit = BNReLUConv2d(c_in, c_out, kernel, padding=padding).double()
+    following = BNReLUConv2d(c_out, 4, 1).double()
+    x = torch.randn(3, c_in, 5, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, c_in, 5, 4, dtype=torch.float64)
+
+    def loss(use_out: bool, use_identity: bool) -> Tensor:
+        out, _, identity = unit(x, following=following)
+        assert torch.equal(identity, x)
+        return (out.square().sum() if use_out else 0) + ((weights * identity.square()).sum() if use_identity else 0)
+
+    out_alone, identity_alone, both = (
+        torch.autograd.grad(loss(*used), x)[0] for used in ((True, False), (False, True), (True, True))
+    )
+    torch.testing.assert_close(identity_alone, 2 * weights * x)
+    torch.testing.assert_close(both, out_alone + identity_alone, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradgradcheck(lambda x: unit(x, following=following)[::2], (x,))
+
+
+@pytest.mark.usefixtures("native")
 def test_chain_is_broken_where_it_would_not_hold():
     unit, x = ResidualUnit(32, 32, 32), torch.randn(2, 32, 5, 5)
-    assert unit.eval().conv1(x, following=unit.conv2)[1] is None
+    assert unit.eval().conv1(x, following=unit.conv2).statistics is None
     unit.train().conv2.conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
-    assert unit.conv1(x, following=unit.conv2)[1] is None
+    assert unit.conv1(x, following=unit.conv2).statistics is None
     unit(x)
     assert unit.conv2.bn.num_batches_tracked == 1
     with set_backend("reference"):
-        assert ResidualUnit(32, 32, 32).conv1(x, following=ResidualUnit(32, 32, 32).conv2)[1] is None
+        assert ResidualUnit(32, 32, 32).conv1(x, following=ResidualUnit(32, 32, 32).conv2).statistics is None
 
 
 def test_attention_module_equals_masks_at_full_resolution():

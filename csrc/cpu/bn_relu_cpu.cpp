@@ -83,7 +83,8 @@ void reduce_rows(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelVi
 }
 
 template <bool kBatchStats, typename T, typename A = Acc<T>>
-void apply_rows(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShiftTable<A>& table, const DxTable<A>& k) {
+void apply_rows(T* dx, const T* dout, const T* x, const T* residual, ChannelView v, const ScaleShiftTable<A>& table,
+                const DxTable<A>& k) {
   parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t row = begin; row < end; ++row)
@@ -95,6 +96,7 @@ void apply_rows(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShif
                      Vec<A> rest{};
                      if constexpr (kBatchStats)
                        rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
+                     if (residual) rest += load(residual + at, n);
                      store(dx + at, fma(load(k.a + i, n), dz, rest), n);
                    });
                });
@@ -185,7 +187,7 @@ void reduce_planes(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, Channel
 }
 
 template <bool kBatchStats, typename T, typename A = Acc<T>>
-void apply_planes(T* dx, const T* dout, const T* x, ChannelView v, const ScaleShiftTable<A>& table,
+void apply_planes(T* dx, const T* dout, const T* x, const T* residual, ChannelView v, const ScaleShiftTable<A>& table,
                   const DxTable<A>& k) {
   for_planes(v, [&](int64_t, int64_t c, int64_t at) {
     const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
@@ -195,6 +197,7 @@ void apply_planes(T* dx, const T* dout, const T* x, ChannelView v, const ScaleSh
       const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + at + i, n);
       Vec<A> rest{};
       if constexpr (kBatchStats) rest = fma(b, value - k.mean[c], constant);
+      if (residual) rest += load(residual + at + i, n);
       store(dx + at + i, fma(a, dz, rest), n);
     });
   });
@@ -231,8 +234,8 @@ void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, 
   });
 }
 
-void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
-                            double count, DType dtype, ChannelView v, BatchNorm<void> bn) {
+void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+                            const void* sum_dz_xhat, double count, DType dtype, ChannelView v, BatchNorm<void> bn) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
@@ -242,7 +245,8 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
     const auto rows = sum_dz ? &apply_rows<true, T> : &apply_rows<false, T>;
     const auto planes = sum_dz ? &apply_planes<true, T> : &apply_planes<false, T>;
     const auto run = v.inner == 1 ? rows : planes;
-    run(static_cast<T*>(dx), static_cast<const T*>(dout), static_cast<const T*>(x), v, table, k);
+    run(static_cast<T*>(dx), static_cast<const T*>(dout), static_cast<const T*>(x), static_cast<const T*>(residual), v,
+        table, k);
   });
 }
 

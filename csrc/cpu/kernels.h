@@ -44,10 +44,10 @@ struct Kernels {
   // dz = dout where z > 0: sum_dz, and sum_dz_xhat = sum dz * (x - mean) / sqrt(var + eps)
   void (*bn_relu_backward_reduce)(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
                                   BatchNorm<void>);
-  // dx of normalisation with batch statistics over `count` values a channel; with sum_dz null (running statistics) dx =
-  // scale * dz. dx may be dout.
-  void (*bn_relu_backward_apply)(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
-                                 double count, DType, ChannelView, BatchNorm<void>);
+  // dx of normalisation with batch statistics over `count` values a channel, plus `residual` (the gradient that reaches
+  // x on another way, or null); with sum_dz null (running statistics) dx = scale * dz. dx may be dout.
+  void (*bn_relu_backward_apply)(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+                                 const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>);
 
   // Whether the three below take this convolution; the first two take pointwise ones only.
   bool (*conv_supported)(DType, ConvShape);

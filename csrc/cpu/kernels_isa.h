@@ -18,8 +18,8 @@ void batch_norm_stats(void* mean, void* var, const void* x, DType, ChannelView);
 void bn_relu_forward(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
                              BatchNorm<void>);
-void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
-                            double count, DType, ChannelView, BatchNorm<void>);
+void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+                            const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>);
 
 bool conv_supported(DType, ConvShape);
 void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, const void* weight, const float* bias,

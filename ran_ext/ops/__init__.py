@@ -3,12 +3,13 @@
 from . import _fakes  # noqa: F401
 from .attention_gate import attention_gate, attention_gate_ref
 from .bn_relu import bn_relu, bn_relu_ref
-from .bn_relu_conv import BatchStatistics, bn_relu_conv2d, bn_relu_conv2d_ref, chained_bn_relu_conv2d
+from .bn_relu_conv import BatchStatistics, Chained, bn_relu_conv2d, bn_relu_conv2d_ref, chained_bn_relu_conv2d
 from .max_pool import max_pool2d, max_pool2d_ref
 from .upsample_add import upsample_add, upsample_add_ref
 
 __all__ = [
     "BatchStatistics",
+    "Chained",
     "attention_gate",
     "attention_gate_ref",
     "bn_relu",

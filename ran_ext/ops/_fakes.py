@@ -103,11 +103,12 @@ def _register() -> None:
         padding: list[int],
         next_stats: bool,
         *args: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         size = x.shape[1] if mean is None else 0
         following = weight.shape[0] if next_stats else 0
         out = F.conv2d(_dense_like(x), weight, bias, stride, padding)
-        return out, _vector(x, size), _vector(x, size), _vector(x, following), _vector(x, following)
+        vectors = _vector(x, size), _vector(x, size), _vector(x, following), _vector(x, following)
+        return out, *vectors, x.new_empty([0])
 
     @fake("ran_ext::bn_relu_conv2d_backward")
     def _(
@@ -123,6 +124,7 @@ def _register() -> None:
         eps: float,
         batch_stats: bool,
         wanted: list[bool],
+        dfork: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
@@ -144,7 +146,7 @@ def _register() -> None:
     def _(
         dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> int:
-        wanted = args[-1]
+        wanted = args[-2]
         return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
 
 

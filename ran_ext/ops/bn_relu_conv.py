@@ -19,6 +19,14 @@ class BatchStatistics(NamedTuple):
     var: Tensor
 
 
+class Chained(NamedTuple):
+    """What :func:`chained_bn_relu_conv2d` returns."""
+
+    out: Tensor
+    statistics: BatchStatistics | None
+    identity: Tensor
+
+
 def bn_relu_conv2d(
     x: Tensor,
     bn_weight: Tensor | None,
@@ -94,7 +102,7 @@ def bn_relu_conv2d(
     mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
     norm = (bn_weight, bn_bias, mean, var, False, running, momentum, eps)
     out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, weight, bias, residual, stride, padding, False, [], None
+        x, *norm, weight, bias, residual, stride, padding, False, [], None, False
     )[0]
     return out
 
@@ -106,11 +114,13 @@ def chained_bn_relu_conv2d(
     residual: Tensor | None = None,
     statistics: BatchStatistics | None = None,
     next_bn: nn.BatchNorm2d | None = None,
-) -> tuple[Tensor, BatchStatistics | None]:
-    """:func:`bn_relu_conv2d` of two modules in training, which takes and gives the statistics between them.
+) -> Chained:
+    """:func:`bn_relu_conv2d` of two modules in training, which takes and gives what lies between it and its neighbours.
 
     A convolution has every output value at hand when it writes it; with ``next_bn`` it also takes the statistics that
-    the next batch normalisation will need, so that no pass over the tensor is left for them.
+    the next batch normalisation will need, so that no pass over the tensor is left for them. And where ``x`` is used
+    elsewhere too, as by a residual unit's shortcut, ``identity`` in its place saves the pass that adds the two
+    gradients: they meet where this op's backward writes that of ``x``.
 
     Args:
         x: ``(N, C_in, H, W)``.
@@ -122,14 +132,14 @@ def chained_bn_relu_conv2d(
             statistics are taken.
 
     Returns:
-        The result, and its statistics or None (without ``next_bn``, and where plain PyTorch runs).
+        The result; its statistics, or None (without ``next_bn``, and where plain PyTorch runs); and ``x`` again.
 
     Raises:
         TypeError, ValueError: an argument does not fit, as in :func:`bn_relu_conv2d`.
 
     >>> first, second = (nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), (nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1))
-    >>> h, statistics = chained_bn_relu_conv2d(torch.randn(2, 8, 4, 4), *first, next_bn=second[0])
-    >>> chained_bn_relu_conv2d(h, *second, statistics=statistics)[0].shape
+    >>> h = chained_bn_relu_conv2d(torch.randn(2, 8, 4, 4), *first, next_bn=second[0])
+    >>> chained_bn_relu_conv2d(h.out, *second, h.identity, statistics=h.statistics).out.shape
     torch.Size([2, 8, 4, 4])
     """
     op = "bn_relu_conv2d"
@@ -153,7 +163,7 @@ def chained_bn_relu_conv2d(
             residual=residual,
             num_batches_tracked=bn.num_batches_tracked,
         )
-        return out, None
+        return Chained(out, None, x)
     mean, var = statistics or (None, None)
     _, _, running = split_statistics(True, running_mean, running_var, bn.num_batches_tracked)
     _, _, next_running = (
@@ -163,10 +173,12 @@ def chained_bn_relu_conv2d(
     )
     norm = (bn.weight, bn.bias, mean, var, True, running, bn.momentum, bn.eps)
     following = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
-    out, _, _, next_mean, next_var = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following
+    # An output that is the input is autograd's alone: a traced graph could not say so.
+    fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+    out, _, _, next_mean, next_var, identity = torch.ops.ran_ext.bn_relu_conv2d(
+        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork
     )
-    return out, BatchStatistics(next_mean, next_var) if next_bn else None
+    return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 
 
 def bn_relu_conv2d_ref(
