@@ -11,23 +11,31 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // values that are worth a thread
 
-// exp to within 1 ulp: 2^k * p(r), with x = k ln 2 + r and ln 2 in two parts (Cody and Waite 1980). NaN stays NaN; the
-// ends are clamped where the result would leave the normal range, which sigmoid cannot tell from 0 and 1.
+// exp for a result that is stored as T: 2^k * p(r), with x = k ln 2 + r. Within 1 ulp for float, with ln 2 in two parts
+// (Cody and Waite 1980); within 2^-13 where the result will be rounded to the 8 or 11 bits of a shorter T. NaN stays
+// NaN; the ends are clamped where the result would leave the normal range, which sigmoid cannot tell from 0 and 1.
+template <typename T>
 inline Vec<float> exp(Vec<float> x) {
-  x = x > 88.0f ? splat(88.0f) : x;
-  x = x < -87.0f ? splat(-87.0f) : x;
+  x = clamp(x, -87.0f, 88.0f);
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec<float> shifted = fma(x, splat(1.44269504f), magic);
   const Vec<float> k = shifted - magic;
-  Vec<float> r = fma(k, splat(-0.693359375f), x);
-  r = fma(k, splat(2.12194440e-4f), r);
-  Vec<float> p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
+  Vec<float> p;
+  if constexpr (sizeof(T) < sizeof(float)) {
+    const Vec<float> r = fma(k, splat(-0.693147181f), x);
+    p = fma(splat(0.165179442f), r, splat(0.504131204f));  // least largest relative error, by linear programming
+    p = fma(p, r, splat(1.00019592f));
+    p = fma(p, r, splat(1.0f));
+  } else {
+    Vec<float> r = fma(k, splat(-0.693359375f), x);
+    r = fma(k, splat(2.12194440e-4f), r);
+    p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + 1.0f;
+  }
   Bits32 bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = (bits + 127u) << 23;  // the low bits of `shifted` are k
@@ -36,16 +44,17 @@ inline Vec<float> exp(Vec<float> x) {
   return p * power;
 }
 
+template <typename T>
 inline Vec<double> exp(Vec<double> x) {
   for (int i = 0; i < VecOf<double>::lanes; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
-template <typename V>
+template <typename T>
 struct Sigmoid {
-  V s, complement;  // complement = 1 - s, without the cancellation
-  explicit Sigmoid(V mask) {
-    const V e = exp(-mask);
+  Vec<Acc<T>> s, complement;  // complement = 1 - s, without the cancellation
+  explicit Sigmoid(Vec<Acc<T>> mask) {
+    const Vec<Acc<T>> e = exp<T>(-mask);
     s = 1 / (1 + e);
     complement = e * s;
   }
@@ -55,7 +64,7 @@ template <typename T, typename A = Acc<T>>
 inline void forward_row(T* out, const T* trunk, const T* mask, int64_t size) {
   for_lanes<A>(size, [&](int64_t i, int n) {
     const Vec<A> t = load(trunk + i, n);
-    store(out + i, fma(Sigmoid<Vec<A>>(load(mask + i, n)).s, t, t), n);
+    store(out + i, fma(Sigmoid<T>(load(mask + i, n)).s, t, t), n);
   });
 }
 
@@ -82,7 +91,7 @@ template <typename T, typename A = Acc<T>>
 void forward_scaled_last(T* out, const T* trunk, const T* mask, GateShape g) {
   for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
     for_lanes<A>(g.c, [&](int64_t c, int n) {
-      const Vec<A> s = Sigmoid<Vec<A>>(load(mask + at + c, n)).s;
+      const Vec<A> s = Sigmoid<T>(load(mask + at + c, n)).s;
       for (int i = 0; i < count; ++i) {
         const Vec<A> t = load(trunk + square[i] + c, n);
         store(out + square[i] + c, fma(s, t, t), n);
@@ -95,7 +104,7 @@ template <typename T, typename A = Acc<T>>
 void backward_scaled_last(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
   for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
     for_lanes<A>(g.c, [&](int64_t c, int n) {
-      const Sigmoid<Vec<A>> gate(load(mask + at + c, n));
+      const Sigmoid<T> gate(load(mask + at + c, n));
       Vec<A> total{};
       for (int i = 0; i < count; ++i) {
         const Vec<A> d = load(dout + square[i] + c, n);
@@ -126,7 +135,7 @@ void backward_flat(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* 
     for_lanes<A>(end - begin, [&](int64_t i, int n) {
       const int64_t at = begin + i;
       const Vec<A> g = load(dout + at, n), t = load(trunk + at, n);
-      const Sigmoid<Vec<A>> gate(load(mask + at, n));
+      const Sigmoid<T> gate(load(mask + at, n));
       store(dtrunk + at, fma(gate.s, g, g), n);
       store(dmask + at, g * t * gate.s * gate.complement, n);
     });
@@ -142,7 +151,7 @@ void backward_scaled_rows(T* dtrunk, T* dmask, const T* dout, const T* trunk, co
     for (int64_t row = begin; row < end; ++row) {
       const int64_t plane = row / g.mask_h(), top = row % g.mask_h() * g.scale, first = row * g.mask_w();
       for_lanes<A>(g.mask_w(), [&](int64_t i, int n) {
-        const Sigmoid<Vec<A>> gate(load(mask + first + i, n));
+        const Sigmoid<T> gate(load(mask + first + i, n));
         store(s.data() + i, gate.s, n);
         store(slope.data() + i, gate.s * gate.complement, n);
       });
