@@ -79,10 +79,17 @@ def test_empty():
         assert trunk.grad.shape == mask.grad.shape == shape
 
 
-def test_infinities_and_nan_as_in_pytorch():
-    values = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -100.0, 100.0, 88.8, -88.8, 1e-30])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_nan_and_subnormal_numbers_as_in_pytorch(dtype):
+    inf, tiny = float("inf"), torch.finfo(dtype).smallest_normal / 4
+    values = torch.tensor([float("nan"), inf, -inf, 0.0, -100.0, 100.0, 88.8, -88.8, 1e-30], dtype=dtype)
     trunk, mask = (t.reshape(-1) for t in torch.meshgrid(values, values, indexing="ij"))
     torch.testing.assert_close(ops.attention_gate(trunk, mask), ops.attention_gate_ref(trunk, mask), equal_nan=True)
+    trunk = torch.full((70,), tiny, dtype=dtype)
+    assert torch.equal(ops.attention_gate(trunk, torch.full_like(trunk, -inf)), trunk)
+    one, mask = torch.ones(4, dtype=dtype), torch.tensor([-inf, -1e4, 1e4, inf], dtype=dtype)
+    ours, eager = (run(op, one, mask, one, 1) for op in (ops.attention_gate, ops.attention_gate_ref))
+    torch.testing.assert_close(ours, eager)
 
 
 def test_gradcheck_and_second_derivatives():

@@ -11,42 +11,39 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // values that are worth a thread
 
-// exp for a result that is stored as T: 2^k * p(r), with x = k ln 2 + r. Within 1 ulp for float, with ln 2 in two parts
-// (Cody and Waite 1980); within 2^-13 where the result will be rounded to the 8 or 11 bits of a shorter T. NaN stays
-// NaN; the ends are clamped where the result would leave the normal range, which sigmoid cannot tell from 0 and 1.
-template <typename T>
+// The ends of exp are clamped where the result would leave the normal range: sigmoid, which cannot tell it from 0 and
+// 1, stays above 0, so that it may be multiplied by an infinity. NaN stays NaN.
+
+// exp to within 1 ulp: 2^k * p(r), with x = k ln 2 + r and ln 2 in two parts (Cody and Waite 1980).
 inline Vec<float> exp(Vec<float> x) {
   x = clamp(x, -87.0f, 88.0f);
-  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec<float> shifted = fma(x, splat(1.44269504f), magic);
-  const Vec<float> k = shifted - magic;
-  Vec<float> p;
-  if constexpr (sizeof(T) < sizeof(float)) {
-    const Vec<float> r = fma(k, splat(-0.693147181f), x);
-    p = fma(splat(0.165179442f), r, splat(0.504131204f));  // least largest relative error, by linear programming
-    p = fma(p, r, splat(1.00019592f));
-    p = fma(p, r, splat(1.0f));
-  } else {
-    Vec<float> r = fma(k, splat(-0.693359375f), x);
-    r = fma(k, splat(2.12194440e-4f), r);
-    p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
-    p = fma(p, r, splat(8.3334519073e-3f));
-    p = fma(p, r, splat(4.1665795894e-2f));
-    p = fma(p, r, splat(1.6666665459e-1f));
-    p = fma(p, r, splat(5.0000001201e-1f));
-    p = fma(p, r * r, r) + 1.0f;
-  }
-  Bits32 bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;  // the low bits of `shifted` are k
-  Vec<float> power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  const Vec<float> k = round(x * 1.44269504f);
+  Vec<float> r = fma(k, splat(-0.693359375f), x);
+  r = fma(k, splat(2.12194440e-4f), r);
+  Vec<float> p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + 1.0f;
+  return scale(p, k);
 }
 
-template <typename T>
+// 2^x to within 2^-13: enough where the result is rounded to the 8 or 11 bits of a 16-bit type. The polynomial has the
+// least largest relative error of those that give 1 for 0.
+inline Vec<float> exp2_short(Vec<float> x) {
+  x = clamp(x, -126.0f, 126.0f);
+  const Vec<float> k = round(x), r = x - k;
+  Vec<float> p = splat(0.0550088262f);
+  p = fma(p, r, splat(0.242211356f));
+  p = fma(p, r, splat(0.693282982f));
+  p = fma(p, r, splat(1.0f));
+  return scale(p, k);
+}
+
 inline Vec<double> exp(Vec<double> x) {
-  for (int i = 0; i < VecOf<double>::lanes; ++i) x[i] = std::exp(x[i]);
+  for (int i = 0; i < VecOf<double>::lanes; ++i) x[i] = std::exp(x[i] > 709.0 ? 709.0 : x[i]);
   return x;
 }
 
@@ -54,8 +51,14 @@ template <typename T>
 struct Sigmoid {
   Vec<Acc<T>> s, complement;  // complement = 1 - s, without the cancellation
   explicit Sigmoid(Vec<Acc<T>> mask) {
-    const Vec<Acc<T>> e = exp<T>(-mask);
-    s = 1 / (1 + e);
+    Vec<Acc<T>> e;
+    if constexpr (sizeof(T) == 2) {
+      e = exp2_short(mask * -1.44269504f);
+      s = reciprocal_short(1 + e);
+    } else {
+      e = exp(-mask);
+      s = 1 / (1 + e);
+    }
     complement = e * s;
   }
 };

@@ -57,6 +57,7 @@ using Vec = typename VecOf<A>::type;
 
 typedef uint16_t Half16 __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
+typedef int32_t Int32 __attribute__((vector_size(kBytes)));
 
 template <typename A>
 inline Vec<A> splat(A value) {
@@ -94,6 +95,39 @@ inline Vec<float> clamp(Vec<float> x, float low, float high) {
 #else
   x = x > high ? splat(high) : x;
   return x < low ? splat(low) : x;
+#endif
+}
+
+// The nearest whole number.
+inline Vec<float> round(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23, beyond which floats have no fraction; for |x| < 2^22
+  return (x + magic) - magic;
+#endif
+}
+
+// x * 2^k for a whole k from -126 to 127.
+inline Vec<float> scale(Vec<float> x, Vec<float> k) {
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(x, k);
+#else
+  const Bits32 bits = Bits32(__builtin_convertvector(k, Int32) + 127) << 23;
+  Vec<float> power;
+  std::memcpy(&power, &bits, sizeof power);
+  return x * power;
+#endif
+}
+
+// 1 / x to within 2^-14: enough where the result is rounded to 16 bits.
+inline Vec<float> reciprocal_short(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_rcp14_ps(x);
+#else
+  return 1 / x;
 #endif
 }
 
