@@ -1,17 +1,21 @@
-"""The CUDA kernels of the gate, the pyramid and BN-ReLU, run on the CPU against double: see tests/emulation."""
+"""The CUDA kernels run on the CPU against double, in several thread schedules: see tests/emulation."""
 
 import importlib.util
+import json
+import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-EMULATION = Path(__file__).resolve().parent / "emulation"
-PROGRAMS = ["emulation_test", "attention_gate_test", "pyramid_test", "bn_relu_test", "bn_relu_resident_test"]
+ROOT = Path(__file__).resolve().parent.parent
+EMULATION = ROOT / "tests" / "emulation"
+PROGRAMS = sorted(path.stem for path in EMULATION.glob("*_test.cpp"))
+ALL_SCHEDULES = 0b1111  # forward, reverse, round-robin, shuffled
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 # The faults of emulation_test.cpp, by number, and the words in which each is reported.
 FAULTS = [
     "read before anything was written",
@@ -33,39 +37,65 @@ FAULTS = [
     "race, written after another thread's read",
 ]
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("g++", "nm"))), reason="needs g++ and nm")
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"emulation_{name}", EMULATION / f"{name}.py")
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"emulation_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-build = load("build")
+build = load(EMULATION / "build.py")
+short_name = load(ROOT / "scripts" / "check_cuda.py").short_name
+INSTANCES = json.loads((ROOT / "csrc" / "cuda" / "budgets.json").read_text())["sm_90a"]
 
 
-@pytest.fixture(scope="session")
-def programs(request: pytest.FixtureRequest) -> dict[str, Path]:
-    cache = request.config.cache.mkdir("emulation")
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(PROGRAMS, pool.map(lambda name: build.build(name, cache), PROGRAMS), strict=True))
+@pytest.fixture
+def cache(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("emulation")
+
+
+def kernels_of(program: str) -> set[str]:
+    """Names of the kernels in the .cu files that a program's source includes."""
+    files = re.findall(r'#include "../../(csrc/cuda/\w+\.cu)"', (EMULATION / f"{program}.cpp").read_text())
+    return {name for file in files for name in KERNEL.findall((ROOT / file).read_text())}
+
+
+def addresses(program: Path) -> dict[str, int]:
+    """Where a program holds each kernel instance, by the instance's name in budgets.json."""
+    symbols = subprocess.run(["nm", "-C", program], capture_output=True, text=True, check=True).stdout
+    entries = (line.split(" ", 2) for line in symbols.splitlines() if "_kernel" in line)
+    return {short_name(name): int(address, 16) for address, kind, name in entries if kind in "tT"}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels_match_double(name: str, programs: dict[str, Path]) -> None:
-    ran = build.run(programs[name])
+def test_every_instance_matches_double_in_every_schedule(name: str, cache: Path) -> None:
+    program = build.build(name, cache)
+    ran = build.run(program)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == f"{name.removesuffix('_test')}: ok\n"
+    first, *launches = ran.stdout.splitlines()
+    assert first == f"{name.removesuffix('_test')}: ok"
+    schedules = {int(address, 16): int(bits, 16) for address, bits in map(str.split, launches)}
+    shipped = {instance for instance in INSTANCES if instance.split("<")[0] in kernels_of(name)}
+    where = addresses(program)
+    assert {instance: schedules.get(where[instance]) for instance in shipped} == dict.fromkeys(shipped, ALL_SCHEDULES)
+
+
+def test_every_kernel_has_a_program() -> None:
+    shipped = {name for file in build.kernels() for name in KERNEL.findall(file.read_text())}
+    assert shipped == set().union(*map(kernels_of, PROGRAMS)) == {instance.split("<")[0] for instance in INSTANCES}
 
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse"])
 @pytest.mark.parametrize("fault", range(len(FAULTS)))
-def test_a_fault_ends_the_run(fault: int, schedule: str, programs: dict[str, Path]) -> None:
-    ran = build.run(programs["emulation_test"], str(fault), *(["reverse"] if schedule == "reverse" else []))
+def test_a_fault_ends_the_run(fault: int, schedule: str, cache: Path) -> None:
+    program = build.build("emulation_test", cache)
+    ran = build.run(program, str(fault), *(["reverse"] if schedule == "reverse" else []))
     assert ran.returncode == 3, ran.stdout
     assert FAULTS[fault] in ran.stderr
     assert "kernel faulty_kernel" in ran.stderr

@@ -74,7 +74,8 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, void (*kernel)(Parameters...),
                    Arguments... arguments) {
   static const std::string full = emu::kernel_name(name, __PRETTY_FUNCTION__);
-  emu::run(full.c_str(), {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
+  emu::run(full.c_str(), reinterpret_cast<const void*>(kernel),
+           {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
            [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaGetLastError();
 }

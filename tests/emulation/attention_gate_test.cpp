@@ -81,5 +81,5 @@ int main() {
   begin_case("float64");
   EXPECT(ran::cuda::attention_gate_forward(nullptr, nullptr, nullptr, ran::DType::f64, {1, 1, 1, 1, 1, false},
                                            nullptr) == cudaErrorInvalidValue);
-  std::puts("attention_gate: ok");
+  finish("attention_gate");
 }

@@ -1,16 +1,22 @@
-"""Compiles the emulation's test programs with g++; standard library only.
+"""Compiles the emulation's programs; standard library only.
 
-A program is kept under a name that holds the hash of every source it may include, so that it is built again only when
-one of them changes.
+A program is kept under a name that holds the hash of its command and of every source it may include, so that it is
+built again only when one of them changes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "_build"))
+import native  # noqa: E402
+
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 EMULATE = ["-U_FORTIFY_SOURCE", "-DRAN_EMULATE", "-fno-strict-aliasing"]
 
@@ -20,34 +26,45 @@ def includes(root: Path) -> list[Path]:
     return [root / "tests" / "emulation", root / "csrc", root / "csrc" / "cuda"]
 
 
+def kernels(root: Path = ROOT) -> list[Path]:
+    """The CUDA files that are shipped."""
+    return sorted((root / "csrc" / "cuda").glob("*.cu"))
+
+
 def sources(root: Path) -> list[Path]:
-    """Every file that a test program may include."""
+    """Every file that a program may include."""
     files = (path for folder in includes(root) for path in folder.iterdir())
     return sorted(path for path in files if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
 
 
-def build(test: str, cache: Path, root: Path = ROOT) -> Path:
-    """Compiles ``tests/emulation/<test>.cpp`` of the tree at ``root``; returns the program.
+def compile_program(name: str, compiler: Sequence[str], files: Sequence[Path], cache: Path, root: Path = ROOT) -> Path:
+    """Compiles and links ``files``, unless that has been done; returns the program.
 
     Raises:
-        RuntimeError: with what g++ printed.
+        RuntimeError: with what the compiler printed.
     """
-    digest = hashlib.sha256(" ".join([test, *FLAGS, *EMULATE]).encode())
+    digest = hashlib.sha256(" ".join([name, *compiler]).encode())
     for path in sources(root):
         digest.update(path.name.encode() + path.read_bytes())
-    program = cache / f"{test}-{digest.hexdigest()[:16]}"
+    program = cache / f"{name}-{digest.hexdigest()[:16]}"
     if not program.exists():
-        partial = program.with_suffix(".partial")
+        partial = program.with_suffix(f".{os.getpid()}")
         folders = [f"-I{folder}" for folder in includes(root)]
-        source = root / "tests" / "emulation" / f"{test}.cpp"
-        command: list[str | Path] = ["g++", *FLAGS, *EMULATE, *folders, source, "-o", partial]
+        command: list[str | Path] = [*compiler, *folders, *files, "-o", partial]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            raise RuntimeError(f"{test}.cpp does not compile:\n{result.stderr[-4000:]}")
+            raise RuntimeError(f"{name} does not compile:\n{result.stderr[-4000:]}")
         partial.rename(program)
     return program
 
 
-def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a test program; exit status 0 means that it passed."""
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300)
+def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> Path:
+    """``tests/emulation/<name>.cpp``, and ``others``, of the tree at ``root`` as an emulation."""
+    compiler = ["g++", *FLAGS, *EMULATE, "-x", "c++"]
+    return compile_program(name, compiler, [root / "tests" / "emulation" / f"{name}.cpp", *others], cache, root)
+
+
+def run(program: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs a program; exit status 0 means that it passed. ``mutant``: see mutate.py."""
+    environment = {**os.environ, "RAN_MUTANT": str(mutant)}
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, env=environment)

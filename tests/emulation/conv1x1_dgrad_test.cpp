@@ -45,5 +45,5 @@ void check_empty() {
 int main() {
   for_each_conv1x1([](const auto& in, int) { check_dgrad(in); });
   check_empty();
-  std::puts("conv1x1 dgrad: ok");
+  finish("conv1x1_dgrad");
 }

@@ -143,5 +143,5 @@ int main() {
   for_each_conv1x1([](const auto& in, int number) { check_forward(in, number); });
   check_far_statistics();
   check_refusals();
-  std::puts("conv1x1 forward: ok");
+  finish("conv1x1_forward");
 }

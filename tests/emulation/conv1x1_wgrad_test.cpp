@@ -32,5 +32,5 @@ void check_empty() {
 int main() {
   for_each_conv1x1([](const auto& in, int number) { check_wgrad(in, number % 3 != 0); });
   check_empty();
-  std::puts("conv1x1 wgrad: ok");
+  finish("conv1x1_wgrad");
 }

@@ -76,31 +76,31 @@ void check_warp_operations() {
 
 __global__ void last_block_kernel(int* sums, int* parts, unsigned* counter) {
   RAN_SHARED(unsigned, flag, 1);
-  const int t = threadIdx.x;
-  parts[blockIdx.x * 32 + t] = static_cast<int>(blockIdx.x) * t;
+  const int t = threadIdx.x, threads = blockDim.x;
+  parts[blockIdx.x * threads + t] = static_cast<int>(blockIdx.x) * t;
   if (!ran::last_block(counter, gridDim.x, flag)) return;
   sums[t] = 0;
-  for (int other = 0; other < 32; ++other)
-    for (unsigned block = 0; block < gridDim.x; ++block) sums[t] += __ldcg(parts + block * 32 + other);
+  for (int other = 0; other < threads; ++other)
+    for (unsigned block = 0; block < gridDim.x; ++block) sums[t] += __ldcg(parts + block * threads + other);
 }
 
-// The last block sees all that the others' threads wrote; blocks small enough for the schedules to hold one thread
-// back.
-void check_last_block() {
-  begin_case("last_block");
-  Buffer<int> sums(32), parts(4 * 32);
+// The last block sees all that the others' threads wrote; blocks small enough for the schedules to hold one thread, or
+// one warp, back.
+void check_last_block(int threads) {
+  begin_case("last_block, %d threads", threads);
+  Buffer<int> sums(threads), parts(4 * threads);
   Buffer<unsigned> counter(1);
   counter[0] = 0;
   for (int repeat = 0; repeat < 20; ++repeat)
     run_schedules(
         [&] {
           poison(parts);
-          return RAN_LAUNCH((ran::LaunchShape{dim3(4), dim3(32)}), nullptr, last_block_kernel, sums.data(),
+          return RAN_LAUNCH((ran::LaunchShape{dim3(4), dim3(threads)}), nullptr, last_block_kernel, sums.data(),
                             parts.data(), counter.data());
         },
         sums);
   EXPECT(counter[0] == 0);
-  for (int t = 0; t < 32; ++t) EXPECT(sums[t] == (1 + 2 + 3) * 31 * 16);
+  for (int t = 0; t < threads; ++t) EXPECT(sums[t] == (1 + 2 + 3) * threads * (threads - 1) / 2);
 }
 
 // Every 16-bit number is its own nearest one, and a number between two goes to the nearer.
@@ -215,8 +215,9 @@ int main(int argc, char** argv) {
   check_product<bf16>();
   check_product<f16>();
   check_warp_operations();
-  check_last_block();
+  check_last_block(32);
+  check_last_block(64);
   check_numbers<bf16>();
   check_numbers<f16>();
-  std::puts("emulation: ok");
+  finish("emulation");
 }

@@ -1,10 +1,12 @@
-"""Does the suite notice a missing barrier? Removes each barrier and each wait from a copy of the kernels in turn.
+"""Does the suite notice a missing barrier? Removes and weakens each barrier, wait and commit of the kernels in turn.
 
     python tests/emulation/mutate.py [file.cuh ...]
 
 prints a table of the mutants and what became of them: caught (a test program fails) or alive (all pass). A mutant that
 stays alive must be explained in survivors.json beside this file, and an explanation must be of a mutant that is alive;
 the exit status is 1 otherwise. Files named on the command line restrict the mutants to theirs.
+
+All mutants are built at once, from a copy of the sources in which every such statement asks which mutant is in force.
 """
 
 from __future__ import annotations
@@ -16,41 +18,61 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from build import ROOT, build, run
+from build import ROOT, build, native, run
 
-STATEMENT = re.compile(r"\b(__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_wait<[^;()]*>)\(\);")
+STATEMENT = re.compile(
+    r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"
+)
+#: The next best that each might be mistaken for; a wait for one group less.
+WEAKER = {"__syncthreads": "__syncwarp", "cluster_sync": "__syncthreads", "grid_sync": "__syncthreads"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 WRAPPERS = {"launch.cuh", "mma.cuh"}  # these define the statements
-JOBS = 2
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One statement to be removed: the ``ordinal``-th of its file, counted from 1, so that names outlive edits."""
+    """One statement of a kernel replaced by another, or by none."""
 
+    number: int  # from 1, what the program is told
     file: str
-    ordinal: int
+    ordinal: int  # of the statement in its file, from 1, so that names outlive edits
     line: int
-    start: int
-    end: int
     text: str
+    instead: str
 
     @property
     def name(self) -> str:
-        return f"{self.file}#{self.ordinal}"
+        return f"{self.file}#{self.ordinal} {'weakened' if self.instead else 'removed'}"
+
+    @property
+    def change(self) -> str:
+        return f"{self.text} -> {self.instead}" if self.instead else self.text
 
 
-def mutants() -> list[Mutant]:
-    found = []
-    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")):
+def mutate(root: Path) -> list[Mutant]:
+    """Rewrites the kernels below ``root`` so that ``emu::mutant`` chooses among the mutants, which are returned."""
+    found: list[Mutant] = []
+    for path in sorted((root / "csrc" / "cuda").glob("*.cu*")):
         if path.name in WRAPPERS:
             continue
-        text = path.read_text()
+        text, written = path.read_text(), 0
+        changed = []
         for ordinal, match in enumerate(STATEMENT.finditer(text), 1):
-            line = text.count("\n", 0, match.start()) + 1
-            found.append(Mutant(path.name, ordinal, line, match.start(), match.end(), match.group()))
+            call, groups = match["call"], match["groups"]
+            weaker = f"cp_async_wait<{groups} + 1>" if groups else WEAKER.get(call)
+            choice = f"{call}()"
+            for instead in ("", f"{weaker}()" if weaker else None):
+                if instead is None:
+                    continue
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(Mutant(len(found) + 1, path.name, ordinal, line, f"{call}()", instead))
+                choice = f"emu::mutant == {len(found)} ? {instead or 'void()'} : {choice}"
+            changed += [text[written : match.start()], f"({choice});"]
+            written = match.end()
+        path.write_text("".join(changed) + text[written:])
     return found
 
 
@@ -64,41 +86,39 @@ def included(path: Path, seen: set[str]) -> set[str]:
     return seen
 
 
-def verdict(mutant: Mutant, tests: list[str]) -> str:
-    """What the tests say of one mutant: the first complaint, or an empty string where it stays alive."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        for part in ("csrc", "tests/emulation"):
-            shutil.copytree(ROOT / part, root / part)
-        path = root / "csrc" / "cuda" / mutant.file
-        text = path.read_text()
-        path.write_text(text[: mutant.start] + "{}" + text[mutant.end :])
-        for test in tests:
-            result = run(build(test, root, root))
-            if result.returncode:
-                return f"{test.removesuffix('_test')}: {result.stderr.strip().splitlines()[-1].split(': ')[-1]}"
+def verdict(mutant: Mutant, programs: dict[str, Path], files: dict[str, set[str]]) -> str:
+    """What the tests say of a mutant: the first complaint, or an empty string where it stays alive."""
+    for test, program in programs.items():
+        if mutant.file in files[test] and (result := run(program, mutant=mutant.number)).returncode:
+            return f"{test.removesuffix('_test')}: {result.stderr.strip().splitlines()[-1].split(': ')[-1]}"
     return ""
 
 
 def main(arguments: list[str]) -> int:
     explained: dict[str, str] = json.loads((Path(__file__).parent / "survivors.json").read_text())
-    programs = sorted(path for path in (ROOT / "tests" / "emulation").glob("*_test.cpp"))
-    of_test = {path.stem: included(path, set()) for path in programs}
-    chosen = [mutant for mutant in mutants() if not arguments or mutant.file in arguments]
-    tests = [[test for test, files in of_test.items() if mutant.file in files] for mutant in chosen]
-    alive, failures = 0, []
-    with ThreadPoolExecutor(JOBS) as pool:
-        for mutant, said in zip(chosen, pool.map(verdict, chosen, tests), strict=True):
-            alive += not said
-            print(f"{mutant.name:32} line {mutant.line:4}  {mutant.text:36} {'caught' if said else 'ALIVE '}", end="  ")
-            print((said or explained.get(mutant.name, "not explained"))[:110], flush=True)
-            if bool(said) == (mutant.name in explained):
-                failures.append(
-                    f"{mutant.name}: " + ("caught, yet explained as alive" if said else "alive, and not explained")
-                )
-    print(f"{len(chosen)} mutants, {len(chosen) - alive} caught, {alive} alive")
+    failures, alive = [], 0
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(native.jobs()) as pool:
+        root = Path(folder)
+        for part in ("csrc", "tests/emulation"):
+            shutil.copytree(ROOT / part, root / part)
+        mutants = [mutant for mutant in mutate(root) if not arguments or mutant.file in arguments]
+        files = {path.stem: included(path, set()) for path in (ROOT / "tests/emulation").glob("*_test.cpp")}
+        smallest_first = sorted(files, key=lambda test: (len(files[test]), test))
+        tests = [test for test in smallest_first if files[test] & {mutant.file for mutant in mutants}]
+        print(f"building {len(tests)} programs", flush=True)
+        programs = dict(zip(tests, pool.map(partial(build, cache=root, root=root), tests), strict=True))
+        said = pool.map(partial(verdict, programs=programs, files=files), mutants)
+        for mutant, complaint in zip(mutants, said, strict=True):
+            alive += not complaint
+            place = f"{mutant.file}:{mutant.line}"
+            print(f"{place:30} {mutant.change:66} {'caught' if complaint else 'ALIVE '}", end="  ")
+            print(complaint or explained.get(mutant.name, "not explained"), flush=True)
+            if bool(complaint) == (mutant.name in explained):
+                fault = "caught, yet explained as alive" if complaint else "alive, and not explained"
+                failures.append(f"{mutant.name}: {fault}")
+    print(f"{len(mutants)} mutants, {len(mutants) - alive} caught, {alive} alive")
     print(*failures, sep="\n", end="\n" if failures else "")
-    return 1 if failures or not chosen else 0
+    return 1 if failures or not mutants else 0
 
 
 if __name__ == "__main__":

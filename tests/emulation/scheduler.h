@@ -4,9 +4,8 @@
 // whole grid. Schedules:
 //   forward, reverse  greedy: each warp runs as far as it can go before the next starts (this shows a missing barrier)
 //   round_robin       every warp runs to its next meeting point in turn
-//   shuffled          greedy in a random order of warps, over several gangs at a time (this shows what one block sees
-//   of
-//                     another's unfinished work)
+//   shuffled          greedy in a random order of threads, over several gangs at a time (this shows what one block
+//                     sees of another's unfinished work)
 #pragma once
 
 #include <sys/mman.h>
@@ -17,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <string>
@@ -92,6 +92,11 @@ struct Gang {
 inline Thread* self = nullptr;  // null on the host
 inline const char* kernel = nullptr;
 inline unsigned cluster_size = 1;
+
+inline std::map<const void*, unsigned> launches;  // by a kernel's address: the schedules it has run under, as bits
+
+// The one of mutate.py's changes to the kernels that is in force; 0: none.
+inline const int mutant = std::getenv("RAN_MUTANT") ? std::atoi(std::getenv("RAN_MUTANT")) : 0;
 
 [[noreturn]] inline void fail(const char* text, int line = 0, const Thread* thread = self) {
   std::fprintf(stderr, "emulation: kernel %s", kernel ? kernel : "(none)");
