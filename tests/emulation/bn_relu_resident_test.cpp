@@ -23,6 +23,12 @@ void check_resident_forward(const ran::ChannelView& view, const ResidentPlan& pl
   Buffer<int64_t> batches(1);
   Buffer<unsigned> counters(1);
   counters[0] = 0;
+  // Cumulative; with a given weight; or none are kept.
+  const int kept = static_cast<int>(view.outer % 3);
+  const ran::cuda::RunningStatistics runnings[] = {{running_mean.data(), running_var.data(), batches.data(), -1.0f},
+                                                   {running_mean.data(), running_var.data(), nullptr, 0.5f},
+                                                   {}};
+  const double factors[] = {0.25, 0.5, 0};
   Buffer<char> workspace(ran::cuda::bn_relu_resident_workspace_bytes(view, Type<T>::dtype, plan));
   run_schedules(
       [&] {
@@ -31,18 +37,17 @@ void check_resident_forward(const ran::ChannelView& view, const ResidentPlan& pl
         poison(workspace);
         const ran::BatchNorm<float> norm = v.norm();
         return ran::cuda::bn_relu_resident_forward(out.data(), v.mean.data(), v.var.data(), x.data(), norm.weight,
-                                                   norm.bias, Type<T>::dtype, view, v.eps,
-                                                   {running_mean.data(), running_var.data(), batches.data(), -1.0f},
-                                                   plan, workspace.data(), counters.data(), nullptr);
+                                                   norm.bias, Type<T>::dtype, view, v.eps, runnings[kept], plan,
+                                                   workspace.data(), counters.data(), nullptr);
       },
       out, v.mean, v.var, running_mean, running_var, batches);
-  EXPECT(counters[0] == 0 && batches[0] == 4);
+  EXPECT(counters[0] == 0 && batches[0] == (kept == 0 ? 4 : 3));
   check_statistics(view, x, v.mean, v.var, inputs);
   if (inputs != Inputs::constant) check_forward(view, out, x, v, false);
-  const double n = view.count();
+  const double n = view.count(), f = factors[kept];
   for (int64_t c = 0; c < view.channels; ++c) {
-    expect_close("running_mean", running_mean, c, 0.75 + 0.25 * v.mean[c], 1 + std::fabs(v.mean[c]));
-    expect_close("running_var", running_var, c, 1.5 + 0.25 * v.var[c] * n / (n - 1), 2 + v.var[c]);
+    expect_close("running_mean", running_mean, c, 1 - f + f * v.mean[c], 1 + std::fabs(v.mean[c]));
+    expect_close("running_var", running_var, c, 2 - 2 * f + f * v.var[c] * n / (n - 1), 2 + v.var[c]);
   }
 }
 
@@ -105,12 +110,9 @@ int main() {
     using T = decltype(type);
     const int vector = 16 / sizeof(T);
     for (const bool clusters : {true, false}) {
-      const std::tuple<int64_t, int64_t, int, int> shapes[] = {// rows, vectors a row, group, slab bytes
-                                                               {67, 2, 2, 32},
-                                                               {300, 8, 1, 128},
-                                                               {1100, 1, 4, 16},
-                                                               {5, 2, 8, 32},
-                                                               {9, 4, 2, 64}};
+      const std::tuple<int64_t, int64_t, int, int> shapes[] = {
+          // rows, vectors a row, group, slab bytes
+          {67, 2, 2, 32}, {300, 8, 1, 128}, {1100, 1, 4, 16}, {5, 2, 8, 32}, {40, 1, 16, 16}, {9, 4, 2, 64}};
       for (const auto& [rows, vectors, group, slab_bytes] : shapes) {
         const ran::ChannelView view{rows, vectors * vector, 1};
         const ResidentPlan plan{group, slab_bytes, clusters};
@@ -121,6 +123,16 @@ int main() {
           check_resident_forward<T>(view, plan, inputs);
         for (const Inputs inputs : {Inputs::whole, Inputs::nan}) check_resident_backward<T>(view, plan, inputs, true);
       }
+    }
+    // As they are planned for a device, here one of 12 processors.
+    const ran::ChannelView view{300, 64, 1};
+    for (const int max_cluster : {1, 8}) {
+      const Device device{12, 99 << 10, max_cluster};
+      const auto plan = [&](int tensors) {
+        return ran::cuda::bn_relu_resident_plan(view, Type<T>::dtype, device, tensors);
+      };
+      check_resident_forward<T>(view, plan(1), Inputs::random);
+      check_resident_backward<T>(view, plan(2), Inputs::random, true);
     }
   });
   begin_case("a tensor off its 16 bytes, a plan that does not fit");

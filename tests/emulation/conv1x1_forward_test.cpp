@@ -9,15 +9,16 @@ size_t ran::cuda::conv1x1::wgrad_workspace(const Conv1x1Shape&) { return 0; }
 using namespace check;
 using emu::Buffer;
 
+enum class Statistics { none, of_batch, momentum, cumulative };  // the last two keep running ones as well
 struct Options {
-  bool bias, residual, statistics;
+  bool bias, residual;
+  Statistics statistics;
   int gate_scale;  // 0: no gate
 };
-const Options kOptions[] = {{true, true, true, 0},
-                            {true, false, true, 2},
-                            {false, true, true, 1},
-                            {false, false, false, 0},
-                            {true, false, false, 1}};
+const Options kOptions[] = {{true, true, Statistics::cumulative, 0}, {true, false, Statistics::cumulative, 2},
+                            {false, true, Statistics::momentum, 1},  {false, false, Statistics::none, 0},
+                            {true, false, Statistics::none, 1},      {false, false, Statistics::of_batch, 0},
+                            {true, true, Statistics::of_batch, 2}};
 
 template <typename T>
 struct Outputs {
@@ -31,8 +32,20 @@ struct Outputs {
   Buffer<int64_t> batches{1};
 
   ran::cuda::Conv1x1Statistics statistics() const {
-    if (!options.statistics) return {};
-    return {mean.data(), var.data(), {running_mean.data(), running_var.data(), batches.data(), -1.0f}};
+    switch (options.statistics) {
+      case Statistics::none:
+        return {};
+      case Statistics::of_batch:
+        return {mean.data(), var.data(), {}};
+      case Statistics::momentum:
+        return {mean.data(), var.data(), {running_mean.data(), running_var.data(), nullptr, 0.25f}};
+      default:
+        return {mean.data(), var.data(), {running_mean.data(), running_var.data(), batches.data(), -1.0f}};
+    }
+  }
+  // The weight of this batch in the running statistics; the cumulative average has seen four before.
+  double factor() const {
+    return options.statistics == Statistics::cumulative ? 0.2 : options.statistics == Statistics::momentum ? 0.25 : 0;
   }
   void reset_running() const {
     for (int64_t i = 0; i < s.c_out; ++i) running_mean[i] = 1, running_var[i] = 2;
@@ -57,7 +70,7 @@ template <typename T>
 void check_statistics(const Outputs<T>& out) {
   const std::vector<double> stored = values(out.options.gate_scale ? out.gated : out.y);
   const int64_t channels = out.s.c_out, count = stored.size() / channels;
-  const double factor = 0.2;  // the fifth batch
+  const double factor = out.factor();
   for (int64_t c = 0; c < channels; ++c) {
     Sum mean, var;
     for (int64_t r = 0; r < count; ++r) mean.add(stored[r * channels + c] / count);
@@ -65,10 +78,10 @@ void check_statistics(const Outputs<T>& out) {
     const double unbiased = var.value * count / (count - 1), spread = std::sqrt(var.value) * mean.magnitude;
     expect_close("mean", out.mean, c, mean.value, mean.magnitude);
     expect_close("var", out.var, c, var.value, var.value + spread);
-    expect_close("running_mean", out.running_mean, c, 0.8 + factor * mean.value, 1 + mean.magnitude);
-    expect_close("running_var", out.running_var, c, 1.6 + factor * unbiased, 2 + unbiased + spread);
+    expect_close("running_mean", out.running_mean, c, 1 - factor + factor * mean.value, 1 + mean.magnitude);
+    expect_close("running_var", out.running_var, c, 2 * (1 - factor) + factor * unbiased, 2 + unbiased + spread);
   }
-  EXPECT(out.batches[0] == 5);
+  EXPECT(out.batches[0] == (out.options.statistics == Statistics::cumulative ? 5 : 4));
 }
 
 template <typename T>
@@ -105,7 +118,7 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
   }
   expect_sums("y", out.y, want, in.c.whole);
   if (options.gate_scale) check_gate(out, trunk);
-  if (options.statistics && s.rows() > 1) check_statistics(out);
+  if (options.statistics != Statistics::none && s.rows() > 1) check_statistics(out);
 }
 
 // Values 300 standard deviations from zero: what a naive sum of squares would lose. The weight is the identity.

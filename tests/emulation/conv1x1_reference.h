@@ -22,6 +22,7 @@ struct Conv1x1Case {
   bool whole = false;  // small integers: every sum is exact, so the bits are known
   double shift = 0;    // of the batch normalisation's bias
   int nan_at = -1;     // index in x
+  bool affine = true;  // else the batch normalisation has neither weight nor bias
 };
 
 inline constexpr int kSmall = 99 << 10, kHopper = 227 << 10;
@@ -52,6 +53,12 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     {"whole, plain", {1, 12, 23, 64, 136, 1}, false, 1, kHopper, true},
     {"NaN in x", {1, 6, 23, 40, 136, 1}, true, 1, kHopper, false, 0, 40 * 17 + 21},
     {"NaN in x, plain, stride 2", {1, 6, 23, 40, 72, 2}, false, 132, kHopper, false, 0, 40 * 2 + 5},
+    {"plain, large tile", {1, 9, 15, 72, 136, 1}, false, 1, kHopper},
+    {"plain, small tile", {1, 9, 15, 104, 72, 1}, false, 132, kSmall},
+    {"not affine", {2, 5, 9, 24, 40, 1}, true, 132, kHopper, false, 0, -1, false},
+    // The pixels of wgrad: six parts of at most 4 chunks, two of at most 5; the last part and its last chunk are short.
+    {"whole, pixels split", {1, 39, 37, 24, 16, 1}, true, 132, kHopper, true},
+    {"pixels split, large tile", {1, 17, 33, 72, 72, 1}, true, 2, kHopper},
 };
 
 // A buffer with numbers in it.
@@ -73,11 +80,12 @@ struct Conv1x1Inputs {
     begin_case("conv1x1 %s, %s", c.name, Type<T>::name);
     ran::cuda::conv1x1::emulated_device = {80, c.processors, c.shared_bytes, c.shared_bytes + 1024};
     for (int64_t i = 0; c.whole && i < s.c_in; ++i) var[i] = 1;
+    for (int64_t i = 0; !c.affine && i < s.c_in; ++i) scale[i] = 1, bias[i] = 0;  // what null stands for
     if (c.nan_at >= 0) x[c.nan_at] = make<T>(NAN);
   }
   ran::BatchNorm<float> norm() const {
     if (!c.normalise) return {};
-    return {mean.data(), var.data(), scale.data(), bias.data(), eps()};
+    return {mean.data(), var.data(), c.affine ? scale.data() : nullptr, c.affine ? bias.data() : nullptr, eps()};
   }
   double eps() const { return c.whole ? 0.0 : 1e-5; }
   float z(int64_t at) const {  // of x[at]
