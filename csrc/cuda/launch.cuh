@@ -73,9 +73,9 @@ __device__ __forceinline__ Quotient divide(int64_t a, int b) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, void (*kernel)(Parameters...),
                    Arguments... arguments) {
-  static const std::string full = emu::kernel_name(name, __PRETTY_FUNCTION__);
-  emu::run(full.c_str(), reinterpret_cast<const void*>(kernel),
-           {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
+  emu::Launched& launched = emu::launches[reinterpret_cast<const void*>(kernel)];
+  if (launched.name.empty()) launched.name = emu::kernel_name(name, __PRETTY_FUNCTION__);
+  emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
            [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cudaGetLastError();
 }

@@ -37,21 +37,19 @@ def sources(root: Path) -> list[Path]:
     return sorted(path for path in files if path.suffix in (".h", ".cuh", ".cu", ".cpp"))
 
 
-def compile_program(name: str, compiler: Sequence[str], files: Sequence[Path], cache: Path, root: Path = ROOT) -> Path:
-    """Compiles and links ``files``, unless that has been done; returns the program.
+def compile_program(name: str, command: Sequence[str | Path], cache: Path, root: Path = ROOT) -> Path:
+    """Runs ``command -o program``, unless that has been done; returns the program.
 
     Raises:
         RuntimeError: with what the compiler printed.
     """
-    digest = hashlib.sha256(" ".join([name, *compiler]).encode())
+    digest = hashlib.sha256(" ".join([name, *map(str, command)]).encode())
     for path in sources(root):
         digest.update(path.name.encode() + path.read_bytes())
     program = cache / f"{name}-{digest.hexdigest()[:16]}"
     if not program.exists():
         partial = program.with_suffix(f".{os.getpid()}")
-        folders = [f"-I{folder}" for folder in includes(root)]
-        command: list[str | Path] = [*compiler, *folders, *files, "-o", partial]
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run([*command, "-o", partial], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{name} does not compile:\n{result.stderr[-4000:]}")
         partial.rename(program)
@@ -60,8 +58,9 @@ def compile_program(name: str, compiler: Sequence[str], files: Sequence[Path], c
 
 def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> Path:
     """``tests/emulation/<name>.cpp``, and ``others``, of the tree at ``root`` as an emulation."""
-    compiler = ["g++", *FLAGS, *EMULATE, "-x", "c++"]
-    return compile_program(name, compiler, [root / "tests" / "emulation" / f"{name}.cpp", *others], cache, root)
+    folders = [f"-iquote{folder}" for folder in includes(root)]  # not -I: csrc/math.h must not stand in for <math.h>
+    command = ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++", root / "tests" / "emulation" / f"{name}.cpp", *others]
+    return compile_program(name, command, cache, root)
 
 
 def run(program: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,5 @@
-// What the kernel tests share: values of every dtype, tensors in both layouts, schedules, and comparisons that end the
-// program with the case's name.
+// What the kernel tests share: tensors in both layouts, schedules, and comparisons that end the program with the case's
+// name.
 #pragma once
 
 #include <cstdarg>
@@ -7,12 +7,9 @@
 #include <tuple>
 
 #include "cuda_emulation.h"
-#include "types.h"
+#include "dtypes.h"
 
 namespace check {
-
-using bf16 = __nv_bfloat16;
-using f16 = __half;
 
 inline std::string current_case;
 
@@ -36,53 +33,9 @@ void begin_case(const char* format, Arguments... arguments) {
 #define EXPECT(condition) \
   if (!(condition)) check::mismatch("%s:%d: not so: %s", __FILE__, __LINE__, #condition)
 
-inline double value(float x) { return x; }
-inline double value(bf16 x) { return __bfloat162float(x); }
-inline double value(f16 x) { return __half2float(x); }
-template <typename T>
-T make(double x) {
-  if constexpr (std::is_same_v<T, bf16>) return __float2bfloat16(static_cast<float>(x));
-  if constexpr (std::is_same_v<T, f16>) return __float2half(static_cast<float>(x));
-  if constexpr (std::is_same_v<T, float>) return static_cast<float>(x);
-}
-
-template <typename T>
-struct Type;
-template <>
-struct Type<float> {
-  static constexpr ran::DType dtype = ran::DType::f32;
-  static constexpr const char* name = "float32";
-  static constexpr double ulp = 0x1p-23, tiny = 0x1p-149;
-};
-template <>
-struct Type<bf16> {
-  static constexpr ran::DType dtype = ran::DType::bf16;
-  static constexpr const char* name = "bfloat16";
-  static constexpr double ulp = 0x1p-7, tiny = 0x1p-133;
-};
-template <>
-struct Type<f16> {
-  static constexpr ran::DType dtype = ran::DType::f16;
-  static constexpr const char* name = "float16";
-  static constexpr double ulp = 0x1p-10, tiny = 0x1p-24;
-};
-
-template <typename Body>
-void for_each_type(Body&& body) {
-  body(float{});
-  body(bf16{});
-  body(f16{});
-}
-
-inline std::mt19937 random_bits{20261};
-
-// Numbers in [low, high], rounded to T; whole ones where `whole`.
 template <typename T>
 void fill(const emu::Buffer<T>& buffer, double low, double high, bool whole = false) {
-  for (size_t i = 0; i < buffer.size(); ++i) {
-    const double u = low + (high - low) * (random_bits() * 0x1p-32);
-    buffer[i] = make<T>(whole ? std::floor(u + 0.5) : u);
-  }
+  for (size_t i = 0; i < buffer.size(); ++i) buffer[i] = random_number<T>(low, high, whole);
 }
 
 // Offset of (n, c, y, x) in a dense (., C, H, W) tensor of either layout.
@@ -138,8 +91,8 @@ void run_schedules(Launch&& launch, const Outputs&... outputs) {
 extern "C" const char __executable_start;
 inline void finish(const char* what) {
   std::printf("%s: ok\n", what);
-  for (const auto& [kernel, schedules] : emu::launches)
-    std::printf("%tx %x\n", static_cast<const char*>(kernel) - &__executable_start, schedules);
+  for (const auto& [kernel, launched] : emu::launches)
+    std::printf("%tx %x\n", static_cast<const char*>(kernel) - &__executable_start, launched.schedules);
 }
 
 }  // namespace check

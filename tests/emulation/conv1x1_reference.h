@@ -53,7 +53,8 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     {"whole, plain", {1, 12, 23, 64, 136, 1}, false, 1, kHopper, true},
     {"NaN in x", {1, 6, 23, 40, 136, 1}, true, 1, kHopper, false, 0, 40 * 17 + 21},
     {"NaN in x, plain, stride 2", {1, 6, 23, 40, 72, 2}, false, 132, kHopper, false, 0, 40 * 2 + 5},
-    {"plain, large tile", {1, 9, 15, 72, 136, 1}, false, 1, kHopper},
+    {"plain, large tile", {1, 13, 15, 72, 136, 1}, false, 1, kHopper},
+    {"plain, tall tile", {1, 9, 17, 24, 64, 1}, false, 1, kHopper},
     {"plain, small tile", {1, 9, 15, 104, 72, 1}, false, 132, kSmall},
     {"not affine", {2, 5, 9, 24, 40, 1}, true, 132, kHopper, false, 0, -1, false},
     // The pixels of wgrad: six parts of at most 4 chunks, two of at most 5; the last part and its last chunk are short.

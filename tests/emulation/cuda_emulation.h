@@ -159,15 +159,15 @@ inline std::unique_ptr<Gang> make_gang(const Shape& shape, size_t first, size_t 
 }
 
 // Runs `kernel_body` in every thread of the grid; gangs from the last to the first under the reverse schedule.
-inline void run(const char* name, const void* address, const Shape& shape, std::function<void()> kernel_body) {
+inline void run(Launched& launched, const Shape& shape, std::function<void()> kernel_body) {
   const size_t blocks = size_t(shape.grid.x) * shape.grid.y * shape.grid.z;
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
-  kernel = name;
+  kernel = launched.name.c_str();
   if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32) fail("launch: blocks must be 1 to 32 full warps");
   if (shape.shared_bytes > kMaxShared) fail("launch: more shared memory than an SM has");
   if (shape.cluster == 0 || shape.cluster > 16 || shape.grid.x % shape.cluster)
     fail("launch: the cluster must divide the grid and be at most 16");
-  launches[address] |= 1u << static_cast<int>(schedule);
+  launched.schedules |= 1u << static_cast<int>(schedule);
   gridDim = shape.grid;
   blockDim = shape.block;
   cluster_size = shape.cluster;

@@ -201,6 +201,9 @@ __global__ void faulty_kernel(int fault, float* global) {
   }
 }
 
+// Of the same signature: a fault is reported by the name of the kernel that has it.
+__global__ void faultless_kernel(int, float* global) { global[threadIdx.x] = 1.0f; }
+
 int main(int argc, char** argv) {
   if (argc > 1) {
     const int fault = std::atoi(argv[1]);
@@ -208,6 +211,7 @@ int main(int argc, char** argv) {
     ran::LaunchShape shape = two_warps;
     if (fault >= 15) shape.cluster = 2;
     emu::schedule = argc > 2 ? emu::Schedule::reverse : emu::Schedule::forward;
+    RAN_LAUNCH(shape, nullptr, faultless_kernel, fault, global.data());
     RAN_LAUNCH(shape, nullptr, faulty_kernel, fault, global.data());
     std::puts("the fault went unnoticed");
     return 0;

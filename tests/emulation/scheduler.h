@@ -93,7 +93,11 @@ inline Thread* self = nullptr;  // null on the host
 inline const char* kernel = nullptr;
 inline unsigned cluster_size = 1;
 
-inline std::map<const void*, unsigned> launches;  // by a kernel's address: the schedules it has run under, as bits
+struct Launched {
+  std::string name;
+  unsigned schedules = 0;  // that it has run under, one bit each
+};
+inline std::map<const void*, Launched> launches;  // by the kernel's address
 
 // The one of mutate.py's changes to the kernels that is in force; 0: none.
 inline const int mutant = std::getenv("RAN_MUTANT") ? std::atoi(std::getenv("RAN_MUTANT")) : 0;

@@ -1,0 +1,183 @@
+"""The kernels on a GPU against the same kernels under emulation, launch for launch on the same inputs.
+
+    python tests/emulation/compare_gpu.py --out compared.json
+    python tests/emulation/compare_gpu.py --out compared.json --device cpu     # the emulation against itself, reversed
+
+Small whole numbers, whose sums are exact, must give the same bits, so that any wrong index shows; where a mean divides
+by what is no power of two, and on random numbers, outputs must agree within rounding. With ``--device cpu`` warps run
+in opposite orders, and all must give the same bits. Prints a line a case, writes them to ``--out``, and ends with
+status 1 where any output differs. Needs g++ and numpy, and nvcc for a GPU; no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from build import ROOT, build, compile_program, kernels, native
+
+#: A dtype's numpy type, and the distance of neighbours relative to the larger.
+DTYPES = {
+    "float32": (np.float32, 2.0**-23),
+    "float16": (np.float16, 2.0**-10),
+    "bfloat16": (np.uint16, 2.0**-7),
+    "uint8": (np.uint8, 0.0),
+    "int64": (np.int64, 0.0),
+}
+
+
+@dataclass
+class Output:
+    """What a case left in one tensor."""
+
+    name: str
+    dtype: str
+    exact: bool
+    slack: float
+    data: bytes
+
+    def values(self) -> np.ndarray:
+        array = np.frombuffer(self.data, DTYPES[self.dtype][0])
+        return (array.astype(np.uint32) << 16).view(np.float32) if self.dtype == "bfloat16" else array
+
+
+@dataclass
+class Case:
+    name: str
+    outputs: list[Output] = field(default_factory=list)
+    kernels: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Verdict:
+    """``worst``: the largest difference as a share of what rounding may make, over the outputs that need not be equal."""
+
+    case: str
+    kernels: list[str]
+    equal: int
+    rounded: int
+    worst: float
+    faults: list[str]
+
+
+def read(path: Path) -> tuple[list[str], list[Case]]:
+    """The device's limits and the cases of a file that the program wrote."""
+    limits: list[str] = []
+    cases: list[Case] = []
+    with path.open("rb") as file:
+        while line := file.readline():
+            kind, *words = line.decode().split()
+            if kind == "device":
+                limits = words
+            elif kind == "case":
+                cases.append(Case(words[0]))
+            elif kind == "kernels":
+                cases[-1].kernels = words
+            else:
+                numbers, name, dtype, match, slack, size = words
+                output = Output(f"{name} ({dtype}, {numbers})", dtype, match == "bits", float(slack), file.read(int(size)))
+                cases[-1].outputs.append(output)
+    return limits, cases
+
+
+def excess(got: Output, want: Output) -> float:
+    """The largest difference as a share of what is allowed: one unit in the last place, and the slack."""
+    a, b = got.values().astype(np.float64), want.values().astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    allowed = 1.01 * DTYPES[want.dtype][1] * np.abs(b) + want.slack
+    with np.errstate(invalid="ignore"):
+        share = np.where(same, 0.0, np.abs(a - b) / allowed)
+    return float(np.nan_to_num(share, nan=np.inf).max(initial=0.0))
+
+
+def judge(got: Case, want: Case, all_bits: bool) -> Verdict:
+    """Compares one case of two runs; ``all_bits``: every output is to be the same bit for bit."""
+    verdict = Verdict(want.name, want.kernels, 0, 0, 0.0, [])
+    if got.kernels != want.kernels:
+        verdict.faults.append(f"the device ran {' '.join(got.kernels)}")
+    for a, b in zip(got.outputs, want.outputs, strict=True):
+        if all_bits or b.exact:
+            differ = int((a.values() != b.values()).sum()) if a.data != b.data else 0
+            verdict.equal += a.data == b.data
+            if a.data != b.data:
+                verdict.faults.append(f"{b.name}: {differ} of {b.values().size} values differ")
+        else:
+            share = excess(a, b)
+            verdict.rounded += share <= 1
+            verdict.worst = max(verdict.worst, share)
+            if share > 1:
+                verdict.faults.append(f"{b.name}: off by {share:.3g} times what rounding may make")
+    return verdict
+
+
+def build_for_gpu(cache: Path, arch: str) -> Path:
+    """The program for a GPU; every launch passes by compare_device.h, which notes the kernel.
+
+    Raises:
+        RuntimeError: with what nvcc printed, or where there is no nvcc.
+    """
+    home = native.find_toolkit()
+    if home is None:
+        raise RuntimeError("no nvcc was found; install a CUDA toolkit, or set CUDA_HOME, or give --device cpu")
+    flags = [*native.CUDA_FLAGS, f"-arch={arch}", "-Xlinker=--wrap=cudaLaunchKernelExC", "-x", "cu"]
+    source = ROOT / "tests" / "emulation" / "compare_gpu.cpp"
+    return compile_program("compare_gpu_cuda", [home / "bin" / "nvcc", *flags, source, *kernels()], cache)
+
+
+def run(program: Path, out: Path, *options: str) -> tuple[list[str], list[Case]]:
+    """Runs the program; what it wrote.
+
+    Raises:
+        RuntimeError: with what it printed, where it failed.
+    """
+    result = subprocess.run([program, out, *options], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{program.name} ended with status {result.returncode}: {result.stderr.strip()}")
+    return read(out)
+
+
+def compare(device: str, arch: str, only: list[str], folder: Path) -> list[Verdict]:
+    print("building", flush=True)
+    emulation = build("compare_gpu", folder, others=kernels())
+    if device == "cpu":
+        limits, got = run(emulation, folder / "got", "--schedule", "reverse", *only)
+    else:
+        limits, got = run(build_for_gpu(folder, arch), folder / "got", *only)
+    _, want = run(emulation, folder / "want", "--limits", *limits, *only)
+    return [judge(a, b, all_bits=device == "cpu") for a, b in zip(got, want, strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, as JSON")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--arch", default="native", help="of nvcc, such as sm_90a (default: the GPU at hand)")
+    parser.add_argument("--case", help="only this one")
+    arguments = parser.parse_args()
+    only = ["--case", arguments.case] if arguments.case else []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            verdicts = compare(arguments.device, arguments.arch, only, Path(folder))
+        except RuntimeError as failure:
+            print(f"compare_gpu: {failure}")
+            return 2
+    for v in verdicts:
+        share = f"{v.rounded} within rounding (at most {v.worst:.2f} of it)" if v.rounded else ""
+        print(f"{v.case:26} {'DIFFERS' if v.faults else 'agrees':8} {v.equal:3} equal bits  {share:44} {' '.join(v.kernels)}")
+        print(*(f"    {fault}" for fault in v.faults), sep="\n", end="\n" if v.faults else "")
+    bad = sum(bool(v.faults) for v in verdicts)
+    print(f"{arguments.device}: {len(verdicts)} cases, {bad} differ")
+    partial = arguments.out.with_name(arguments.out.name + ".partial")
+    partial.write_text(json.dumps({"device": arguments.device, "cases": [asdict(v) for v in verdicts]}, indent=1) + "\n")
+    partial.rename(arguments.out)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
