@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "emulation"
 PROGRAMS = sorted(path.stem for path in EMULATION.glob("*_test.cpp"))
 ALL_SCHEDULES = 0b1111  # forward, reverse, round-robin, shuffled
-KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 # The faults of emulation_test.cpp, by number, and the words in which each is reported.
 FAULTS = [
     "read before anything was written",
@@ -63,7 +62,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 def kernels_of(program: str) -> set[str]:
     """Names of the kernels in the .cu files that a program's source includes."""
     files = re.findall(r'#include "../../(csrc/cuda/\w+\.cu)"', (EMULATION / f"{program}.cpp").read_text())
-    return {name for file in files for name in KERNEL.findall((ROOT / file).read_text())}
+    return build.kernel_names(ROOT / file for file in files)
 
 
 def addresses(program: Path) -> dict[str, int]:
@@ -87,7 +86,7 @@ def test_every_instance_matches_double_in_every_schedule(name: str, cache: Path)
 
 
 def test_every_kernel_has_a_program() -> None:
-    shipped = {name for file in build.kernels() for name in KERNEL.findall(file.read_text())}
+    shipped = build.kernel_names(build.kernels())
     assert shipped == set().union(*map(kernels_of, PROGRAMS)) == {instance.split("<")[0] for instance in INSTANCES}
 
 

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "_build"))
-import native  # noqa: E402
-
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 EMULATE = ["-U_FORTIFY_SOURCE", "-DRAN_EMULATE", "-fno-strict-aliasing"]
 
 
@@ -29,6 +27,11 @@ def includes(root: Path) -> list[Path]:
 def kernels(root: Path = ROOT) -> list[Path]:
     """The CUDA files that are shipped."""
     return sorted((root / "csrc" / "cuda").glob("*.cu"))
+
+
+def kernel_names(files: Iterable[Path]) -> set[str]:
+    """Names of the kernels in ``files``."""
+    return {name for file in files for name in KERNEL.findall(file.read_text())}
 
 
 def sources(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
     python tests/emulation/compare_gpu.py --out compared.json
     python tests/emulation/compare_gpu.py --out compared.json --device cpu     # the emulation against itself, reversed
+    python tests/emulation/compare_gpu.py --out compared.json --case dgrad --under "compute-sanitizer --tool racecheck"
 
 Small whole numbers, whose sums are exact, must give the same bits, so that any wrong index shows; where a mean divides
 by what is no power of two, and on random numbers, outputs must agree within rounding. With ``--device cpu`` warps run
@@ -13,15 +14,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from build import ROOT, build, compile_program, kernels, native
+from build import ROOT, build, compile_program, kernels
 
+sys.path.insert(0, str(ROOT / "_build"))
+import native
+
+#: For --device cpu, a Hopper GPU of few processors: capability, processors, shared bytes a block and a processor.
+SMALL_HOPPER = ["90", "4", str(227 << 10), str(228 << 10)]
 #: A dtype's numpy type, and the distance of neighbours relative to the larger.
 DTYPES = {
     "float32": (np.float32, 2.0**-23),
@@ -56,7 +64,7 @@ class Case:
 
 @dataclass
 class Verdict:
-    """``worst``: the largest difference as a share of what rounding may make, over the outputs that need not be equal."""
+    """``worst``: of the outputs that need not be equal, the largest difference as a share of what rounding may make."""
 
     case: str
     kernels: list[str]
@@ -81,8 +89,8 @@ def read(path: Path) -> tuple[list[str], list[Case]]:
                 cases[-1].kernels = words
             else:
                 numbers, name, dtype, match, slack, size = words
-                output = Output(f"{name} ({dtype}, {numbers})", dtype, match == "bits", float(slack), file.read(int(size)))
-                cases[-1].outputs.append(output)
+                data, title = file.read(int(size)), f"{name} ({dtype}, {numbers})"
+                cases[-1].outputs.append(Output(title, dtype, match == "bits", float(slack), data))
     return limits, cases
 
 
@@ -130,27 +138,40 @@ def build_for_gpu(cache: Path, arch: str) -> Path:
     return compile_program("compare_gpu_cuda", [home / "bin" / "nvcc", *flags, source, *kernels()], cache)
 
 
-def run(program: Path, out: Path, *options: str) -> tuple[list[str], list[Case]]:
+def run(command: Sequence[str | Path], out: Path, *options: str) -> tuple[list[str], list[Case]]:
     """Runs the program; what it wrote.
 
     Raises:
-        RuntimeError: with what it printed, where it failed.
+        RuntimeError: with its exit status; it has printed why.
     """
-    result = subprocess.run([program, out, *options], capture_output=True, text=True)
+    result = subprocess.run([*command, out, *options], stdout=sys.stdout if len(command) > 1 else subprocess.DEVNULL)
     if result.returncode:
-        raise RuntimeError(f"{program.name} ended with status {result.returncode}: {result.stderr.strip()}")
+        raise RuntimeError(f"{Path(command[-1]).name} ended with status {result.returncode}")
     return read(out)
 
 
-def compare(device: str, arch: str, only: list[str], folder: Path) -> list[Verdict]:
-    print("building", flush=True)
+def compare(
+    device: str, folder: Path, arch: str = "native", case: str = "", under: Sequence[str] = ()
+) -> list[Verdict]:
+    """Builds in ``folder`` and runs there; ``under``: a command that runs the device's program, as a sanitizer does."""
     emulation = build("compare_gpu", folder, others=kernels())
+    only = ["--case", case] if case else []
     if device == "cpu":
-        limits, got = run(emulation, folder / "got", "--schedule", "reverse", *only)
+        options = ["--schedule", "reverse", "--limits", *SMALL_HOPPER]
+        limits, got = run([*under, emulation], folder / "got", *options, *only)
     else:
-        limits, got = run(build_for_gpu(folder, arch), folder / "got", *only)
-    _, want = run(emulation, folder / "want", "--limits", *limits, *only)
+        limits, got = run([*under, build_for_gpu(folder, arch)], folder / "got", *only)
+    _, want = run([emulation], folder / "want", "--limits", *limits, *only)
     return [judge(a, b, all_bits=device == "cpu") for a, b in zip(got, want, strict=True)]
+
+
+def print_table(verdicts: list[Verdict]) -> None:
+    for v in verdicts:
+        rounded = f"{v.rounded} within {v.worst:.2f} of rounding" if v.rounded else ""
+        agrees = "DIFFERS" if v.faults else "agrees"
+        print(f"{v.case:24} {agrees:7} {v.equal:3} equal bits  {rounded:27} {' '.join(v.kernels)}")
+        for fault in v.faults:
+            print(f"    {fault}")
 
 
 def main() -> int:
@@ -158,23 +179,23 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--arch", default="native", help="of nvcc, such as sm_90a (default: the GPU at hand)")
-    parser.add_argument("--case", help="only this one")
+    parser.add_argument("--case", default="", help="only this one")
+    parser.add_argument("--under", default="", metavar="COMMAND", help="that runs the device's program, and is printed")
     arguments = parser.parse_args()
-    only = ["--case", arguments.case] if arguments.case else []
+    under = shlex.split(arguments.under)
+    print("building and running", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            verdicts = compare(arguments.device, arguments.arch, only, Path(folder))
+            verdicts = compare(arguments.device, Path(folder), arguments.arch, arguments.case, under)
         except RuntimeError as failure:
             print(f"compare_gpu: {failure}")
             return 2
-    for v in verdicts:
-        share = f"{v.rounded} within rounding (at most {v.worst:.2f} of it)" if v.rounded else ""
-        print(f"{v.case:26} {'DIFFERS' if v.faults else 'agrees':8} {v.equal:3} equal bits  {share:44} {' '.join(v.kernels)}")
-        print(*(f"    {fault}" for fault in v.faults), sep="\n", end="\n" if v.faults else "")
+    print_table(verdicts)
     bad = sum(bool(v.faults) for v in verdicts)
     print(f"{arguments.device}: {len(verdicts)} cases, {bad} differ")
     partial = arguments.out.with_name(arguments.out.name + ".partial")
-    partial.write_text(json.dumps({"device": arguments.device, "cases": [asdict(v) for v in verdicts]}, indent=1) + "\n")
+    results = {"device": arguments.device, "cases": [asdict(verdict) for verdict in verdicts]}
+    partial.write_text(json.dumps(results, indent=1) + "\n")
     partial.rename(arguments.out)
     return 1 if bad else 0
 

@@ -12,6 +12,7 @@ All mutants are built at once, from a copy of the sources in which every such st
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from build import ROOT, build, native, run
+from build import ROOT, build, run
 
 STATEMENT = re.compile(
     r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"
@@ -97,7 +98,7 @@ def verdict(mutant: Mutant, programs: dict[str, Path], files: dict[str, set[str]
 def main(arguments: list[str]) -> int:
     explained: dict[str, str] = json.loads((Path(__file__).parent / "survivors.json").read_text())
     failures, alive = [], 0
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(native.jobs()) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         root = Path(folder)
         for part in ("csrc", "tests/emulation"):
             shutil.copytree(ROOT / part, root / part)

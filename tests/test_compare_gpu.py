@@ -1,0 +1,57 @@
+"""tests/emulation/compare_gpu.py: the emulation agrees with itself, the GPU's half compiles, and faults are found."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "emulation"))
+import build
+import compare_gpu
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture
+def cache(request: pytest.FixtureRequest) -> Path:
+    return request.config.cache.mkdir("emulation")
+
+
+def case(values: list[float], dtype: str = "float32", exact: bool = False, kernels: str = "a_kernel"):
+    data = np.array(values, compare_gpu.DTYPES[dtype][0]).tobytes()
+    return compare_gpu.Case("case", [compare_gpu.Output("out", dtype, exact, 0.01, data)], [kernels])
+
+
+@pytest.mark.slow
+def test_the_emulation_agrees_with_itself(cache):
+    verdicts = compare_gpu.compare("cpu", cache)
+    assert [fault for verdict in verdicts for fault in verdict.faults] == []
+    assert all(verdict.equal > 0 for verdict in verdicts)
+    assert {name for verdict in verdicts for name in verdict.kernels} == build.kernel_names(build.kernels())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compare_gpu.native.find_toolkit() is None, reason="needs nvcc")
+def test_the_half_for_a_gpu_compiles_and_links(cache):
+    assert compare_gpu.build_for_gpu(cache, "sm_90a").stat().st_mode & 0o100
+
+
+def test_what_agrees():
+    for dtype in ("float32", "bfloat16", "float16"):
+        assert compare_gpu.judge(case([1, 2], dtype, exact=True), case([1, 2], dtype, exact=True), False).faults == []
+    rounded = compare_gpu.judge(case([1.005, np.nan]), case([1, np.nan]), False)
+    assert rounded.faults == []
+    assert 0.4 < rounded.worst < 0.6
+
+
+def test_what_differs():
+    def faults(got, want, all_bits=False):
+        return compare_gpu.judge(got, want, all_bits).faults
+
+    assert faults(case([1, 2]), case([1, 3], exact=True)) == ["out: 1 of 2 values differ"]
+    assert faults(case([1, 2.001]), case([1, 2]), all_bits=True) == ["out: 1 of 2 values differ"]
+    assert faults(case([1, 2.1]), case([1, 2]))[0].startswith("out: off by 10 times")
+    assert "out: off by inf" in faults(case([1, np.nan]), case([1, 2]))[0]
+    assert faults(case([1], kernels="b_kernel"), case([1])) == ["the device ran b_kernel"]
