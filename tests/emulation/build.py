@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
-KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 EMULATE = ["-U_FORTIFY_SOURCE", "-DRAN_EMULATE", "-fno-strict-aliasing"]
+KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
 
 
 def includes(root: Path) -> list[Path]:
@@ -24,9 +24,9 @@ def includes(root: Path) -> list[Path]:
     return [root / "tests" / "emulation", root / "csrc", root / "csrc" / "cuda"]
 
 
-def kernels(root: Path = ROOT) -> list[Path]:
+def kernels() -> list[Path]:
     """The CUDA files that are shipped."""
-    return sorted((root / "csrc" / "cuda").glob("*.cu"))
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 def kernel_names(files: Iterable[Path]) -> set[str]:
@@ -69,4 +69,4 @@ def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()
 def run(program: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
     """Runs a program; exit status 0 means that it passed. ``mutant``: see mutate.py."""
     environment = {**os.environ, "RAN_MUTANT": str(mutant)}
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, env=environment)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=600, env=environment)

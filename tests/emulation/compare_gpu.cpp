@@ -4,7 +4,6 @@
 //   compare_gpu FILE [--case NAME] [--schedule reverse] [--limits CAPABILITY PROCESSORS A_BLOCK A_PROCESSOR]
 //
 // The launchers plan by the device's limits; --limits gives the emulation those of a GPU.
-#include <cstring>
 #include <functional>
 
 #include "compare_conv1x1.h"
@@ -20,11 +19,11 @@ struct Case {
 };
 
 template <typename Body>
-Case in_all(const char* name, Body body) {
+Case in_all(const std::string& name, Body body) {
   return {name, [body](const Run& run) { check::for_each_type([&](auto type) { body(type, run); }); }};
 }
 template <typename Body>
-Case in_16_bits(const char* name, Body body) {
+Case in_16_bits(const std::string& name, Body body) {
   return {name, [body](const Run& run) { body(bf16{}, run), body(f16{}, run); }};
 }
 
@@ -40,7 +39,7 @@ void add_ops(std::vector<Case>& cases, const DeviceLimits& device) {
   };
   const auto add_resident = [&](const std::string& name, ran::ChannelView view, int group, bool clusters) {
     const auto body = [=](auto type, const Run& run) { resident<decltype(type)>(run, view, group, clusters); };
-    cases.push_back(in_all(name.c_str(), body));
+    cases.push_back(in_all(name, body));
   };
   add_gate("gate", {1, 1, 1, 4101, 1, false});
   add_gate("gate_up_sampled", {2, 24, 5, 7, 2, true});

@@ -27,7 +27,7 @@ from build import ROOT, build, run
 STATEMENT = re.compile(
     r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"
 )
-#: The next best that each might be mistaken for; a wait for one group less.
+#: The narrower barrier that each might be mistaken for. A weaker wait leaves one more group in flight.
 WEAKER = {"__syncthreads": "__syncwarp", "cluster_sync": "__syncthreads", "grid_sync": "__syncthreads"}
 INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 WRAPPERS = {"launch.cuh", "mma.cuh"}  # these define the statements
@@ -53,27 +53,30 @@ class Mutant:
         return f"{self.text} -> {self.instead}" if self.instead else self.text
 
 
+def replacements(statement: re.Match[str]) -> list[str]:
+    """What a statement is replaced by: nothing, and a weaker one where there is such."""
+    if statement["groups"]:
+        return ["", f"cp_async_wait<{statement['groups']} + 1>()"]
+    return ["", f"{WEAKER[statement['call']]}()"] if statement["call"] in WEAKER else [""]
+
+
 def mutate(root: Path) -> list[Mutant]:
     """Rewrites the kernels below ``root`` so that ``emu::mutant`` chooses among the mutants, which are returned."""
     found: list[Mutant] = []
     for path in sorted((root / "csrc" / "cuda").glob("*.cu*")):
         if path.name in WRAPPERS:
             continue
-        text, written = path.read_text(), 0
-        changed = []
-        for ordinal, match in enumerate(STATEMENT.finditer(text), 1):
-            call, groups = match["call"], match["groups"]
-            weaker = f"cp_async_wait<{groups} + 1>" if groups else WEAKER.get(call)
-            choice = f"{call}()"
-            for instead in ("", f"{weaker}()" if weaker else None):
-                if instead is None:
-                    continue
-                line = text.count("\n", 0, match.start()) + 1
-                found.append(Mutant(len(found) + 1, path.name, ordinal, line, f"{call}()", instead))
+        text = path.read_text()
+        changed, end = "", 0
+        for ordinal, statement in enumerate(STATEMENT.finditer(text), 1):
+            line, call = text.count("\n", 0, statement.start()) + 1, f"{statement['call']}()"
+            choice = call
+            for instead in replacements(statement):
+                found.append(Mutant(len(found) + 1, path.name, ordinal, line, call, instead))
                 choice = f"emu::mutant == {len(found)} ? {instead or 'void()'} : {choice}"
-            changed += [text[written : match.start()], f"({choice});"]
-            written = match.end()
-        path.write_text("".join(changed) + text[written:])
+            changed += f"{text[end : statement.start()]}({choice});"
+            end = statement.end()
+        path.write_text(changed + text[end:])
     return found
 
 
@@ -104,8 +107,8 @@ def main(arguments: list[str]) -> int:
             shutil.copytree(ROOT / part, root / part)
         mutants = [mutant for mutant in mutate(root) if not arguments or mutant.file in arguments]
         files = {path.stem: included(path, set()) for path in (ROOT / "tests/emulation").glob("*_test.cpp")}
-        smallest_first = sorted(files, key=lambda test: (len(files[test]), test))
-        tests = [test for test in smallest_first if files[test] & {mutant.file for mutant in mutants}]
+        quickest_first = sorted(files, key=lambda test: (test != "emulation_test", test.removesuffix("_test")))
+        tests = [test for test in quickest_first if files[test] & {mutant.file for mutant in mutants}]
         print(f"building {len(tests)} programs", flush=True)
         programs = dict(zip(tests, pool.map(partial(build, cache=root, root=root), tests), strict=True))
         said = pool.map(partial(verdict, programs=programs, files=files), mutants)
