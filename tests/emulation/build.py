@@ -62,8 +62,8 @@ def compile_program(name: str, command: Sequence[str | Path], cache: Path, root:
 def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> Path:
     """``tests/emulation/<name>.cpp``, and ``others``, of the tree at ``root`` as an emulation."""
     folders = [f"-iquote{folder}" for folder in includes(root)]  # not -I: csrc/math.h must not stand in for <math.h>
-    command = ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++", root / "tests" / "emulation" / f"{name}.cpp", *others]
-    return compile_program(name, command, cache, root)
+    files = [root / "tests" / "emulation" / f"{name}.cpp", *others]
+    return compile_program(name, ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++", *files], cache, root)
 
 
 def run(program: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:
