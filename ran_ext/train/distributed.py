@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,8 @@ def process_group(device: str = "auto") -> Iterator[Ranks]:
     try:
         yield Ranks(dist.get_rank(), world_size, chosen)
     finally:
+        # A DistributedDataParallel that only a cycle of references still holds would abort the process at its end.
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -119,10 +119,10 @@ class Run:
             scaler=state.scaler,
             ema=(state.ema, state.model) if state.ema else None,
         )
-        step = make_step(plain) if make_step else plain
+        step, batches = make_step(plain) if make_step else plain, self.batches
 
         def whole(indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return step(*self.batches.load(indices, draws))
+            return step(*batches.load(indices, draws))
 
         return CapturedStep(whole, on_fallback=self.fall_back) if self.kind == "graph" else whole
 
