@@ -49,6 +49,11 @@ Running::Running(const char* op, const Tensor& x, at::TensorList tensors, std::o
                     "running statistics must be floating point [", x.size(1), "] on ", x.device(), ", got ",
                     t.scalar_type(), " ", t.sizes(), " on ", t.device());
   RAN_CHECK_VALUE(momentum_ || tensors.size() == 3, op, "momentum=None (cumulative average) needs num_batches_tracked");
+  if (tensors.size() == 3)
+    RAN_CHECK_VALUE(
+        tensors[2].numel() == 1 && tensors[2].scalar_type() == at::kLong && tensors[2].device() == x.device(), op,
+        "num_batches_tracked must be one int64 on ", x.device(), ", got ", tensors[2].scalar_type(), " ",
+        tensors[2].sizes(), " on ", tensors[2].device());
   if (torch::autograd::get_current_graph_task_id() != -1) return;
   mean = tensors[0];
   var = tensors[1];

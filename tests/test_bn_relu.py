@@ -157,6 +157,11 @@ def test_errors(backend):
             ValueError,
             "num_batches_tracked",
         ),
+        (
+            lambda: ops.bn_relu(x, None, None, ones, ones, training=True, num_batches_tracked=torch.tensor(0.0)),
+            ValueError,
+            r"num_batches_tracked must be one int64 on x's device cpu, got torch.float32 \[\] on cpu",
+        ),
         (lambda: ops.bn_relu(x[:1, :, :1, :1], None, None, None, None, training=True), ValueError, "more than 1 value"),
         (lambda: ops.bn_relu(x, ones.to("meta"), None, None, None), ValueError, "weight must be on x's device"),
     ]

@@ -149,5 +149,14 @@ def check_batch_norm(
         raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
     if training and momentum is None and running_mean is not None and num_batches_tracked is None:
         raise ValueError(f"{op}: momentum=None (cumulative average) needs num_batches_tracked")
+    if num_batches_tracked is not None and (
+        num_batches_tracked.numel() != 1
+        or num_batches_tracked.dtype != torch.int64
+        or num_batches_tracked.device != x.device
+    ):
+        raise ValueError(
+            f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got {num_batches_tracked.dtype} "
+            f"{list(num_batches_tracked.shape)} on {num_batches_tracked.device}"
+        )
     if (training or running_mean is None) and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
