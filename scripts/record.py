@@ -35,12 +35,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from command import run_command
 from ledger import Ledger
 from reference import training as reference_training
 from timing import environment
 
-from ran_ext.data import CIFAR10, DatasetError
-from ran_ext.train import PRESETS, Config, Ranks, TrainingError, fit, load_checkpoint
+from ran_ext.data import CIFAR10
+from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
@@ -255,15 +256,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
     if options.reference and options.target == "best":
         parser.error("--reference goes with --target 0.893: the other target's network has no plain counterpart")
-    try:
-        run(options)
-    except (TrainingError, DatasetError, ValueError) as error:
-        print(f"record: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("record: interrupted; the same command again goes on", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("record", lambda: run(options))
 
 
 if __name__ == "__main__":

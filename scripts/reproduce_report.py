@@ -18,15 +18,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from experiments.outcomes import Study, StudyError
+from command import run_command
+from experiments.outcomes import Study
 from experiments.page import write_page
 from experiments.plan import SCALES
 from experiments.runs import Deadline, Runner, Stopped, load_images
 from experiments.sections import build
 from timing import environment
 
-from ran_ext.data import DatasetError
-from ran_ext.train import TrainingError
 from ran_ext.train.distributed import choose_device
 
 
@@ -40,14 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--minutes", type=float, help="stop after so many; the same command continues")
     options = parser.parse_args(argv)
-    try:
-        return reproduce(options)
-    except (StudyError, TrainingError, DatasetError, ValueError) as error:
-        print(f"reproduce_report: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"reproduce_report: interrupted; {how_to_continue(options)}", file=sys.stderr)
-        return 130
+    return run_command("reproduce_report", lambda: reproduce(options), how_to_continue(options))
 
 
 def reproduce(options: argparse.Namespace) -> int:

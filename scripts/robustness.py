@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from command import run_command
 from corrupted import ATTENTION, TRUNK, Seed, draw, table
 from ledger import Ledger
 from timing import environment
 
-from ran_ext.data import CIFAR10, CORRUPTIONS, DatasetError, corrupt
+from ran_ext.data import CIFAR10, CORRUPTIONS, corrupt
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train import (
     PRESETS,
     Config,
     Ranks,
-    TrainingError,
     evaluate,
     fit,
     load_checkpoint,
@@ -196,15 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seeds", type=int, help="how many of each network, from 0 (default: the scale's)")
     add("--checkpoint", type=Path, nargs="+", metavar="FILE", help="test these networks instead of training any")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    try:
-        run(parser.parse_args(argv))
-    except (TrainingError, DatasetError, ValueError, OSError) as error:
-        print(f"robustness: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("robustness: interrupted; the same command again goes on", file=sys.stderr)
-        return 130
-    return 0
+    options = parser.parse_args(argv)
+    return run_command("robustness", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from .plan import VARIANTS, Run, Scale, plan
 RESULT = "result.json"
 
 
-class StudyError(Exception):
+class StudyError(ValueError):
     """The folder or the images do not fit the plan; one sentence that says what to do."""
 
 
