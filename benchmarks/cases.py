@@ -80,6 +80,38 @@ class Gate:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvGate:
+    """``conv_attention_gate``: the mask's last convolution at half the resolution, and the gate."""
+
+    shape: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"conv_attention_gate {_size(self.shape)}"
+
+    def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
+        n, c, h, w = self.shape
+        trunk, x = (draw(s, i, dtype, device, layout) for i, s in enumerate((self.shape, (n, c, h // 2, w // 2))))
+        weight = draw((c, c, 1, 1), 2, dtype, device, layout) / 2 ** round(c.bit_length() / 2)
+        bias = draw((c,), 3, dtype, device, torch.contiguous_format)
+        return tuple(t.requires_grad_() for t in (trunk, x, weight, bias))
+
+    def plain(self, trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        mask = F.interpolate(F.conv2d(x, weight, bias), scale_factor=2.0, mode="nearest")
+        return (1 + torch.sigmoid(mask)) * trunk
+
+    def ours(self, trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return ops.conv_attention_gate(trunk, x, weight, bias, 2)
+
+    def passes(self, backward: bool) -> float:
+        return 0
+
+    def flops(self, backward: bool) -> int:
+        n, c, h, w = self.shape
+        return (3 if backward else 1) * 2 * n * (h // 2) * (w // 2) * c * c
+
+
+@dataclasses.dataclass(frozen=True)
 class MaxPool:
     """``max_pool2d``."""
 
@@ -233,7 +265,9 @@ def units(batch: int) -> list[BNReLUConv]:
 
 
 def op_cases(batch: int) -> list[Case]:
-    """The gates, the masks' pyramid, BN-ReLU and BN-ReLU-conv at the seven shapes (four distinct without the conv).
+    """The gates, alone and with the convolution before them, the masks' pyramid, BN-ReLU, and BN-ReLU-conv.
+
+    At the network's seven shapes, of which four are distinct without the convolution.
 
     >>> [case.name for case in op_cases(32)][:2]
     ['attention_gate 32x128x16x16 scale 1', 'attention_gate 32x128x16x16 scale 2']
@@ -242,7 +276,12 @@ def op_cases(batch: int) -> list[Case]:
     wide, deep = convs[0].shape, convs[2].shape
     norms = [BNReLU(shape) for shape in dict.fromkeys(conv.shape for conv in convs)]
     pyramid: list[Case] = [MaxPool(wide), MaxPool(deep), UpsampleAdd((batch, 128, 4, 4))]
-    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *pyramid, *norms, *convs]
+    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *conv_gates(batch), *pyramid, *norms, *convs]
+
+
+def conv_gates(batch: int) -> list[ConvGate]:
+    """The network's two gates, each with its mask's last convolution."""
+    return [ConvGate((batch, 128, 16, 16)), ConvGate((batch, 256, 8, 8))]
 
 
 def large_gates() -> list[Case]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BNReLUConv, units
+from cases import BNReLUConv, ConvGate, conv_gates, units
 from timing import Spread, environment, interleave
 
 from ran_ext import _backend
@@ -27,9 +27,17 @@ from ran_ext import _backend
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
 
 
-def run_pass(case: BNReLUConv, name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def passes(case: BNReLUConv | ConvGate) -> list[str]:
+    """Those of the case that have a fused kernel."""
+    return ["gate"] if isinstance(case, ConvGate) else list(PASSES)
+
+
+def run_pass(case: BNReLUConv | ConvGate, name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """One pass of the op, without autograd around it."""
     with torch.no_grad():
+        if isinstance(case, ConvGate):
+            gate = [t.detach() for t in case.inputs(dtype, torch.channels_last, device)]
+            return lambda: torch.ops.ran_ext.conv_attention_gate(*gate, 2)
         x, bn_weight, bn_bias, _, _, weight, bias = case.inputs(dtype, torch.channels_last, device)
         mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
         norm, geometry = (bn_weight, bn_bias, mean, var), ([1, 1], [0, 0])
@@ -56,12 +64,14 @@ def chosen(way: str) -> Iterator[None]:
 
 
 def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A row for every pass of every 1x1 convolution of the network."""
+    """A row for every pass of every 1x1 convolution of the network that follows BN-ReLU or that a gate follows."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     rows = []
-    for case in (case for batch in batches for case in units(batch) if case.kernel == 1):
+    cases: list[BNReLUConv | ConvGate] = [case for batch in batches for case in units(batch) if case.kernel == 1]
+    cases += [case for batch in batches for case in conv_gates(batch)]
+    for case in cases:
         for dtype in dtypes:
-            for name in PASSES:
+            for name in passes(case):
                 call = run_pass(case, name, dtype, device)
 
                 def timed(way: str, call: Callable[[], object] = call) -> Callable[[], object]:
@@ -75,8 +85,9 @@ def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device,
                 seconds = interleave(ways, rounds, device, flush=True)
                 times = {f"{way}_us": round(1e6 * Spread.of(values).median, 2) for way, values in seconds.items()}
                 n, c, h, w = case.shape
+                pixels, c_out = (n * h * w // 4, c) if isinstance(case, ConvGate) else (n * h * w, case.out_channels)
                 rows.append({"arch": 10 * major + minor, "dtype": str(dtype).removeprefix("torch."), "pass": name})
-                rows[-1] |= {"rows": n * h * w, "c_in": c, "c_out": case.out_channels, **times}
+                rows[-1] |= {"rows": pixels, "c_in": c, "c_out": c_out, **times}
                 print(f"{case.name}, {rows[-1]['dtype']}, {name}: {times}", file=sys.stderr, flush=True)
     return rows
 

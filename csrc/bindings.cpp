@@ -1,6 +1,8 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
+#include <map>
+
 #include "conv_paths.h"
 #ifdef RAN_WITH_CUDA
 #include "cuda_bn_relu.h"
@@ -33,6 +35,13 @@ std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const a
   return ways;
 }
 
+// Whether one kernel takes a 1x1 convolution and the gate behind it, and why.
+std::pair<bool, std::string> conv_gate_way(const at::Tensor& trunk, const at::Tensor& x, const at::Tensor& weight,
+                                           int64_t scale) {
+  const ran::ConvWay way = ran::conv_gate_way(ran::dense(trunk), ran::dense(x), weight, scale);
+  return {way.fused, way.why};
+}
+
 #ifdef RAN_WITH_CUDA
 
 // Forward and backward of BN-ReLU: whether one kernel holds x (and its gradient) in shared memory, and why not.
@@ -51,13 +60,14 @@ using Entry = std::tuple<int, std::string, std::string, int64_t, int64_t, int64_
 
 // arch, dtype, pass, rows, c_in, c_out, fused_us, library_us.
 void set_dispatch_table(const std::vector<Entry>& entries) {
-  using ran::cuda::Conv1x1Pass;
+  const std::map<std::string, ran::ConvPass> passes{{"forward", ran::ConvPass::forward},
+                                                    {"dgrad", ran::ConvPass::dgrad},
+                                                    {"wgrad", ran::ConvPass::wgrad},
+                                                    {"gate", ran::ConvPass::gate}};
   std::vector<ran::Measured> table;
   for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries)
-    table.push_back(
-        {arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16,
-         pass == "forward" ? Conv1x1Pass::forward : (pass == "dgrad" ? Conv1x1Pass::dgrad : Conv1x1Pass::wgrad), rows,
-         c_in, c_out, fused, library});
+    table.push_back({arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16, passes.at(pass), rows, c_in, c_out,
+                     fused, library});
   ran::set_measured(std::move(table));
 }
 
@@ -68,6 +78,7 @@ void set_dispatch_table(const std::vector<Entry>& entries) {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("conv_ways", &conv_ways);
+  m.def("conv_gate_way", &conv_gate_way);
 #ifdef RAN_WITH_CUDA
   m.def("bn_relu_ways", &bn_relu_ways);
   m.def("set_dispatch_table", &set_dispatch_table);

@@ -36,6 +36,7 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
   check(x, weight, conv);
+  check_bias(kOp, bias, weight);
   // The next normalisation's channels are the weight's rows.
   const NextStatistics next{next_stats, Running(kOp, weight.transpose(0, 1), next_running, next_momentum)};
   const ConvOutput y = conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kOp, x, running, momentum), eps}, weight,

@@ -92,6 +92,14 @@ ConvWay conv_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Con
   return cpu_way(pass, x, weight, conv);
 }
 
+ConvWay conv_gate_way(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
+  if (trunk.numel() == 0) return {false, "trunk is empty"};
+#ifdef RAN_WITH_CUDA
+  if (x.is_cuda()) return cuda_conv1x1_gate_way(trunk, x, weight, scale);
+#endif
+  return {false, "the CPU has no kernel for both"};
+}
+
 ConvOutput conv_forward(const Tensor& x, const PreActivation& norm, const Tensor& weight, const OptTensor& bias,
                         const OptTensor& residual, const Convolution& conv, const NextStatistics& next) {
   ConvOutput y;

@@ -16,7 +16,7 @@ struct Convolution {
   }
 };
 
-enum class ConvPass { forward, dgrad, wgrad };
+enum class ConvPass { forward, dgrad, wgrad, gate };  // gate: the forward pass with the attention gate behind it
 
 // What a pass runs on: "fused" (a kernel of this library's own) or "library" (ATen's convolution, with one fused pass
 // of BN-ReLU), and the reason in words.
@@ -25,6 +25,8 @@ struct ConvWay {
   std::string why;
 };
 ConvWay conv_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
+// The same of a 1x1 convolution and the gate that takes its output: "fused" is one kernel for both.
+ConvWay conv_gate_way(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale);
 
 // The normalisation before a convolution: the vectors, and the batch's or the given statistics.
 struct PreActivation {

@@ -19,8 +19,14 @@ cuda::Conv1x1Shape shape_of(const Tensor& x, const Tensor& weight, int64_t strid
 }
 
 cuda::Conv1x1Pass pass_of(ConvPass pass) {
-  if (pass == ConvPass::forward) return cuda::Conv1x1Pass::forward;
-  return pass == ConvPass::dgrad ? cuda::Conv1x1Pass::dgrad : cuda::Conv1x1Pass::wgrad;
+  switch (pass) {
+    case ConvPass::dgrad:
+      return cuda::Conv1x1Pass::dgrad;
+    case ConvPass::wgrad:
+      return cuda::Conv1x1Pass::wgrad;
+    default:
+      return cuda::Conv1x1Pass::forward;
+  }
 }
 
 int architecture() {
@@ -52,7 +58,14 @@ ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, c
   const DType dtype = dtype_of(x, kOp, "x");
   std::string why;
   if (!cuda::conv1x1_supported(pass_of(pass), shape, dtype, &why)) return {false, why};
-  return choose_conv1x1(pass_of(pass), shape, dtype, architecture());
+  return choose_conv1x1(pass, shape, dtype, architecture());
+}
+
+ConvWay cuda_conv1x1_gate_way(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
+  if (scale > 2) return {false, "the convolution's kernel up-samples by 1 or 2 only"};
+  if (!trunk.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return {false, "trunk is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
+  return cuda_conv1x1_way(ConvPass::gate, x, weight, {{1, 1}, {0, 0}});
 }
 
 void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_,
@@ -83,6 +96,27 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
   }
   check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), kOp);
   if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
+}
+
+std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor& x_, const Tensor& weight_,
+                                             const OptTensor& bias, int64_t scale) {
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor trunk = aligned(trunk_), x = aligned(x_), weight = aligned(weight_.contiguous());
+  const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
+  Tensor mask = at::empty({shape.n, shape.c_out, shape.h, shape.w}, x.options(), at::MemoryFormat::ChannelsLast);
+  Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
+  const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::forward, shape));
+  cuda::Conv1x1Forward args{};
+  args.y = mask.mutable_data_ptr();
+  args.gate = {out.mutable_data_ptr(), trunk.const_data_ptr(), trunk.size(2), trunk.size(3), int(scale)};
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
+  args.shape = shape;
+  args.workspace = workspace.mutable_data_ptr();
+  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), "conv_attention_gate");
+  return {out, mask};
 }
 
 std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,

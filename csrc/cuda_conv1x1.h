@@ -13,10 +13,16 @@ namespace ran {
 // chosen (cuda_dispatch.h).
 ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
 
+// The same of the gate in the forward kernel's epilogue.
+ConvWay cuda_conv1x1_gate_way(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale);
+
 // y.out = conv(relu(bn(x))) + bias + residual, and the next statistics where they are wanted.
 void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
                           const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
                           const NextStatistics& next);
+// The gated trunk, and the mask that gates it: conv(x) + bias.
+std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight,
+                                             const OptTensor& bias, int64_t scale);
 // dz, the gradient of bn(x), and its sums; stride 1.
 std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
                                                     const Tensor& weight);

@@ -21,7 +21,7 @@ double distance(const Measured& entry, const cuda::Conv1x1Shape& shape) {
   return std::abs(std::log(double(entry.rows) / double(shape.rows())));
 }
 
-const Measured* nearest(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
+const Measured* nearest(ConvPass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
   const Measured* best = nullptr;
   for (const Measured& entry : measured())
     if (entry.arch == arch && entry.dtype == dtype && entry.pass == pass && entry.c_in == shape.c_in &&
@@ -34,7 +34,7 @@ const Measured* nearest(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape,
 
 void set_measured(std::vector<Measured> table) { measured() = std::move(table); }
 
-ConvWay choose_conv1x1(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
+ConvWay choose_conv1x1(ConvPass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch) {
   const std::string choice = environment_choice("RAN_EXT_CONV1X1", {"auto", "fused", "library"});
   if (choice != "auto") return {choice == "fused", "RAN_EXT_CONV1X1=" + choice};
   const Measured* entry = nearest(pass, shape, dtype, arch);

@@ -13,8 +13,8 @@ namespace ran {
 struct Measured {
   int arch;  // 90 for compute capability 9.0
   DType dtype;
-  cuda::Conv1x1Pass pass;
-  int64_t rows, c_in, c_out;  // output pixels, channels
+  ConvPass pass;
+  int64_t rows, c_in, c_out;  // output pixels (of a gate: the mask's), channels
   double fused_us, library_us;
 };
 
@@ -24,6 +24,6 @@ void set_measured(std::vector<Measured> table);
 // The way of a pass that the fused kernel could take (cuda::conv1x1_supported): the faster of the measurement whose
 // rows are nearest, among those of the same architecture, dtype, pass and channels; without one, the library's. The
 // environment variable RAN_EXT_CONV1X1, read at every call, overrides it: `auto` (the table), `fused` or `library`.
-ConvWay choose_conv1x1(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch);
+ConvWay choose_conv1x1(ConvPass pass, const cuda::Conv1x1Shape& shape, DType dtype, int arch);
 
 }  // namespace ran

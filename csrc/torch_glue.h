@@ -58,6 +58,15 @@ inline ChannelView view_of(const Tensor& dense_x) {
   return {n * pixels, c, 1};
 }
 
+// A convolution's bias, where there is one, is a vector of the weight's rows and dtype.
+inline void check_bias(const char* op, const OptTensor& bias, const Tensor& weight) {
+  if (!present(bias)) return;
+  RAN_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias must be (", weight.size(0), "), got ",
+                  bias->sizes());
+  RAN_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), op, "bias must have weight's dtype ",
+                 weight.scalar_type(), ", got ", bias->scalar_type());
+}
+
 // Both devices' kernels have the CPU's signatures; the GPU's run on the current stream of the current device.
 using Kernels = cpu::Kernels;
 const Kernels& cpu_kernels();

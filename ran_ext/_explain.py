@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend
-from .nn import AttentionGate, BNReLU, BNReLUConv2d
+from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
 PASSES = ("forward", "dgrad", "wgrad")
 #: What a pass runs on, for the table.
@@ -51,12 +51,18 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
     """The calls in the order in which they are made."""
     found: list[Layer] = []
     twin = copy.deepcopy(model)
+    # Asked before there are hooks, which part the two.
+    gates = {m.gate: m.gate_conv for m in twin.modules() if isinstance(m, AttentionModule) and m.gate_conv is not None}
+    taken: dict[nn.Module, Tensor] = {}
     for name, module in twin.named_modules():
         if not isinstance(module, (BNReLUConv2d, BNReLU, AttentionGate, nn.Conv2d)):
             continue
 
         def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            taken[module] = args[0]
             found.append(_describe(name, module, args[0]))
+            if module in gates:
+                found[-1].ways["forward"] = _gate_way(args[0], gates[module], taken[gates[module]])
 
         module.register_forward_pre_hook(note)
     devices = [x.device for x in inputs if x.is_cuda]
@@ -109,6 +115,18 @@ def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
     kernels: Any = _backend._C
     ways = zip(PASSES, kernels.conv_ways(x, conv.weight.to(x.dtype), conv.stride, conv.padding), strict=True)
     return {one: (FUSED, "") if fused else (LIBRARY, why) for one, (fused, why) in ways}
+
+
+def _gate_way(trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
+    if missing := _why_plain(x):
+        return PLAIN, missing
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if trunk.dtype != dtype:
+        return FUSED, "the convolution before it apart: trunk is wider"
+    kernels: Any = _backend._C
+    both, why = kernels.conv_gate_way(trunk, x.to(dtype), conv.weight.to(dtype), 2)
+    return FUSED, f"{'with' if both else 'without'} the convolution before it: {why}"
 
 
 def _why_plain(x: Tensor) -> str:

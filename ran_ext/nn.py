@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
@@ -196,7 +198,8 @@ class SoftMaskBranch(nn.Module):
         self.conv1 = nn.Conv2d(channels, channels, 1, bias=bias)
         self.conv2 = nn.Conv2d(channels, channels, 1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """What ``conv2`` takes."""
         pyramid: list[Tensor] = []
         for units in self.down:
             x = units(ops.max_pool2d(x))
@@ -205,11 +208,17 @@ class SoftMaskBranch(nn.Module):
             lower, upper = self.up[level](x), pyramid[level - 1]
             skip = self.skip[level - 1](upper) if len(self.skip) else None
             x = ops.upsample_add(lower, skip, upper.shape[2:])
-        return self.conv2(self.conv1(self.up[0](x)))
+        return self.conv1(self.up[0](x))  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.features(x))
 
 
 class AttentionModule(nn.Module):
     """Attention module of Wang et al. 2017: ``post(gate(trunk(pre(x)), mask(pre(x))))``.
+
+    The mask's last convolution runs in the gate's op (:func:`ran_ext.ops.conv_attention_gate`) unless a hook on
+    ``gate``, ``mask`` or ``mask.conv2`` looks at what passes between them.
 
     Args:
         channels: of input and output.
@@ -249,7 +258,21 @@ class AttentionModule(nn.Module):
                 f"pixels, got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
             )
         x = self.pre(x)
-        return self.post(self.gate(self.trunk(x), self.mask(x)))
+        trunk, conv = self.trunk(x), self.gate_conv
+        if conv is None or torch.compiler.is_compiling():
+            return self.post(self.gate(trunk, self.mask(x)))
+        mask = self.mask.features(x)
+        return self.post(ops.conv_attention_gate(trunk, mask, conv.weight, conv.bias, self.gate.scale_factor))
+
+    @property
+    def gate_conv(self) -> nn.Conv2d | None:
+        """The convolution that runs in the gate's op; None where the gate runs by itself."""
+        if type(self.gate) is not AttentionGate or type(self.mask) is not SoftMaskBranch:
+            return None
+        conv = self.mask.conv2
+        if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or not _is_plain(conv):
+            return None
+        return None if any(map(_is_hooked, (self.gate, self.mask, conv))) or _has_any_global_hook() else conv
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -292,6 +315,11 @@ def _is_plain(conv: nn.Module) -> bool:
         and conv.padding_mode == "zeros"
         and not isinstance(conv.padding, str)
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)  # replaced on the object itself, as some libraries do
 
 
 def _synchronises(bn: nn.SyncBatchNorm) -> bool:

@@ -45,7 +45,7 @@ def test_ratio_is_taken_within_each_round():
 
 @needs_kernels
 @pytest.mark.parametrize("task", ["forward", "forward + backward"])
-@pytest.mark.parametrize("index", range(17))
+@pytest.mark.parametrize("index", range(19))
 def test_contenders_of_ops_agree(index, task):
     from agreement import limits, verify
     from cases import op_cases

@@ -10,6 +10,7 @@ import pytest
 import test_attention_gate as gate
 import test_bn_relu as norm
 import test_bn_relu_conv as conv
+import test_conv_attention_gate as conv_gate
 import test_max_pool as pool
 import test_nn as modules
 import test_upsample_add as upsample
@@ -67,6 +68,15 @@ def test_gate(shape, scale, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 5, 7, 9), (2, 40, 7, 5), (8, 128, 16, 16), (1, 256, 33, 31)])
+def test_conv_gate(shape, scale, dtype, layout, choice):
+    conv_gate.check(shape, 24, scale, dtype, LAYOUTS[layout])
+    conv_gate.check(shape, 24, scale, dtype, LAYOUTS[layout], bias=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", [True, False])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 2, 2), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
 def test_pyramid(shape, option, dtype, layout):
@@ -110,6 +120,11 @@ def test_bn_relu_conv2d(case, training, dtype, layout, choice):
         gate.test_empty,
         gate.test_gradcheck_and_second_derivatives,
         gate.test_opcheck,
+        conv_gate.test_sliced_expanded_and_transposed_inputs,
+        conv_gate.test_empty_batch,
+        conv_gate.test_gradcheck_and_second_derivatives,
+        conv_gate.test_opcheck,
+        conv_gate.test_keeps_trunk_x_weights_and_the_mask_only,
         pool.test_empty_batch,
         pool.test_one_row_one_column_one_pixel,
         pool.test_sliced_expanded_and_transposed_inputs,
@@ -170,6 +185,11 @@ def test_running_statistics_of_any_dtype(choice):
 
 
 def test_explain_says_what_the_environment_chose(choice):
+    module = AttentionModule(64, 1).bfloat16().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 64, 4, 4).bfloat16().to(memory_format=torch.channels_last)
+    gate = {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"]
+    inside = "with" if choice == "fused" else "without"
+    assert gate == ("fused", f"{inside} the convolution before it: RAN_EXT_CONV1X1={choice}")
     [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), torch.randn(2, 64, 4, 4).bfloat16())
     assert "channels_last" in row.ways["forward"][1]
     x = torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)

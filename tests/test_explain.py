@@ -57,6 +57,15 @@ def test_names_autocast_and_unfused_kinds():
     assert "runs unfused" in ways["0"][1]
 
 
+@needs_kernels
+def test_gate_says_whether_the_convolution_before_it_is_inside():
+    module, x = AttentionModule(8, 1).eval(), torch.randn(2, 8, 8, 8)
+    gate = {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"]
+    assert gate == (FUSED, "without the convolution before it: the CPU has no kernel for both")
+    module.gate.register_forward_hook(lambda *args: None)
+    assert {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"] == (FUSED, "")
+
+
 def test_prints_a_table_with_numbered_reasons(capsys):
     with set_backend("reference"):
         explain(AttentionModule(8, 1), torch.randn(2, 8, 8, 8))

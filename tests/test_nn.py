@@ -126,6 +126,42 @@ def test_attention_module_equals_masks_at_full_resolution():
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_hook_between_mask_and_gate_is_called_and_changes_no_bit(training):
+    """Hooks part the gate from the mask's last convolution; without them they are one op."""
+    module, x = AttentionModule(8, 2).train(training), torch.randn(2, 8, 9, 7)
+    alone, seen = copy.deepcopy(module), []
+    assert module.gate_conv is module.mask.conv2
+    for part in (module.gate, module.mask, module.mask.conv2):
+        handle = part.register_forward_hook(lambda part, inputs, out: seen.append(part))
+        assert module.gate_conv is None
+        assert torch.equal(copy.deepcopy(module)(x), copy.deepcopy(alone)(x))
+        handle.remove()
+    assert len(seen) == 3
+    with torch.nn.modules.module.register_module_forward_hook(lambda *args: None):
+        assert module.gate_conv is None
+    module.gate.forward = lambda trunk, mask: trunk  # as libraries that wrap modules do
+    assert module.gate_conv is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module.mask, "conv2", nn.Identity()),
+        lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 3, padding=1)),
+        lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 1, groups=2)),
+        lambda module: setattr(module, "mask", nn.AvgPool2d(2, ceil_mode=True)),
+        lambda module: nn.utils.parametrizations.weight_norm(module.mask.conv2),
+    ],
+)
+def test_other_kinds_of_mask_run_as_written(change):
+    module, x = AttentionModule(8, 1).eval(), torch.randn(2, 8, 9, 7)
+    change(module)
+    assert module.gate_conv is None
+    y = module.pre(x)
+    torch.testing.assert_close(module(x), module.post(module.gate(module.trunk(y), module.mask(y))))
+
+
 def test_gate_module_says_its_scale():
     assert repr(AttentionGate(2)) == "AttentionGate(scale_factor=2)"
 

@@ -63,11 +63,11 @@ struct Conv1x1Forward {
 // only.
 struct Conv1x1Dgrad {
   void* dz;            // of x's shape
-  float* sum_dz;       // (c_in); unused without norm
-  float* sum_dz_xhat;  // (c_in); unused without norm
+  float* sum_dz;       // (c_in)
+  float* sum_dz_xhat;  // (c_in)
   const void* dy;
   const void* x;
-  BatchNorm<float> norm;  // mean null: dz is the gradient of x itself, and x is not read
+  BatchNorm<float> norm;
   const void* weight;
   Conv1x1Shape shape;
   void* workspace;
@@ -79,7 +79,7 @@ struct Conv1x1Wgrad {
   void* dbias;    // (c_out) or null
   const void* dy;
   const void* x;
-  BatchNorm<float> norm;  // mean null: x as it is, without ReLU
+  BatchNorm<float> norm;
   Conv1x1Shape shape;
   void* workspace;
 };

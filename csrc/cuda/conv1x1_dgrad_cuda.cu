@@ -41,49 +41,41 @@ __device__ __forceinline__ void load_vector(Shared<float> table, float (&v)[8]) 
   for (int i = 0; i < 4; ++i) v[i] = low.value[i], v[i + 4] = high.value[i];
 }
 
-template <typename Tile, typename T, bool kNormalise>
+template <typename Tile, typename T>
 __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> args) {
   Product<Tile, T, false, true> product(args.product, dynamic_shared<T>());
   product.start();
   const int rows = args.product.a.rows, columns = args.product.columns;
   const int column = product.first_column() + 8 * threadIdx.x;
-  ColumnTable table;
-  if constexpr (kNormalise)
-    table = ColumnTable::fill<Tile::kColumns>(product.table(), args.norm, product.first_column(), columns);
+  const auto table = ColumnTable::fill<Tile::kColumns>(product.table(), args.norm, product.first_column(), columns);
   GradientSums total[8] = {};
 
   const auto fetch_x = [&](int row) {
-    const bool wanted = kNormalise && row < rows && column < columns;
+    const bool wanted = row < rows && column < columns;
     return wanted ? load_pack<8>(args.x + static_cast<int64_t>(row) * columns + column) : Pack<T, 8>{};
   };
   for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
     typename decltype(product)::Sums sums;
     product.run(sums);
     float scale[8], shift[8], mean[8];
-    if constexpr (kNormalise)
-      load_vector(table.scale, scale), load_vector(table.shift, shift), load_vector(table.mean, mean);
+    load_vector(table.scale, scale), load_vector(table.shift, shift), load_vector(table.mean, mean);
     visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_x,
                      [&](int row, const Pack<T, 8>& packed_x, float (&dz)[8]) {
                        if (row >= rows || column >= columns) return;
                        float x[8];
                        unpack(packed_x, x);
-                       if constexpr (kNormalise) {
 #pragma unroll
-                         for (int i = 0; i < 8; ++i)  // where z is NaN the gradient passes, as in torch
-                           dz[i] = normalise(x[i], ScaleShift<float>{scale[i], shift[i]}) <= 0 ? 0 : dz[i];
-                       }
+                       for (int i = 0; i < 8; ++i)  // where z is NaN the gradient passes, as in torch
+                         dz[i] = normalise(x[i], ScaleShift<float>{scale[i], shift[i]}) <= 0 ? 0 : dz[i];
                        const auto rounded = pack_floats<T>(dz);
                        store_pack<8>(args.dz + static_cast<int64_t>(row) * columns + column, rounded);
-                       if constexpr (kNormalise) {
-                         unpack(rounded, dz);
+                       unpack(rounded, dz);
 #pragma unroll
-                         for (int i = 0; i < 8; ++i)
-                           total[i] = {total[i].dz + dz[i], std::fma(dz[i], x[i] - mean[i], total[i].dz_xhat)};
-                       }
+                       for (int i = 0; i < 8; ++i)
+                         total[i] = {total[i].dz + dz[i], std::fma(dz[i], x[i] - mean[i], total[i].dz_xhat)};
                      });
   }
-  if constexpr (kNormalise)
-    leave_partials<Tile>(total, args.partials, product.first_column(), columns, product.stage());
+  leave_partials<Tile>(total, args.partials, product.first_column(), columns, product.stage());
 }
 
 // One channel a column of threads; the partial dz_xhat still lack their common factor 1 / standard deviation.
@@ -101,7 +93,6 @@ template <typename T>
 cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
   const Conv1x1Shape& s = p.shape;
   const int rows = static_cast<int>(s.rows()), c_in = static_cast<int>(s.c_in), c_out = static_cast<int>(s.c_out);
-  const bool normalise = p.norm.mean != nullptr;
   const Plan plan = make_plan(rows, c_out, c_in, dgrad_table_bytes());
   auto* partials = static_cast<GradientSums*>(p.workspace);
   if (rows > 0) {
@@ -118,12 +109,10 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
       using Tile = decltype(t);
       const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles), dim3(Tile::kVectors, Tile::kRowGroups),
                               plan.shared_bytes};
-      return normalise ? RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T, true>, args)
-                       : RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T, false>, args);
+      return RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T>, args);
     });
     if (error != cudaSuccess) return error;
   }
-  if (!normalise) return cudaSuccess;
   return RAN_LAUNCH(merge_shape(c_in), stream, gradient_sums_kernel, p.sum_dz, p.sum_dz_xhat,
                     static_cast<const GradientSums*>(partials), p.norm, plan.row_blocks, c_in);
 }

@@ -95,17 +95,15 @@ class Chunks {
   int chunk_, end_, count_, slot_ = 0, next_slot_ = 0;
 };
 
-template <typename Tile, typename T, bool kNormalise>
+template <typename Tile, typename T>
 __global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> args) {
   const int lane = thread_rank() % 32, warp = thread_rank() / 32;
   const int c_in = args.x.columns, c_out = args.dy.columns, warp_row = warp * Tile::kWarpRows;
   const int row0 = blockIdx.x * Tile::kRows + warp_row + lane / 4, column0 = blockIdx.y * Tile::kColumns + lane % 4 * 2;
   Chunks<Tile, T> chunks(args, dynamic_shared<T>());
   ScaleShift<float> s[Tile::kBlocks][2];
-  if constexpr (kNormalise) {
 #pragma unroll
-    for (int i = 0; i < 2 * Tile::kBlocks; ++i) s[i / 2][i % 2] = channel_scale_shift(args.norm, row0 + 8 * i, c_in);
-  }
+  for (int i = 0; i < 2 * Tile::kBlocks; ++i) s[i / 2][i % 2] = channel_scale_shift(args.norm, row0 + 8 * i, c_in);
   // Each warp sums dy over every fourth pair of column tiles it meets; a lane has 4 of 16 pixels of a column.
   constexpr int kPairs = Tile::kColumns / 16;
   float sums[Tile::kBlocks][2 * kPairs][4] = {}, dy_sums[kPairs / kWarps][2] = {};
@@ -118,10 +116,8 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> a
       for (int block = 0; block < Tile::kBlocks; ++block) {
         const int row = warp_row + 16 * block;
         load_rows<true>(a[block], x + row / kPanel * kPanel * kPanel, row % kPanel, k);
-        if constexpr (kNormalise) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[block][i] = bn_relu_pair<T>(a[block][i], s[block][i % 2], s[block][i % 2]);
-        }
+        for (int i = 0; i < 4; ++i) a[block][i] = bn_relu_pair<T>(a[block][i], s[block][i % 2], s[block][i % 2]);
       }
 #pragma unroll
       for (int pair = 0; pair < kPairs; ++pair) {
@@ -186,8 +182,7 @@ cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
     const auto run = [&](auto t) {
       using Tile = decltype(t);
       const LaunchShape shape{dim3(plan.row_tiles, plan.column_tiles, plan.splits), dim3(kThreads), Tile::kSharedBytes};
-      return p.norm.mean ? RAN_LAUNCH(shape, stream, wgrad_kernel<Tile, T, true>, args)
-                         : RAN_LAUNCH(shape, stream, wgrad_kernel<Tile, T, false>, args);
+      return RAN_LAUNCH(shape, stream, wgrad_kernel<Tile, T>, args);
     };
     const cudaError_t error = plan.large ? run(LargeWgradTile{}) : run(SmallWgradTile{});
     if (error != cudaSuccess) return error;

@@ -4,6 +4,7 @@ from . import _fakes  # noqa: F401
 from .attention_gate import attention_gate, attention_gate_ref
 from .bn_relu import bn_relu, bn_relu_ref
 from .bn_relu_conv import BatchStatistics, Chained, bn_relu_conv2d, bn_relu_conv2d_ref, chained_bn_relu_conv2d
+from .conv_attention_gate import conv_attention_gate, conv_attention_gate_ref
 from .max_pool import max_pool2d, max_pool2d_ref
 from .upsample_add import upsample_add, upsample_add_ref
 
@@ -17,6 +18,8 @@ __all__ = [
     "bn_relu_conv2d_ref",
     "bn_relu_ref",
     "chained_bn_relu_conv2d",
+    "conv_attention_gate",
+    "conv_attention_gate_ref",
     "max_pool2d",
     "max_pool2d_ref",
     "upsample_add",

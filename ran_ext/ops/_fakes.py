@@ -47,6 +47,10 @@ def _register() -> None:
             memory_format=_format(dtrunk)
         )
 
+    @fake("ran_ext::conv_attention_gate")
+    def _(trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int) -> tuple[Tensor, Tensor]:
+        return _gate_like(trunk, scale_factor), F.conv2d(x, weight, bias)
+
     @fake("ran_ext::max_pool2d")
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         out = _empty_at(x, -(-x.shape[2] // 2), -(-x.shape[3] // 2))
@@ -141,6 +145,10 @@ def _register() -> None:
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
     def _(x: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return conv_flop_count(x, args[8], out_shape[0])
+
+    @register_flop_formula(torch.ops.ran_ext.conv_attention_gate)  # type: ignore[untyped-decorator]
+    def _(trunk: Any, x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return conv_flop_count(x, weight, out_shape[1])
 
     @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
     def _(

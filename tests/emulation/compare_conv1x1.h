@@ -51,34 +51,30 @@ void conv1x1_forward(const Run& run, const Conv1x1Shape& s, const Fused& fused) 
 }
 
 template <typename T>
-void conv1x1_dgrad(const Run& run, const Conv1x1Shape& s, bool normalise) {
+void conv1x1_dgrad(const Run& run, const Conv1x1Shape& s) {
   const auto x = run.input<T>(s.n * s.h * s.w * s.c_in, -2, 2), weight = run.input<T>(s.c_out * s.c_in, -1, 1),
              dy = run.input<T>(s.rows() * s.c_out, -2, 2);
   const Norm norm(run, s.c_in);
   const Array<T> dz(x.size());
   const Array<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
   const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::dgrad, s));
-  const ran::cuda::Conv1x1Dgrad args{dz.data(),          sum_dz.data(),
-                                     sum_dz_xhat.data(), dy.data(),
-                                     x.data(),           normalise ? norm.get() : ran::BatchNorm<float>{},
-                                     weight.data(),      s,
+  const ran::cuda::Conv1x1Dgrad args{dz.data(),       sum_dz.data(), sum_dz_xhat.data(), dy.data(),
+                                     x.data(),        norm.get(),    weight.data(),      s,
                                      workspace.data()};
   run.launch(ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr));
   run.output("dz", dz, Match::bits, rounding(2 * s.c_out));
-  if (!normalise) return;
   run.output("sum_dz", sum_dz, Match::bits, flips<T>(20, s.rows()));
   run.output("sum_dz_xhat", sum_dz_xhat, Match::bits, flips<T>(80, s.rows()));
 }
 
 template <typename T>
-void conv1x1_wgrad(const Run& run, const Conv1x1Shape& s, bool normalise) {
+void conv1x1_wgrad(const Run& run, const Conv1x1Shape& s) {
   const auto x = run.input<T>(s.n * s.h * s.w * s.c_in, -2, 2), dy = run.input<T>(s.rows() * s.c_out, -2, 2);
   const Norm norm(run, s.c_in);
   const Array<T> dweight(s.c_out * s.c_in), dbias(s.c_out);
   const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::wgrad, s));
-  const ran::cuda::Conv1x1Wgrad args{
-      dweight.data(),  dbias.data(), dy.data(), x.data(), normalise ? norm.get() : ran::BatchNorm<float>{}, s,
-      workspace.data()};
+  const ran::cuda::Conv1x1Wgrad args{dweight.data(),  dbias.data(), dy.data(), x.data(), norm.get(), s,
+                                     workspace.data()};
   run.launch(ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr));
   run.output("dweight", dweight, Match::bits, rounding(20 * s.rows()));
   run.output("dbias", dbias, Match::bits, rounding(2 * s.rows()));

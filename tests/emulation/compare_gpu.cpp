@@ -64,12 +64,12 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
     const auto body = [=](auto type, const Run& run) { conv1x1_forward<decltype(type)>(run, s, fused); };
     cases.push_back(in_16_bits(name, body));
   };
-  const auto add_dgrad = [&](const char* name, Conv1x1Shape s, bool norm) {
-    const auto body = [=](auto type, const Run& run) { conv1x1_dgrad<decltype(type)>(run, s, norm); };
+  const auto add_dgrad = [&](const char* name, Conv1x1Shape s) {
+    const auto body = [=](auto type, const Run& run) { conv1x1_dgrad<decltype(type)>(run, s); };
     cases.push_back(in_16_bits(name, body));
   };
-  const auto add_wgrad = [&](const char* name, Conv1x1Shape s, bool norm) {
-    const auto body = [=](auto type, const Run& run) { conv1x1_wgrad<decltype(type)>(run, s, norm); };
+  const auto add_wgrad = [&](const char* name, Conv1x1Shape s) {
+    const auto body = [=](auto type, const Run& run) { conv1x1_wgrad<decltype(type)>(run, s); };
     cases.push_back(in_16_bits(name, body));
   };
   const Conv1x1Shape small{2, 7, 9, 40, 72, 1}, strided{2, 7, 9, 40, 72, 2}, deep{1, 5, 7, 320, 40, 1};
@@ -78,20 +78,19 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
   add_forward("forward", small, {});
   add_forward("forward_norm", small, {true, true, true, true, 0});
   add_forward("forward_gate", small, {true, true, false, true, 1});
+  add_forward("forward_gate_plain", small, {false, true, false, false, 2});
   add_forward("forward_gate_up_sampled", small, {true, false, true, true, 2});
   add_forward("forward_stride_2", strided, {true, false, false, true, 0});
   add_forward("forward_deep", deep, {true, false, false, false, 0});
   add_forward("forward_large", {1, tiles, 129, 8, 72, 1}, {true, true, false, true, 0});
   add_forward("forward_tall", {1, tiles, 129, 8, 64, 1}, {});
-  add_dgrad("dgrad", small, false);
-  add_dgrad("dgrad_norm", small, true);
-  add_dgrad("dgrad_large", {1, tiles, 129, 72, 8, 1}, true);
-  add_dgrad("dgrad_tall", {1, tiles, 129, 64, 8, 1}, false);
-  add_wgrad("wgrad", small, false);
-  add_wgrad("wgrad_norm", small, true);
-  add_wgrad("wgrad_stride_2", strided, true);
-  add_wgrad("wgrad_split", {1, 39, 37, 24, 16, 1}, true);
-  add_wgrad("wgrad_large", {1, tiles * 4, 65, 72, 72, 1}, true);
+  add_dgrad("dgrad", small);
+  add_dgrad("dgrad_large", {1, tiles, 129, 72, 8, 1});
+  add_dgrad("dgrad_tall", {1, tiles, 129, 64, 8, 1});
+  add_wgrad("wgrad", small);
+  add_wgrad("wgrad_stride_2", strided);
+  add_wgrad("wgrad_split", {1, 39, 37, 24, 16, 1});
+  add_wgrad("wgrad_large", {1, tiles * 4, 65, 72, 72, 1});
 }
 
 struct Options {

@@ -16,7 +16,7 @@ using ran::cuda::Conv1x1Shape;
 struct Conv1x1Case {
   const char* name;
   Conv1x1Shape shape;  // n, h, w, c_in, c_out, stride
-  bool normalise;
+  bool normalise;      // else x goes into the product as it is; the forward pass alone takes it so
   int processors;      // few make large tiles and several tiles a block, many make small tiles
   int shared_bytes;    // a block may have; decides whether the weight stays in shared memory
   bool whole = false;  // small integers: every sum is exact, so the bits are known
