@@ -78,7 +78,7 @@ class Scale:
 #: ``subset`` ends where the report's SGD did, in the third learning rate: 18 epochs to a step of 7, as 48 to 20.
 SCALES = {
     "full": Scale(3, 80, 20, 15, 1.0, 128, None, 5000, None, workers=8),
-    "subset": Scale(3, 18, 7, 0, 0.25, 64, 2560, 1000, 5000),
+    "subset": Scale(5, 18, 7, 0, 0.25, 64, 2560, 1000, 5000),
     "smoke": Scale(2, 2, 1, 0, 0.125, 64, 128, 60, 60, sample=True),
 }
 
