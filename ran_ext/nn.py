@@ -258,8 +258,8 @@ class AttentionModule(nn.Module):
                 f"pixels, got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
             )
         x = self.pre(x)
-        trunk, conv = self.trunk(x), self.gate_conv
-        if conv is None or torch.compiler.is_compiling():
+        trunk, conv = self.trunk(x), None if torch.compiler.is_compiling() else self.gate_conv
+        if conv is None:
             return self.post(self.gate(trunk, self.mask(x)))
         mask = self.mask.features(x)
         return self.post(ops.conv_attention_gate(trunk, mask, conv.weight, conv.bias, self.gate.scale_factor))
@@ -270,7 +270,8 @@ class AttentionModule(nn.Module):
         if type(self.gate) is not AttentionGate or type(self.mask) is not SoftMaskBranch:
             return None
         conv = self.mask.conv2
-        if type(conv) is not nn.Conv2d or conv.kernel_size != (1, 1) or not _is_plain(conv):
+        geometry = (getattr(conv, name, None) for name in ("kernel_size", "stride", "padding"))
+        if type(conv) is not nn.Conv2d or tuple(geometry) != ((1, 1), (1, 1), (0, 0)) or not _is_plain(conv):
             return None
         return None if any(map(_is_hooked, (self.gate, self.mask, conv))) or _has_any_global_hook() else conv
 

@@ -150,6 +150,7 @@ def test_a_hook_between_mask_and_gate_is_called_and_changes_no_bit(training):
         lambda module: setattr(module.mask, "conv2", nn.Identity()),
         lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 3, padding=1)),
         lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 1, groups=2)),
+        lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 3, 1, "same")),
         lambda module: setattr(module, "mask", nn.AvgPool2d(2, ceil_mode=True)),
         lambda module: nn.utils.parametrizations.weight_norm(module.mask.conv2),
     ],
