@@ -62,6 +62,14 @@ def test_bn_relu_is_a_geometric_mean_over_seven_shapes_against_torchs_faster_dty
     assert measured({"ops-128-bfloat16": {"rows": ops}}, "BN-ReLU, 7 shapes, against cuDNN's graph") is None
 
 
+def test_the_sum_is_of_the_networks_seven_convolutions():
+    from cases import op_cases
+
+    names = [case.name for case in op_cases(128) if case.flops(False)]  # what compare.py adds up
+    assert len(names) == 7
+    assert all(name.startswith("bn_relu_conv2d") for name in names)
+
+
 def test_a_contender_without_a_value_is_not_a_figure():
     case = "bn_relu_conv2d, sum of 7 shapes, batch 128"
     rows = [row(case, "ran_ext", 1.0), row(case, "max-autotune, CUDA graph", None)]
