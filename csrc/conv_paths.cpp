@@ -30,10 +30,12 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
     return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
+  if (pass != ConvPass::wgrad && cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape))
+    return {true, "minimal filtering (Winograd) in channels_last"};
   if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
   if (pass != ConvPass::wgrad && !shape.is_pointwise())
-    return {false, "only the weight gradient has a matrix product for kernels beyond 1x1 at stride 1"};
+    return {false, "only 1x1 at stride 1, in float32 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
   return {true, "a matrix product in channels_last"};
 }
 
@@ -41,22 +43,31 @@ bool takes_fused(ConvPass pass, const Tensor& x, const Tensor& weight, const Con
   return conv_way(pass, x, weight, conv).fused;
 }
 
-void cpu_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight_,
-                         const OptTensor& bias, const OptTensor& residual, const Convolution& conv, bool statistics) {
-  const Tensor weight = weight_.contiguous();
+void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight_,
+                      const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                      const NextStatistics& next) {
+  const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
   y.out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
   const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
-  if (statistics) {
+  const float* const bias_data = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
+  if (!shape.is_pointwise()) {
+    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                                  bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, shape,
+                                  bn.kernel);
+    if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(y.out, next.running);
+    return;
+  }
+  if (next.wanted) {
     y.next_mean = at::empty({shape.co}, bn.mean.options());
     y.next_var = at::empty_like(y.next_mean);
   }
-  cpu_kernels().conv1x1_forward(y.out.data_ptr(), statistics ? y.next_mean.data_ptr<float>() : nullptr,
-                                statistics ? y.next_var.data_ptr<float>() : nullptr, x.const_data_ptr(),
-                                weight.const_data_ptr(), bias32.defined() ? bias32.const_data_ptr<float>() : nullptr,
-                                added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"), shape,
-                                bn.kernel);
+  cpu_kernels().conv1x1_forward(y.out.data_ptr(), next.wanted ? y.next_mean.data_ptr<float>() : nullptr,
+                                next.wanted ? y.next_var.data_ptr<float>() : nullptr, x.const_data_ptr(),
+                                weight.const_data_ptr(), bias_data, added.defined() ? added.const_data_ptr() : nullptr,
+                                dtype_of(x, kOp, "x"), shape, bn.kernel);
+  if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
 }
 
 void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
@@ -74,9 +85,15 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
 // dz, the gradient of bn(x), and its sums.
 void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
                        const Tensor& weight_, const cpu::ConvShape& shape) {
-  const Tensor weight = weight_.contiguous();
+  const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   dz = at::empty_like(x);
   sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  if (!shape.is_pointwise()) {
+    cpu_kernels().conv3x3_data_gradient(dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
+                                        dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
+                                        weight.const_data_ptr<float>(), shape, bn.kernel);
+    return;
+  }
   cpu_kernels().conv1x1_data_gradient(dz.data_ptr(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
                                       dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
                                       dtype_of(x, kOp, "x"), shape, bn.kernel);
@@ -124,8 +141,7 @@ ConvOutput conv_forward(const Tensor& x, const PreActivation& norm, const Tensor
     return y;
   }
 #endif
-  cpu_conv1x1_forward(y, x, bn, weight, bias, residual, conv, next.wanted);
-  if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, view_of(y.out).count());
+  cpu_conv_forward(y, x, bn, weight, bias, residual, conv, next);
   return y;
 }
 

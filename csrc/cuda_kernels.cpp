@@ -64,6 +64,7 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
 
 // The convolutions' kernels take other arguments than the CPU's: see cuda_conv1x1.cpp.
 bool conv_supported(DType, cpu::ConvShape) { return false; }
+bool conv3x3_supported(DType, cpu::ConvShape) { return false; }
 
 constexpr Kernels kTable{
     "cuda",
@@ -79,6 +80,9 @@ constexpr Kernels kTable{
     bn_relu_backward_apply,
     conv_supported,
     nullptr,
+    nullptr,
+    nullptr,
+    conv3x3_supported,
     nullptr,
     nullptr,
 };

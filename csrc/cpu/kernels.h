@@ -61,6 +61,13 @@ struct Kernels {
   // dweight and dbias (float; may be null) of a convolution of relu(bn(x)), or, with `bn` null, of x itself
   void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                                const BatchNorm<void>* bn);
+
+  // Whether the two below, float ones of conv1x1's meaning, take this convolution: 3x3, stride 1, padding 1.
+  bool (*conv3x3_supported)(DType, ConvShape);
+  void (*conv3x3_forward)(float* out, const float* x, const float* weight, const float* bias, const float* residual,
+                          ConvShape, BatchNorm<void>);
+  void (*conv3x3_data_gradient)(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
+                                const float* weight, ConvShape, BatchNorm<void>);
 };
 
 }  // namespace ran::cpu

@@ -26,6 +26,11 @@ void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, 
                      const void* residual, DType, ConvShape, BatchNorm<void>);
 void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
                            const void* weight, DType, ConvShape, BatchNorm<void>);
+bool conv3x3_supported(DType, ConvShape);
+void conv3x3_forward(float* out, const float* x, const float* weight, const float* bias, const float* residual,
+                     ConvShape, BatchNorm<void>);
+void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
+                           const float* weight, ConvShape, BatchNorm<void>);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                           const BatchNorm<void>* bn);
 
