@@ -30,7 +30,7 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
     return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
-  if (pass != ConvPass::wgrad && cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape))
+  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape))
     return {true, "minimal filtering (Winograd) in channels_last"};
   if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
@@ -74,6 +74,12 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
                          const Tensor& weight, const cpu::ConvShape& shape, bool want_bias) {
   g.dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
+  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
+    cpu_kernels().conv3x3_weight_gradient(g.dweight.data_ptr<float>(), want_bias ? dbias.data_ptr<float>() : nullptr,
+                                          dy.const_data_ptr<float>(), x.const_data_ptr<float>(), shape, bn.kernel);
+    if (want_bias) g.dbias = dbias;
+    return;
+  }
   // A larger kernel reads each activation many times: it is written out once rather than computed again for every tap.
   const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, bn);
   cpu_kernels().conv_weight_gradient(g.dweight.data_ptr(), want_bias ? dbias.data_ptr<float>() : nullptr,

@@ -85,6 +85,7 @@ constexpr Kernels kTable{
     conv3x3_supported,
     nullptr,
     nullptr,
+    nullptr,
 };
 
 }  // namespace

@@ -3,13 +3,13 @@
 // backward ride in the epilogue, so that the activation is never written out. The weight gradient takes any kernel
 // size, one tap at a time.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "gemm.h"
 #include "kernels_isa.h"
 #include "moments.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "tables.h"
 #include "vec.h"
 
@@ -22,8 +22,7 @@ namespace {
 constexpr int64_t kBlockRows = 64;       // pixels of one task: its packed operand stays in a core's second-level cache
 constexpr int64_t kGradientWords = 128;  // words along the pixels in one step of the weight gradient
 
-using Words = std::unique_ptr<uint32_t[]>;
-Words words(int64_t count) { return Words(new uint32_t[size_t(count)]); }
+using Words = Scratch<uint32_t>;
 
 // `rows` x `channels` values as A strips; value(row, channel) gives 16 of them as floats. Rows past the end are 0.
 template <typename T, typename Value>
@@ -46,7 +45,7 @@ inline void pack_strips(uint32_t* strips, int64_t rows, int64_t channels, Value&
 template <typename Body>
 void for_blocks(int64_t m, int64_t size, Body&& body) {
   parallel_for(0, (m + kBlockRows - 1) / kBlockRows, 1, [&](int64_t begin, int64_t end) {
-    const Words scratch = words(size);
+    const Words scratch(size);
     for (int64_t block = begin; block < end; ++block)
       body(block * kBlockRows, std::min(kBlockRows, m - block * kBlockRows), scratch.get());
   });
@@ -70,7 +69,7 @@ void forward(T* out, float* tiles, const T* x, const T* weight, const float* bia
              BatchNorm<float> bn) {
   const ScaleShiftTable<float> table(bn, s.ci);
   const int64_t count = s.ci / WordOf<T>::values;
-  const Words panels = words(count * s.co);
+  const Words panels(count * s.co);
   parallel_for(0, s.co / kColumns, 1, [&](int64_t begin, int64_t end) {
     pack_transposed(panels.get() + begin * kColumns * count,
                     reinterpret_cast<const uint32_t*>(weight) + begin * kColumns * count, (end - begin) * kColumns,
@@ -101,7 +100,7 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
                    BatchNorm<float> bn) {
   const ScaleShiftTable<float> table(bn, s.ci);
   const int64_t count = s.co / WordOf<T>::values;
-  const Words panels = words(count * s.ci);
+  const Words panels(count * s.ci);
   pack_rows(panels.get(), weight, s.co, s.ci);
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
     float* const sums = partial + first / kBlockRows * 2 * s.ci;
@@ -194,7 +193,7 @@ template <typename T, typename Activate>
 void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* x, int64_t first, int64_t last,
                           ConvShape s, Activate&& activate) {
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
-  const Words activation = words(kGradientWords * s.ci), gradient = words(kGradientWords * s.co);
+  const Words activation(kGradientWords * s.ci), gradient(kGradientWords * s.co);
   struct Corner {
     int64_t image, y, x;  // the input pixel under an output pixel's first tap
   } corners[step];
@@ -230,7 +229,7 @@ void weight_gradient(T* dweight, float* dbias, const T* dout, const T* x, ConvSh
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
   const int64_t size = s.co * s.taps() * s.ci, steps = (s.pixels() + step - 1) / step;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(max_threads(), steps));
-  std::unique_ptr<float[]> sums(new float[size_t(parts * (size + s.co))]);
+  const Scratch<float> sums(parts * (size + s.co));
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       float* const at = sums.get() + part * (size + s.co);

@@ -4,12 +4,12 @@
 // normalisation's backward ride in the output's transform. For AVX-512; its error against double is no larger than the
 // direct sum's, whose runs of additions are longer.
 #include <algorithm>
-#include <memory>
 #include <vector>
 
 #include "gemm.h"
 #include "kernels_isa.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "tables.h"
 #include "vec.h"
 
@@ -24,8 +24,10 @@ using V = Vec<float>;
 constexpr int kPoints = 16;  // of a 4x4 input tile, transformed
 constexpr int kLanes = 16;
 
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t count) { return Floats(new float[size_t(count)]); }
+using Floats = Scratch<float>;
+
+// From one point's `count` values to the next one's: points a power of two apart would meet in one set of the cache.
+constexpr int64_t apart(int64_t count) { return count + kLanes; }
 
 // The 2x2 tiles of the output, in blocks that are a task each.
 struct Tiles {
@@ -89,11 +91,10 @@ inline void transform_output(V (&y)[2][2], const V (&m)[4][4]) {
   }
 }
 
-// A tile's 4x4 pixels of `channels` values each, activated and transformed; into row `row` of the A strips of each
-// point.
-template <typename Activate>
-inline void transform_tile(float* strips, int64_t point_size, int64_t row, const float* x, const ConvShape& s,
-                           int64_t channels, const Place& at, Activate&& activate) {
+// A tile's 4x4 pixels of `channels` values each, activated and transformed; put(point, channel, vector) takes them.
+template <typename Activate, typename Put>
+inline void transform_tile(const float* x, const ConvShape& s, int64_t channels, const Place& at, Activate&& activate,
+                           Put&& put) {
   const float* pixel[4][4];
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) {
@@ -101,14 +102,13 @@ inline void transform_tile(float* strips, int64_t point_size, int64_t row, const
       const bool inside = y >= 0 && y < s.h && column >= 0 && column < s.w;
       pixel[i][j] = inside ? x + ((at.image * s.h + y) * s.w + column) * channels : nullptr;
     }
-  float* out = strips + row / kRows * kRows * channels + row % kRows * kChunk;
-  for (int64_t c = 0; c < channels; c += kLanes, out += kRows * kChunk) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
     V d[4][4];
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) d[i][j] = pixel[i][j] ? activate(load(pixel[i][j] + c), c) : V{};  // padding
     transform_input(d);
     for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < 4; ++j) store(out + (4 * i + j) * point_size, d[i][j]);
+      for (int j = 0; j < 4; ++j) put(4 * i + j, c, d[i][j]);
   }
 }
 
@@ -119,20 +119,23 @@ void convolve(const float* x, const float* panels, const ConvShape& s, int64_t c
               Activate&& activate, Finish&& finish) {
   const Tiles tiles(s, channels);
   parallel_for(0, tiles.blocks(), 1, [&](int64_t begin, int64_t end) {
-    const int64_t point_size = tiles.block * channels;
-    const Floats strips = floats(kPoints * point_size), products = floats(kPoints * tiles.block * kColumns);
+    const int64_t strips_size = apart(tiles.block * channels), products_size = apart(tiles.block * kColumns);
+    const Floats strips(kPoints * strips_size), products(kPoints * products_size);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * tiles.block, rows = std::min(tiles.block, tiles.count - first);
-      for (int64_t row = 0; row < rows; ++row)
-        transform_tile(strips.get(), point_size, row, x, s, channels, place_of(tiles, first + row), activate);
+      for (int64_t row = 0; row < rows; ++row) {
+        float* const strip = strips.get() + row / kRows * kRows * channels + row % kRows * kChunk;
+        transform_tile(x, s, channels, place_of(tiles, first + row), activate,
+                       [&](int point, int64_t c, V v) { store(strip + point * strips_size + c * kRows, v); });
+      }
       for (int64_t column = 0; column < columns; column += kColumns) {
         for (int point = 0; point < kPoints; ++point) {
-          const float* const panel = panels + (point * columns + column) * channels;
+          const float* const panel = panels + point * apart(columns * channels) + column * channels;
           for (int64_t row = 0; row < rows; row += kRows) {  // rows past the last are multiplied, and not read
             Tile<float> tile{};
-            multiply_strip(tile, reinterpret_cast<const uint32_t*>(strips.get() + point * point_size + row * channels),
+            multiply_strip(tile, reinterpret_cast<const uint32_t*>(strips.get() + point * strips_size + row * channels),
                            reinterpret_cast<const uint32_t*>(panel), channels);
-            float* const out = products.get() + (point * tiles.block + row) * kColumns;
+            float* const out = products.get() + point * products_size + row * kColumns;
             for (int r = 0; r < kRows; ++r)
               for (int h = 0; h < 2; ++h) store(out + r * kColumns + h * kLanes, tile.at[r][h]);
           }
@@ -142,7 +145,7 @@ void convolve(const float* x, const float* panels, const ConvShape& s, int64_t c
           for (int h = 0; h < 2; ++h) {
             V m[4][4], y[2][2];
             for (int point = 0; point < kPoints; ++point)
-              m[point / 4][point % 4] = load(products.get() + (point * tiles.block + row) * kColumns + h * kLanes);
+              m[point / 4][point % 4] = load(products.get() + point * products_size + row * kColumns + h * kLanes);
             transform_output(y, m);
             finish(at, y, column + h * kLanes, block);
           }
@@ -169,6 +172,45 @@ inline void transpose(V (&rows)[kLanes]) {
   }
 }
 
+// A dY A^T of a tile's 2x2 gradients; put(point, channel, vector) takes them.
+template <typename Put>
+inline void transform_gradient(const float* dout, const ConvShape& s, const Place& at, Put&& put) {
+  const float* pixel[2][2];
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      const bool inside = at.y + i < s.h && at.x + j < s.w;
+      pixel[i][j] = inside ? dout + ((at.image * s.h + at.y + i) * s.w + at.x + j) * s.co : nullptr;
+    }
+  for (int64_t c = 0; c < s.co; c += kLanes) {
+    V y[2][2];
+    for (int i = 0; i < 2; ++i)
+      for (int j = 0; j < 2; ++j) y[i][j] = pixel[i][j] ? load(pixel[i][j] + c) : V{};
+    const V half[4][2] = {{y[0][0], y[0][1]},
+                          {y[0][0] + y[1][0], y[0][1] + y[1][1]},
+                          {y[0][0] - y[1][0], y[0][1] - y[1][1]},
+                          {-y[1][0], -y[1][1]}};
+    for (int i = 0; i < 4; ++i) {
+      put(4 * i, c, half[i][0]);
+      put(4 * i + 1, c, half[i][0] + half[i][1]);
+      put(4 * i + 2, c, half[i][0] - half[i][1]);
+      put(4 * i + 3, c, -half[i][1]);
+    }
+  }
+}
+
+// G^T u G: the points' gradients become the nine taps'.
+inline void transform_points(V (&g)[3][3], const V (&u)[4][4]) {
+  V half[3][4];
+  for (int j = 0; j < 4; ++j) {
+    const V middle = 0.5f * (u[1][j] + u[2][j]);
+    half[0][j] = u[0][j] + middle, half[1][j] = 0.5f * (u[1][j] - u[2][j]), half[2][j] = middle + u[3][j];
+  }
+  for (int i = 0; i < 3; ++i) {
+    const V middle = 0.5f * (half[i][1] + half[i][2]);
+    g[i][0] = half[i][0] + middle, g[i][1] = 0.5f * (half[i][1] - half[i][2]), g[i][2] = middle + half[i][3];
+  }
+}
+
 // A weight (co, 3, 3, ci) as panels of its points, summed over ci.
 void pack_forward(float* panels, const float* weight, const ConvShape& s) {
   parallel_for(0, s.co / kLanes, 1, [&](int64_t begin, int64_t end) {
@@ -183,7 +225,8 @@ void pack_forward(float* panels, const float* weight, const ConvShape& s) {
         }
         for (int point = 0; point < kPoints; ++point) {
           transpose(points[point]);
-          float* const out = panels + (point * s.co + k / kColumns * kColumns) * s.ci + c * kColumns + k % kColumns;
+          float* const out =
+              panels + point * apart(s.co * s.ci) + k / kColumns * kColumns * s.ci + c * kColumns + k % kColumns;
           for (int i = 0; i < kLanes; ++i) store(out + i * kColumns, points[point][i]);
         }
       }
@@ -199,7 +242,7 @@ void pack_backward(float* panels, const float* weight, const ConvShape& s) {
         for (int tap = 0; tap < 9; ++tap) g[tap / 3][tap % 3] = load(weight + (k * 9 + 8 - tap) * s.ci + c);
         transform_weight(u, g);
         for (int point = 0; point < kPoints; ++point)
-          store(panels + (point * s.ci + c / kColumns * kColumns) * s.co + k * kColumns + c % kColumns,
+          store(panels + point * apart(s.ci * s.co) + c / kColumns * kColumns * s.co + k * kColumns + c % kColumns,
                 u[point / 4][point % 4]);
       }
   });
@@ -215,7 +258,7 @@ bool conv3x3_supported(DType dtype, ConvShape s) {
 void conv3x3_forward(float* out, const float* x, const float* weight, const float* bias, const float* residual,
                      ConvShape s, BatchNorm<void> bn) {
   const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
-  const Floats panels = floats(kPoints * s.ci * s.co);
+  const Floats panels(kPoints * apart(s.ci * s.co));
   pack_forward(panels.get(), weight, s);
   const auto activate = [&](V v, int64_t c) { return relu(fma(v, load(table.scale + c), load(table.shift + c))); };
   convolve(x, panels.get(), s, s.ci, s.co, activate, [&](const Place& at, V(&y)[2][2], int64_t column, int64_t) {
@@ -234,7 +277,7 @@ void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const f
                            const float* weight, ConvShape s, BatchNorm<void> bn_) {
   const BatchNorm<float> bn = typed<float>(bn_);
   const ScaleShiftTable<float> table(bn, s.ci);
-  const Floats panels = floats(kPoints * s.ci * s.co);
+  const Floats panels(kPoints * apart(s.ci * s.co));
   pack_backward(panels.get(), weight, s);
   const int64_t blocks = Tiles(s, s.co).blocks();
   std::vector<float> partial(size_t(blocks * 2 * s.ci), 0.0f);
@@ -257,12 +300,79 @@ void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const f
   finish_sums(sum_dz, sum_dz_xhat, partial.data(), blocks, s.ci, bn);
 }
 
+void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, const float* x, ConvShape s,
+                             BatchNorm<void> bn) {
+  constexpr int64_t kStep = 256;  // tiles summed in one go; each step's sum starts at 0, as short sums round less
+  const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
+  const auto activate = [&](V v, int64_t c) { return relu(fma(v, load(table.scale + c), load(table.shift + c))); };
+  const Tiles tiles(s, s.ci);
+  // [point][co / 16][tile][16], [point][ci / 32][tile][32] and [point][co][ci].
+  const int64_t group_size = apart(kStep * kLanes), gradient_size = apart(s.co / kLanes * group_size),
+                panel_size = apart(kStep * kColumns), activation_size = apart(s.ci / kColumns * panel_size),
+                points_size = apart(s.co * s.ci);
+  const Floats gradient(kPoints * gradient_size), activation(kPoints * activation_size), points(kPoints * points_size);
+  if (dbias) std::fill_n(dbias, s.co, 0.0f);
+  for (int64_t first = 0; first < tiles.count; first += kStep) {
+    const int64_t rows = std::min(kStep, tiles.count - first);
+    parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const Place at = place_of(tiles, first + row);
+        transform_gradient(dout, s, at, [&](int point, int64_t c, V v) {
+          store(gradient.get() + point * gradient_size + c / kLanes * group_size + row * kLanes, v);
+        });
+        transform_tile(x, s, s.ci, at, activate, [&](int point, int64_t c, V v) {
+          store(activation.get() + point * activation_size + c / kColumns * panel_size + row * kColumns + c % kColumns,
+                v);
+        });
+      }
+    });
+    const int64_t strips = s.co / kRows;
+    parallel_for(0, kPoints * strips, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t point = strip / strips, row = strip % strips * kRows;
+        const float* const a = gradient.get() + point * gradient_size + row / kLanes * group_size + row % kLanes;
+        for (int64_t column = 0; column < s.ci; column += kColumns) {
+          Tile<float> tile{};
+          multiply_columns(tile, reinterpret_cast<const uint32_t*>(a), kLanes,
+                           reinterpret_cast<const uint32_t*>(activation.get() + point * activation_size +
+                                                             column / kColumns * panel_size),
+                           rows);
+          float* const sum = points.get() + point * points_size + row * s.ci + column;
+          for (int r = 0; r < kRows; ++r)
+            for (int h = 0; h < 2; ++h) {
+              float* const to = sum + r * s.ci + h * kLanes;
+              store(to, first ? load(to) + tile.at[r][h] : tile.at[r][h]);
+            }
+        }
+      }
+    });
+    if (dbias)  // the sixth point is the sum of a tile's gradients
+      for (int64_t c = 0; c < s.co; c += kLanes) {
+        V sum{};
+        const float* const sums = gradient.get() + 5 * gradient_size + c / kLanes * group_size;
+        for (int64_t row = 0; row < rows; ++row) sum += load(sums + row * kLanes);
+        store(dbias + c, load(dbias + c) + sum);
+      }
+  }
+  parallel_for(0, s.co, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t c = 0; c < s.ci; c += kLanes) {
+        V u[4][4], g[3][3];
+        for (int point = 0; point < kPoints; ++point)
+          u[point / 4][point % 4] = load(points.get() + point * points_size + k * s.ci + c);
+        transform_points(g, u);
+        for (int tap = 0; tap < 9; ++tap) store(dweight + (k * 9 + tap) * s.ci + c, g[tap / 3][tap % 3]);
+      }
+  });
+}
+
 #else  // no AVX-512: the convolution goes to ATen
 
 bool conv3x3_supported(DType, ConvShape) { return false; }
 void conv3x3_forward(float*, const float*, const float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
 void conv3x3_data_gradient(float*, float*, float*, const float*, const float*, const float*, ConvShape,
                            BatchNorm<void>) {}
+void conv3x3_weight_gradient(float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
 
 #endif
 

@@ -62,12 +62,14 @@ struct Kernels {
   void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                                const BatchNorm<void>* bn);
 
-  // Whether the two below, float ones of conv1x1's meaning, take this convolution: 3x3, stride 1, padding 1.
+  // Whether the three below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
   bool (*conv3x3_supported)(DType, ConvShape);
   void (*conv3x3_forward)(float* out, const float* x, const float* weight, const float* bias, const float* residual,
                           ConvShape, BatchNorm<void>);
   void (*conv3x3_data_gradient)(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
                                 const float* weight, ConvShape, BatchNorm<void>);
+  void (*conv3x3_weight_gradient)(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
+                                  BatchNorm<void>);
 };
 
 }  // namespace ran::cpu

@@ -31,6 +31,8 @@ void conv3x3_forward(float* out, const float* x, const float* weight, const floa
                      ConvShape, BatchNorm<void>);
 void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
                            const float* weight, ConvShape, BatchNorm<void>);
+void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
+                             BatchNorm<void>);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                           const BatchNorm<void>* bn);
 
