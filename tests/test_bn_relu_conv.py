@@ -20,6 +20,9 @@ CASES = [
     (5, 96, 16, 16, 160, 1, 1, 0),
     (3, 32, 8, 8, 64, 3, 2, 1),
     (2, 64, 5, 6, 32, 3, 1, 1),
+    (9, 64, 16, 15, 96, 3, 1, 1),
+    (12, 32, 1, 3, 64, 3, 1, 1),
+    (40, 32, 1, 1, 32, 3, 1, 1),
     (2, 32, 7, 7, 32, 5, 3, 2),
     (2, 7, 5, 5, 9, 3, 1, 1),
     (2, 1, 4, 4, 1, 1, 1, 0),
@@ -269,6 +272,30 @@ def test_nan_reaches_output():
     out = module(x)
     assert out[1, :, 2, 2].isnan().all()
     assert out.isnan().sum() == 32
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf")])
+def test_special_numbers_reach_what_they_touch_and_no_further_than_a_tile(special):
+    """Minimal filtering (3x3, float32) may also make NaN of the rest of a 2x2 tile that a NaN or infinity reaches."""
+    module = unit().eval()
+    x = torch.randn(2, 32, 9, 9).to(memory_format=torch.channels_last)
+    x[1, 3, 4, 4] = special
+    wrong = ~module(x).isfinite()
+    assert wrong[1, :, 3:6, 3:6].all()
+    assert not wrong[0].any()
+    wrong[1, :, 2:6, 2:6] = False
+    assert not wrong.any()
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    case = (9, 64, 16, 15, 96, 3, 1, 1)
+    inputs = [t.float() for t in tensors(case)]
+    dout, threads, results = torch.randn_like(inputs[-1]), torch.get_num_threads(), []
+    for count in (1, threads):
+        torch.set_num_threads(count)
+        results.append(run(ops.bn_relu_conv2d, inputs, dout, case, True, torch.channels_last))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_empty_batch_in_evaluation():

@@ -179,7 +179,8 @@ inline void add_products(float* dweight, const uint32_t* gradient, const uint32_
     for (int64_t row = 0; row < s.co; row += kRows) {
       Tile<T> tile{};  // each step's sum starts at 0: short sums round less than one long one
       float* const at = dweight + row * row_size + tap * s.ci + column;
-      multiply_columns(tile, gradient + row, s.co, activation + column * count, count);
+      multiply_columns(tile, gradient + row / kChunk * count * kChunk + row % kChunk, activation + column * count,
+                       count);
       for (int r = 0; r < kRows; ++r)
         for (int h = 0; h < 2; ++h) {
           float* const sum = at + r * row_size + h * 16;
@@ -200,7 +201,7 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
   for (int64_t begin = first; begin < last; begin += step) {
     const int64_t rows = std::min(step, last - begin), count = (rows + WordOf<T>::values - 1) / WordOf<T>::values;
     pack_pixels<T>(
-        gradient.get(), rows, s.co, s.co, [&](int64_t row) { return dout + (begin + row) * s.co; }, Identity{});
+        gradient.get(), rows, s.co, kChunk, [&](int64_t row) { return dout + (begin + row) * s.co; }, Identity{});
     if (dbias)
       for (int64_t c = 0; c < s.co; c += kChunk) {
         Vec<float> sum{};

@@ -333,7 +333,7 @@ void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, co
         const float* const a = gradient.get() + point * gradient_size + row / kLanes * group_size + row % kLanes;
         for (int64_t column = 0; column < s.ci; column += kColumns) {
           Tile<float> tile{};
-          multiply_columns(tile, reinterpret_cast<const uint32_t*>(a), kLanes,
+          multiply_columns(tile, reinterpret_cast<const uint32_t*>(a),
                            reinterpret_cast<const uint32_t*>(activation.get() + point * activation_size +
                                                              column / kColumns * panel_size),
                            rows);

@@ -58,11 +58,11 @@ inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, 
   }
 }
 
-// tile += A^T * B, A being [words][stride] with the tile's 8 rows side by side: the weight gradient, summed over
-// pixels.
+// tile += A^T * B, A being [words][16] with the tile's 8 rows side by side, a line of the cache a word: the weight
+// gradient, summed over pixels.
 template <typename T>
-inline void multiply_columns(Tile<T>& tile, const uint32_t* a, int64_t stride, const uint32_t* b, int64_t words) {
-  for (int64_t k = 0; k < words; ++k, a += stride, b += kColumns) {
+inline void multiply_columns(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
+  for (int64_t k = 0; k < words; ++k, a += kChunk, b += kColumns) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       tile.at[r][0] = multiply_add<T>(tile.at[r][0], a[r], b);

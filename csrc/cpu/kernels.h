@@ -2,7 +2,7 @@
 //
 // Order of arguments: outputs, inputs, sizes, options. Vectors of one value a channel are float (double for f64 data).
 // Every sum is taken over tiles of fixed size that are merged in fixed order: results do not depend on the number of
-// threads.
+// threads, but for conv_weight_gradient's, which has a partial sum for each.
 #pragma once
 
 #include <cstdint>
