@@ -53,9 +53,11 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
   const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
   const float* const bias_data = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
   if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                                  bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, shape,
-                                  bn.kernel);
+    const Tensor panels = at::empty({cpu_kernels().conv3x3_panels_size(shape)}, x.options());
+    cpu_kernels().conv3x3_pack(panels.data_ptr<float>(), weight.const_data_ptr<float>(), shape);
+    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), panels.const_data_ptr<float>(),
+                                  bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, false, shape,
+                                  &bn.kernel);
     if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(y.out, next.running);
     return;
   }

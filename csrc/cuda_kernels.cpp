@@ -86,6 +86,8 @@ constexpr Kernels kTable{
     nullptr,
     nullptr,
     nullptr,
+    nullptr,
+    nullptr,
 };
 
 }  // namespace

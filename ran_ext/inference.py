@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import _backend
 from .models.cifar import ResidualAttentionNetwork
 from .nn import BNReLU, ResidualUnit, SoftMaskBranch
 from .ops import max_pool2d
@@ -19,7 +20,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
 
     In a residual unit the second and third batch normalisation fold into the convolution before them, whose output
     then passes the ReLU at once; the stem's folds into the first convolution; a mask's two 1x1 convolutions become one.
-    On the CPU the weights are kept in the layout that oneDNN wants, packed at the first call.
+    On the CPU the weights are kept in the layout that oneDNN or this package's kernels want, packed at the first call.
 
     Args:
         model: a network of :mod:`ran_ext.models`, or any module that holds :mod:`ran_ext.nn` ones; its running
@@ -58,9 +59,12 @@ class FoldedConv2d(nn.Module):
         self.stride, self.padding, self.relu = conv.stride, conv.padding, relu
         self.weight, self.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         self._packed: Tensor | None = None
+        self._panels: Tensor | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._onednn(x):
+            if residual is None and self._filters(x):
+                return self._filtered(x)
             return self._packed_forward(x, residual)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
         out = out if residual is None else out + residual
@@ -72,6 +76,16 @@ class FoldedConv2d(nn.Module):
         if not torch.backends.mkldnn.is_available() or x.is_contiguous():
             return False
         return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def _filters(self, x: Tensor) -> bool:
+        """Whether the CPU kernel by minimal filtering takes it: 3x3, float32."""
+        same = self.stride == (1, 1) and self.padding == (1, 1) and _backend.use_native(x)
+        return same and bool(torch.ops.ran_ext.conv3x3_supported(x, self.weight))
+
+    def _filtered(self, x: Tensor) -> Tensor:
+        if self._panels is None:
+            self._panels = torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x)
+        return torch.ops.ran_ext.conv3x3_packed(x, self._panels, self.bias, self.relu)  # type: ignore[no-any-return]
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """oneDNN's convolution with the ReLU or the addition inside, as Inductor's frozen graphs call it."""
@@ -87,15 +101,15 @@ class FoldedConv2d(nn.Module):
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = None
+        self._packed = self._panels = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
-        self._packed = None  # another device or dtype
+        self._packed = self._panels = None  # another device or dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can be neither copied nor saved
+        return {**self.__dict__, "_packed": None, "_panels": None}  # a packed weight can be neither copied nor saved
 
 
 class FoldedResidualUnit(nn.Module):

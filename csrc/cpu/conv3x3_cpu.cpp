@@ -255,22 +255,26 @@ bool conv3x3_supported(DType dtype, ConvShape s) {
          s.pad_w == 1 && s.ci % kColumns == 0 && s.co % kColumns == 0 && s.pixels() > 0;
 }
 
-void conv3x3_forward(float* out, const float* x, const float* weight, const float* bias, const float* residual,
-                     ConvShape s, BatchNorm<void> bn) {
-  const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
-  const Floats panels(kPoints * apart(s.ci * s.co));
-  pack_forward(panels.get(), weight, s);
-  const auto activate = [&](V v, int64_t c) { return relu(fma(v, load(table.scale + c), load(table.shift + c))); };
-  convolve(x, panels.get(), s, s.ci, s.co, activate, [&](const Place& at, V(&y)[2][2], int64_t column, int64_t) {
+int64_t conv3x3_panels_size(ConvShape s) { return kPoints * apart(s.ci * s.co); }
+
+void conv3x3_pack(float* panels, const float* weight, ConvShape s) { pack_forward(panels, weight, s); }
+
+void conv3x3_forward(float* out, const float* x, const float* panels, const float* bias, const float* residual,
+                     bool with_relu, ConvShape s, const BatchNorm<void>* bn) {
+  const auto finish = [&](const Place& at, V(&y)[2][2], int64_t column, int64_t) {
     const V added = bias ? load(bias + column) : V{};
     for (int i = 0; i < 2 && at.y + i < s.h; ++i)
       for (int j = 0; j < 2 && at.x + j < s.w; ++j) {
         const int64_t to = ((at.image * s.h + at.y + i) * s.w + at.x + j) * s.co + column;
         V value = y[i][j] + added;
         if (residual) value += load(residual + to);
-        store(out + to, value);
+        store(out + to, with_relu ? relu(value) : value);
       }
-  });
+  };
+  if (!bn) return convolve(x, panels, s, s.ci, s.co, [](V v, int64_t) { return v; }, finish);
+  const ScaleShiftTable<float> table(typed<float>(*bn), s.ci);
+  const auto activate = [&](V v, int64_t c) { return relu(fma(v, load(table.scale + c), load(table.shift + c))); };
+  convolve(x, panels, s, s.ci, s.co, activate, finish);
 }
 
 void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
@@ -369,7 +373,10 @@ void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, co
 #else  // no AVX-512: the convolution goes to ATen
 
 bool conv3x3_supported(DType, ConvShape) { return false; }
-void conv3x3_forward(float*, const float*, const float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
+int64_t conv3x3_panels_size(ConvShape) { return 0; }
+void conv3x3_pack(float*, const float*, ConvShape) {}
+void conv3x3_forward(float*, const float*, const float*, const float*, const float*, bool, ConvShape,
+                     const BatchNorm<void>*) {}
 void conv3x3_data_gradient(float*, float*, float*, const float*, const float*, const float*, ConvShape,
                            BatchNorm<void>) {}
 void conv3x3_weight_gradient(float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}

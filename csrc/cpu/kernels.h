@@ -62,10 +62,14 @@ struct Kernels {
   void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                                const BatchNorm<void>* bn);
 
-  // Whether the three below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
+  // Whether those below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
   bool (*conv3x3_supported)(DType, ConvShape);
-  void (*conv3x3_forward)(float* out, const float* x, const float* weight, const float* bias, const float* residual,
-                          ConvShape, BatchNorm<void>);
+  // The weight as the forward pass takes it, and how many floats that is.
+  int64_t (*conv3x3_panels_size)(ConvShape);
+  void (*conv3x3_pack)(float* panels, const float* weight, ConvShape);
+  // bn may be null (x as it is); a ReLU of the result where `with_relu`
+  void (*conv3x3_forward)(float* out, const float* x, const float* panels, const float* bias, const float* residual,
+                          bool with_relu, ConvShape, const BatchNorm<void>* bn);
   void (*conv3x3_data_gradient)(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
                                 const float* weight, ConvShape, BatchNorm<void>);
   void (*conv3x3_weight_gradient)(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,

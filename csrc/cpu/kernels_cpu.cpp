@@ -9,11 +9,13 @@ namespace ran::cpu::RAN_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    RAN_STRING(RAN_ISA),   attention_gate_forward,  attention_gate_backward, upsample_add_forward,
-    upsample_add_backward, max_pool_forward,        max_pool_backward,       batch_norm_stats,
-    bn_relu_forward,       bn_relu_backward_reduce, bn_relu_backward_apply,  conv_supported,
-    conv1x1_forward,       conv1x1_data_gradient,   conv_weight_gradient,    conv3x3_supported,
-    conv3x3_forward,       conv3x3_data_gradient,   conv3x3_weight_gradient,
+    RAN_STRING(RAN_ISA),     attention_gate_forward, attention_gate_backward,
+    upsample_add_forward,    upsample_add_backward,  max_pool_forward,
+    max_pool_backward,       batch_norm_stats,       bn_relu_forward,
+    bn_relu_backward_reduce, bn_relu_backward_apply, conv_supported,
+    conv1x1_forward,         conv1x1_data_gradient,  conv_weight_gradient,
+    conv3x3_supported,       conv3x3_panels_size,    conv3x3_pack,
+    conv3x3_forward,         conv3x3_data_gradient,  conv3x3_weight_gradient,
 };
 
 }  // namespace ran::cpu::RAN_ISA

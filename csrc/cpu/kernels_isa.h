@@ -27,8 +27,10 @@ void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, 
 void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
                            const void* weight, DType, ConvShape, BatchNorm<void>);
 bool conv3x3_supported(DType, ConvShape);
-void conv3x3_forward(float* out, const float* x, const float* weight, const float* bias, const float* residual,
-                     ConvShape, BatchNorm<void>);
+int64_t conv3x3_panels_size(ConvShape);
+void conv3x3_pack(float* panels, const float* weight, ConvShape);
+void conv3x3_forward(float* out, const float* x, const float* panels, const float* bias, const float* residual,
+                     bool with_relu, ConvShape, const BatchNorm<void>* bn);
 void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
                            const float* weight, ConvShape, BatchNorm<void>);
 void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-namespace ran::cpu {
+namespace ran::cpu::RAN_ISA {
 
 class ScratchPool {
  public:
@@ -74,4 +74,4 @@ class Scratch {
   ScratchPool::Block block_;
 };
 
-}  // namespace ran::cpu
+}  // namespace ran::cpu::RAN_ISA
