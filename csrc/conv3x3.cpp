@@ -38,8 +38,9 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
                   kOp, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",
                   panels.sizes(), ", ", bias.sizes(), " and ", x.sizes());
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-  cpu_kernels().conv3x3_forward(out.data_ptr<float>(), x.const_data_ptr<float>(), panels.const_data_ptr<float>(),
-                                bias.const_data_ptr<float>(), nullptr, with_relu, shape, nullptr);
+  cpu_kernels().conv3x3_forward(out.data_ptr<float>(), x.const_data_ptr<float>(), nullptr,
+                                panels.const_data_ptr<float>(), bias.const_data_ptr<float>(), nullptr, with_relu, shape,
+                                nullptr);
   return out;
 }
 

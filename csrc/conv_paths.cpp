@@ -30,8 +30,12 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
     return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
-  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape))
+  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
+    // Packing the weight takes as long as the gain on so many 2x2 tiles (measured at 64 to 512 channels).
+    if (pass == ConvPass::forward && shape.pixels() / 4 < shape.ci * shape.co / 4096)
+      return {false, "so few pixels for so many channels: packing the weight would take longer"};
     return {true, "minimal filtering (Winograd) in channels_last"};
+  }
   if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
   if (pass != ConvPass::wgrad && !shape.is_pointwise())
@@ -53,11 +57,9 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
   const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
   const float* const bias_data = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
   if (!shape.is_pointwise()) {
-    const Tensor panels = at::empty({cpu_kernels().conv3x3_panels_size(shape)}, x.options());
-    cpu_kernels().conv3x3_pack(panels.data_ptr<float>(), weight.const_data_ptr<float>(), shape);
-    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), panels.const_data_ptr<float>(),
-                                  bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, false, shape,
-                                  &bn.kernel);
+    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+                                  nullptr, bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, false,
+                                  shape, &bn.kernel);
     if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(y.out, next.running);
     return;
   }

@@ -4,6 +4,7 @@
 // normalisation's backward ride in the output's transform. For AVX-512; its error against double is no larger than the
 // direct sum's, whose runs of additions are longer.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "gemm.h"
@@ -155,21 +156,40 @@ void convolve(const float* x, const float* panels, const ConvShape& s, int64_t c
   });
 }
 
+// Lanes of two rows a and b: `low`, a's without `step`, then b's; `high`, those with it.
+struct Exchange {
+  int32_t low[kLanes], high[kLanes];
+};
+constexpr Exchange exchange(int step) {
+  Exchange e{};
+  for (int i = 0; i < kLanes; ++i) {
+    e.low[i] = i & step ? kLanes + i - step : i;
+    e.high[i] = i & step ? kLanes + i : i + step;
+  }
+  return e;
+}
+
+template <int kStep>
+inline void transpose_step(V (&rows)[kLanes]) {
+  static constexpr Exchange kExchange = exchange(kStep);
+  Int32 low, high;
+  std::memcpy(&low, kExchange.low, sizeof low);
+  std::memcpy(&high, kExchange.high, sizeof high);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kStep) continue;
+    const V a = rows[i], b = rows[i + kStep];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + kStep] = __builtin_shuffle(a, b, high);
+  }
+}
+
 // 16x16 values, transposed.
 inline void transpose(V (&rows)[kLanes]) {
-  for (int step = 1; step < kLanes; step *= 2) {
-    Int32 low{}, high{};  // of rows a and b: a's lanes without `step`, then b's; and those with it
-    for (int i = 0; i < kLanes; ++i) {
-      low[i] = i & step ? kLanes + i - step : i;
-      high[i] = i & step ? kLanes + i : i + step;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      const V a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
-    }
-  }
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  transpose_step<4>(rows);
+  transpose_step<8>(rows);
 }
 
 // A dY A^T of a tile's 2x2 gradients; put(point, channel, vector) takes them.
@@ -259,8 +279,13 @@ int64_t conv3x3_panels_size(ConvShape s) { return kPoints * apart(s.ci * s.co); 
 
 void conv3x3_pack(float* panels, const float* weight, ConvShape s) { pack_forward(panels, weight, s); }
 
-void conv3x3_forward(float* out, const float* x, const float* panels, const float* bias, const float* residual,
-                     bool with_relu, ConvShape s, const BatchNorm<void>* bn) {
+void conv3x3_forward(float* out, const float* x, const float* weight, const float* panels, const float* bias,
+                     const float* residual, bool with_relu, ConvShape s, const BatchNorm<void>* bn) {
+  if (!panels) {
+    const Floats packed(conv3x3_panels_size(s));
+    pack_forward(packed.get(), weight, s);
+    return conv3x3_forward(out, x, weight, packed.get(), bias, residual, with_relu, s, bn);
+  }
   const auto finish = [&](const Place& at, V(&y)[2][2], int64_t column, int64_t) {
     const V added = bias ? load(bias + column) : V{};
     for (int i = 0; i < 2 && at.y + i < s.h; ++i)
@@ -375,7 +400,7 @@ void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, co
 bool conv3x3_supported(DType, ConvShape) { return false; }
 int64_t conv3x3_panels_size(ConvShape) { return 0; }
 void conv3x3_pack(float*, const float*, ConvShape) {}
-void conv3x3_forward(float*, const float*, const float*, const float*, const float*, bool, ConvShape,
+void conv3x3_forward(float*, const float*, const float*, const float*, const float*, const float*, bool, ConvShape,
                      const BatchNorm<void>*) {}
 void conv3x3_data_gradient(float*, float*, float*, const float*, const float*, const float*, ConvShape,
                            BatchNorm<void>) {}

@@ -29,8 +29,8 @@ void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const vo
 bool conv3x3_supported(DType, ConvShape);
 int64_t conv3x3_panels_size(ConvShape);
 void conv3x3_pack(float* panels, const float* weight, ConvShape);
-void conv3x3_forward(float* out, const float* x, const float* panels, const float* bias, const float* residual,
-                     bool with_relu, ConvShape, const BatchNorm<void>* bn);
+void conv3x3_forward(float* out, const float* x, const float* weight, const float* panels, const float* bias,
+                     const float* residual, bool with_relu, ConvShape, const BatchNorm<void>* bn);
 void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
                            const float* weight, ConvShape, BatchNorm<void>);
 void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
