@@ -89,7 +89,9 @@ def test_3x3_in_float32_takes_the_kernel(shape, relu):
     folded = FoldedConv2d(conv, conv.weight.double(), conv.bias.double(), relu, torch.float32)
     with torch.no_grad():
         out = folded(x)
-        eager, exact = (F.conv2d(x.to(d), conv.weight.to(d), conv.bias.to(d), padding=1) for d in (x.dtype, torch.double))
+        eager, exact = (
+            F.conv2d(x.to(d), conv.weight.to(d), conv.bias.to(d), padding=1) for d in (x.dtype, torch.double)
+        )
     assert folded._panels is not None
     assert folded._packed is None
     assert_accurate("out", out, *((F.relu(t) if relu else t) for t in (eager, exact)))
