@@ -271,6 +271,8 @@ void pack_backward(float* panels, const float* weight, const ConvShape& s) {
 }  // namespace
 
 bool conv3x3_supported(DType dtype, ConvShape s) {
+  // Fewer tiles than a register tile has rows leave it idle in part: with many channels the library is faster then.
+  if (Tiles(s, kColumns).count < kRows && s.ci * s.co > 256 * 256) return false;
   return dtype == DType::f32 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 1 &&
          s.pad_w == 1 && s.ci % kColumns == 0 && s.co % kColumns == 0 && s.pixels() > 0;
 }
