@@ -65,9 +65,12 @@ void set_dispatch_table(const std::vector<Entry>& entries) {
                                                     {"wgrad", ran::ConvPass::wgrad},
                                                     {"gate", ran::ConvPass::gate}};
   std::vector<ran::Measured> table;
-  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries)
+  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries) {
+    TORCH_CHECK_VALUE(passes.count(pass), "dispatch.json: pass must be forward, dgrad, wgrad or gate, got ", pass,
+                      "; measure it again: python benchmarks/dispatch.py --out FILE --install");
     table.push_back({arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16, passes.at(pass), rows, c_in, c_out,
                      fused, library});
+  }
   ran::set_measured(std::move(table));
 }
 

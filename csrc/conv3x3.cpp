@@ -32,7 +32,11 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x) {
 }
 
 Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias, bool with_relu) {
+  RAN_CHECK_VALUE(x.dim() == 4 && bias.dim() == 1, kOp, "x must be (N, C, H, W) and bias a vector, got ", x.sizes(),
+                  " and ", bias.sizes());
   const cpu::ConvShape shape = shape_of(x, bias.size(0));
+  RAN_CHECK_VALUE(cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape), kOp, "there is no kernel for x ",
+                  x.sizes(), " ", x.scalar_type(), " and ", bias.size(0), " output channels");
   RAN_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast) && bias.is_contiguous() && panels.is_contiguous() &&
                       panels.numel() == cpu_kernels().conv3x3_panels_size(shape),
                   kOp, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",

@@ -29,6 +29,9 @@ void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t s
   const std::array<int64_t, 4> kernel{trunk.size(1), x.size(1), 1, 1};
   RAN_CHECK_VALUE(weight.sizes() == at::IntArrayRef(kernel), kOp, "weight must be ", at::IntArrayRef(kernel), ", got ",
                   weight.sizes());
+  RAN_CHECK_VALUE(trunk.device() == x.device() && weight.device() == x.device(), kOp,
+                  "trunk, x and weight must be on the same device, got ", trunk.device(), ", ", x.device(), " and ",
+                  weight.device());
   RAN_CHECK_TYPE(trunk.scalar_type() == x.scalar_type() && weight.scalar_type() == x.scalar_type(), kOp,
                  "trunk, x and weight must have the same dtype, got ", trunk.scalar_type(), ", ", x.scalar_type(),
                  " and ", weight.scalar_type());

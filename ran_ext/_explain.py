@@ -62,7 +62,7 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
             taken[module] = args[0]
             found.append(_describe(name, module, args[0]))
             if module in gates:
-                found[-1].ways["forward"] = _gate_way(args[0], gates[module], taken[gates[module]])
+                found[-1].ways["forward"] = _gate_way(module, args[0], gates[module], taken[gates[module]])
 
         module.register_forward_pre_hook(note)
     devices = [x.device for x in inputs if x.is_cuda]
@@ -117,7 +117,7 @@ def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
     return {one: (FUSED, "") if fused else (LIBRARY, why) for one, (fused, why) in ways}
 
 
-def _gate_way(trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
+def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
     if missing := _why_plain(x):
         return PLAIN, missing
     device = x.device.type
@@ -125,7 +125,7 @@ def _gate_way(trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
     if trunk.dtype != dtype:
         return FUSED, "the convolution before it apart: trunk is wider"
     kernels: Any = _backend._C
-    both, why = kernels.conv_gate_way(trunk, x.to(dtype), conv.weight.to(dtype), 2)
+    both, why = kernels.conv_gate_way(trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor)
     return FUSED, f"{'with' if both else 'without'} the convolution before it: {why}"
 
 

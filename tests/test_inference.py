@@ -98,5 +98,7 @@ def test_3x3_in_float32_takes_the_kernel(shape, relu):
     assert copy.deepcopy(folded)._panels is None
     with pytest.raises(ValueError, match="conv3x3: panels must be"):
         torch.ops.ran_ext.conv3x3_packed(x, folded._panels[1:], folded.bias, relu)
+    with pytest.raises(ValueError, match=r"conv3x3: there is no kernel for x .* 16 output channels"):
+        torch.ops.ran_ext.conv3x3_packed(x, folded._panels, folded.bias[:16], relu)
     with pytest.raises(ValueError, match="conv3x3: there is no kernel"):
         torch.ops.ran_ext.conv3x3_pack(conv.weight[..., :2], x)
