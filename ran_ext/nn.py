@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops
+from . import _tracing, ops
 from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
 
 
@@ -101,7 +101,7 @@ class BNReLUConv2d(nn.Module):
         statistics: ops.BatchStatistics | None = None,
         following: BNReLUConv2d | None = None,
     ) -> Any:
-        chains = self._chains and (following is None or following._chains)
+        chains = self._chains and (following is None or following._chains) and not _tracing.is_symbolic(x)
         if not chains or (statistics is None and following is None):
             out = self._plain(x, residual)
             return out if following is None else ops.Chained(out, None, x)
@@ -121,7 +121,7 @@ class BNReLUConv2d(nn.Module):
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         bn, conv = self.bn, self.conv
-        if not self.is_fusable:
+        if not self.is_fusable or _tracing.is_symbolic(x):
             out = conv(F.relu(bn(x)))
             return out if residual is None else out + residual
         if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
@@ -252,13 +252,14 @@ class AttentionModule(nn.Module):
         return 2 ** (self.depth - 1) + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) < self.min_size:
+        symbolic = _tracing.is_symbolic(x)
+        if not symbolic and min(x.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"AttentionModule: depth {self.depth} needs an input of at least {self.min_size}x{self.min_size} "
                 f"pixels, got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
             )
         x = self.pre(x)
-        trunk, conv = self.trunk(x), None if torch.compiler.is_compiling() else self.gate_conv
+        trunk, conv = self.trunk(x), None if symbolic or torch.compiler.is_compiling() else self.gate_conv
         if conv is None:
             return self.post(self.gate(trunk, self.mask(x)))
         mask = self.mask.features(x)

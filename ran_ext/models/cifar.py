@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .._tracing import is_symbolic
 from ..nn import AttentionModule, BNReLU, ResidualUnit
 from ..ops import max_pool2d
 
@@ -77,9 +78,10 @@ class ResidualAttentionNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)`` of any size from 6x6."""
-        if x.dim() != 4 or x.shape[1] != self.conv1.in_channels or min(x.shape[2:]) < self.min_size:
+        channels = self.conv1.in_channels
+        if not is_symbolic(x) and (x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < self.min_size):
             raise ValueError(
-                f"ResidualAttentionNetwork: images must be (N, {self.conv1.in_channels}, H, W) with H and W at least "
+                f"ResidualAttentionNetwork: images must be (N, {channels}, H, W) with H and W at least "
                 f"{self.min_size}, got {list(x.shape)}"
             )
         x = self.conv1(x)
