@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _backend
+from . import _backend, _fusion
 from .models.cifar import ResidualAttentionNetwork
 from .nn import BNReLU, ResidualUnit, SoftMaskBranch
 from .ops import max_pool2d
@@ -135,6 +135,8 @@ class FoldedResidualUnit(nn.Module):
 class FoldedNetwork(nn.Module):
     """A whole network: takes images of any floating dtype, returns logits in float32 (float64 for float64)."""
 
+    with_relu = ("bn2",)
+
     def __init__(self, network: ResidualAttentionNetwork, dtype: torch.dtype):
         super().__init__()
         self.conv1, self.stem_pool = _folded(network.conv1, network.bn1, dtype), network.stem_pool
@@ -149,7 +151,7 @@ class FoldedNetwork(nn.Module):
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         x = self.conv1(x.to(self.conv1.weight.dtype).contiguous(memory_format=torch.channels_last))
         x = self.stages(max_pool2d(x, ceil_mode=False) if self.stem_pool else x)
-        x = x if self.bn2 is None else self.bn2(x)
+        x = x if self.bn2 is None else _fusion.bn_relu(self.bn2, x)
         return self.fc(x.mean((2, 3), dtype=self.fc.weight.dtype))
 
 
