@@ -66,23 +66,34 @@ def _unfit(built: ModuleType | None) -> str:
     return ""
 
 
+def _other_copy() -> str:
+    """Why the ops cannot be registered: a copy of this package has done so, and a second time would end the process."""
+    file = PathFinder.find_spec("ran_ext._C", [str(Path(__file__).parent)]).origin  # type: ignore[union-attr]
+    if file in torch.ops.loaded_libraries or not hasattr(torch.ops.ran_ext, "bn_relu_conv2d"):
+        return ""
+    return "another copy of ran_ext was imported in this process before"
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason. Not built is quiet; built but unfit warns once."""
     built = built_for()
     if not _is_beside("_C"):
         return None, f"not built: {(built and built.WHY_NO_NATIVE) or 'this source folder has not been built'}"
-    reason = _unfit(built)
-    if not reason:
+    reason, other = _unfit(built), _other_copy()
+    if not reason and not other:
         try:
-            return importlib.import_module("ran_ext._C"), ""
+            module = importlib.import_module("ran_ext._C")
+            torch.ops.loaded_libraries.add(module.__file__)
+            return module, ""
         except ImportError as error:
             reason = f"built, but does not load: {error}"
+    cure = f"To rebuild them: {rebuild_command()}" if reason else "Start Python anew to take this copy's"
     warnings.warn(
-        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason}. To rebuild them: {rebuild_command()}",
+        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason or other}. {cure}",
         RuntimeWarning,
         stacklevel=2,
     )
-    return None, reason
+    return None, reason or other
 
 
 _C: ModuleType | None

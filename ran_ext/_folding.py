@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from . import _fusion
 from ._folded_conv import Evaluation, FoldedConv2d
 from ._wrappers import unwrapped
 from .models.cifar import ResidualAttentionNetwork
-from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch, _is_hooked, _is_plain
+from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
 from .ops import max_pool2d
 
 
@@ -21,7 +22,7 @@ class FoldedResidualUnit(Evaluation):
 
     def __init__(self, unit: ResidualUnit, dtype: torch.dtype):
         super().__init__()
-        self.bn = bn_relu(unit.conv1.bn, dtype)
+        self.bn = with_relu(unit.conv1.bn, dtype)
         self.conv1 = folded(unit.conv1.conv, unit.conv2.bn, dtype)
         self.conv2 = folded(unit.conv2.conv, unit.conv3.bn, dtype)
         self.conv3 = folded(unit.conv3.conv, None, dtype)
@@ -49,12 +50,14 @@ class FoldedChain(Evaluation):
 class FoldedNetwork(Evaluation):
     """A whole network: takes images of any floating dtype, returns logits in float32 (float64 for float64)."""
 
+    with_relu = ("bn1", "bn2")
+
     def __init__(self, network: ResidualAttentionNetwork, stages: list[nn.Module], dtype: torch.dtype):
         super().__init__()
         self.dtype, wide = dtype, at_least_float32(dtype)
         self.conv1, self.bn1, self.stem_pool = network.conv1, network.bn1, network.stem_pool
         if is_conv(network.conv1):
-            bn = following_bn(network.conv1, network.bn1)
+            bn = network.bn1 if is_bn(network.bn1) else None
             self.conv1, self.bn1 = folded(network.conv1, bn, dtype), None if bn is not None else network.bn1
         else:
             self.conv1.to(dtype)
@@ -69,9 +72,9 @@ class FoldedNetwork(Evaluation):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
         x = self.conv1(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
-        x = x if self.bn1 is None else self.bn1(x)
+        x = x if self.bn1 is None else _fusion.bn_relu(self.bn1, x)
         x = self.stages(max_pool2d(x, ceil_mode=False) if self.stem_pool else x)
-        x = x if self.bn2 is None else self.bn2(x)
+        x = x if self.bn2 is None else _fusion.bn_relu(self.bn2, x)
         return self.fc(x.mean((2, 3), dtype=at_least_float32(self.dtype)))
 
 
@@ -115,7 +118,7 @@ class Folding:
         for i, member in enumerate(members):
             moved = i > 0 and bns[i - 1] is not None
             if isinstance(member, BNReLUConv2d) and (moved or bns[i] is not None):
-                layers += [] if moved else [bn_relu(member.bn, self.dtype)]
+                layers += [] if moved else [with_relu(member.bn, self.dtype)]
                 layers.append(folded(member.conv, bns[i], self.dtype))
             elif bns[i] is not None:
                 layers.append(folded(member, bns[i], self.dtype))
@@ -134,13 +137,8 @@ class Folding:
 def following_bn(module: Any, following: Any) -> nn.Module | None:
     """The batch normalisation of ``following`` that folds into ``module``'s convolution, if any does."""
     conv = module.conv if is_known(module, BNReLUConv2d) else module
-    if is_known(following, BNReLU):
-        bn = following
-    elif is_known(following, BNReLUConv2d) and is_conv(following.conv):
-        bn = following.bn
-    else:
-        return None
-    return bn if is_conv(conv) and is_bn(bn) else None
+    joins = is_known(following, BNReLU) or (is_known(following, BNReLUConv2d) and is_conv(following.conv))
+    return following.bn if joins and is_conv(conv) and is_bn(following.bn) else None
 
 
 def unit_folds(unit: ResidualUnit) -> bool:
@@ -148,16 +146,16 @@ def unit_folds(unit: ResidualUnit) -> bool:
     layers = (unit.conv1, unit.conv2, unit.conv3)
     if not all(is_known(layer, BNReLUConv2d) and is_conv(layer.conv) for layer in layers):
         return False
-    return all(is_bn(layer.bn) for layer in layers)
+    return is_bn(unit.conv2.bn) and is_bn(unit.conv3.bn)
 
 
 def is_known(module: Any, kind: type[nn.Module]) -> bool:
     """Whether a call of ``module`` runs the forward of ``kind`` and nothing besides."""
-    return isinstance(module, kind) and type(module).forward is kind.forward and not _is_hooked(module)
+    return isinstance(module, kind) and not _fusion.why_called("", module, {type(module): kind.forward})
 
 
 def is_conv(module: Any) -> bool:
-    return type(module) is nn.Conv2d and _is_plain(module) and not _is_hooked(module)
+    return isinstance(module, nn.Conv2d) and not _fusion.why_conv("", module)
 
 
 def is_conv1x1(module: Any) -> bool:
@@ -166,20 +164,19 @@ def is_conv1x1(module: Any) -> bool:
 
 def is_bn(module: Any) -> bool:
     """Whether ``module`` is a batch normalisation with running statistics."""
-    if type(module) not in (nn.BatchNorm2d, nn.SyncBatchNorm, BNReLU) or _is_hooked(module):
-        return False
-    return module.running_mean is not None and module.running_var is not None
+    known = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _fusion.why_unfused(module)
+    return known and module.running_mean is not None and module.running_var is not None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def bn_relu(bn: nn.Module, dtype: torch.dtype) -> BNReLU:
+def with_relu(bn: Any, dtype: torch.dtype) -> BNReLU:
     """``bn`` and a ReLU."""
-    twin = BNReLU(bn.num_features, bn.eps, affine=bn.affine)
-    twin.load_state_dict(bn.state_dict())
-    return twin.to(at_least_float32(dtype)).eval()
+    twin = BNReLU(1)
+    twin.bn = bn.to(at_least_float32(dtype))
+    return twin
 
 
 def folded(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> FoldedConv2d:
