@@ -28,6 +28,8 @@ class AttentionGate(nn.Module):
     1.5
     """
 
+    __prepare_scriptable__ = _tracing.no_script
+
     def __init__(self, scale_factor: int = 1):
         super().__init__()
         self.scale_factor = scale_factor
@@ -50,6 +52,8 @@ class BNReLU(nn.Module):
     >>> BNReLU(8)(torch.randn(2, 8, 4, 4)).min().item()
     0.0
     """
+
+    __prepare_scriptable__ = _tracing.no_script
 
     def __init__(
         self,
@@ -92,6 +96,8 @@ class BNReLUConv2d(nn.Module):
     ['bn.weight', 'bn.bias']
     """
 
+    __prepare_scriptable__ = _tracing.no_script
+
     def __init__(
         self,
         in_channels: int,
@@ -114,7 +120,7 @@ class BNReLUConv2d(nn.Module):
         statistics: ops.BatchStatistics | None = None,
         following: BNReLUConv2d | None = None,
     ) -> Tensor:
-        if statistics is not None or following is not None:
+        if (statistics is not None or following is not None) and isinstance(x, Tensor):  # torch.fx gives no argument None
             return self._chained(x, residual, statistics, following)
         return _fusion.bn_relu_conv2d(self.bn, self.conv, x, residual)
 

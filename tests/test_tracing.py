@@ -167,10 +167,25 @@ def test_onnx_of_a_network_for_every_batch(folds, tmp_path):
 @pytest.mark.parametrize("name", [*SMALL, *NETWORKS])
 def test_fx_traces_to_plain_ops(name):
     module, x = made(name)
-    graph = torch.fx.symbolic_trace(module)
+    graph = torch.fx.symbolic_trace(module, {"residual": None} if name == "BNReLUConv2d" else None)
     assert not [target for target in targets(graph.graph) if "ran_ext" in target]
     assert_close(graph(x), module(x))
     assert_close(graph(x[:1, ..., :-1, :-2]), module(x[:1, ..., :-1, :-2]))
+
+
+def test_fx_traces_a_residual():
+    module, x = made("BNReLUConv2d")
+    residual = torch.randn_like(module(x))
+    assert_close(torch.fx.symbolic_trace(module)(x, residual), module(x, residual))
+
+
+def test_fx_keeps_the_modules_so_that_the_mode_can_change():
+    module, x = made("ResidualUnit")
+    twin = copy.deepcopy(module).train()
+    graph = torch.fx.symbolic_trace(module).train()
+    assert_close(graph(x), twin(x))
+    assert_close(graph.conv2.bn.running_mean, twin.conv2.bn.running_mean)
+    assert_close(graph.eval()(x), twin.eval()(x))
 
 
 @pytest.mark.parametrize("name", [*SMALL, *NETWORKS])
