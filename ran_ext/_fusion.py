@@ -83,8 +83,7 @@ def chains(bn: Any, conv: Any) -> bool:
 
 def why_unfused(bn: Any, conv: Any = None) -> str:
     """What keeps ``conv(relu(bn(x)))``, or ``relu(bn(x))``, from being one op; "" where nothing does."""
-    why = why_called("bn", bn, NORMS) or _why_norm(bn) or (conv is not None and why_conv("conv", conv))
-    return why or ("a hook on all modules" if _has_any_global_hook() else "")
+    return why_called("bn", bn, NORMS) or _why_norm(bn) or ("" if conv is None else why_conv("conv", conv))
 
 
 def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
@@ -110,7 +109,7 @@ def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
     for tensor in own["_parameters"].values():
         if type(tensor) not in OPTIONAL:
             return f"{name} has a {type(tensor).__name__} for a parameter"
-    return ""
+    return "a hook on all modules" if _has_any_global_hook() else ""
 
 
 def why_conv(name: str, conv: Any) -> str:

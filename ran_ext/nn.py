@@ -178,16 +178,17 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = self.conv1, self.conv2, self.conv3
         why = _fusion.why_called
-        if why("conv1", first, _UNITS) or why("conv2", second, _UNITS) or why("conv3", third, _UNITS):
-            h = third(second(first(x)))
-            return h + (x if self.shortcut is None else self.shortcut(x))
-        (bn1, conv1), (bn2, conv2) = (first.bn, first.conv), (second.bn, second.conv)
-        if _fusion.is_plain(x) and _fusion.chains(bn1, conv1) and _fusion.chains(bn2, conv2):
+        called = why("conv1", first, _UNITS) or why("conv2", second, _UNITS) or why("conv3", third, _UNITS)
+        if not called:
+            (bn1, conv1), (bn2, conv2) = (first.bn, first.conv), (second.bn, second.conv)
+        chained = not called and _fusion.is_plain(x) and _fusion.chains(bn1, conv1) and _fusion.chains(bn2, conv2)
+        if chained:
             h, statistics, x = ops.chained_bn_relu_conv2d(x, bn1, conv1, next_bn=bn2)
-            h = ops.chained_bn_relu_conv2d(h, bn2, conv2, statistics=statistics).out
         else:
-            h = second(first(x))
-        return third(h, x if self.shortcut is None else self.shortcut(x))
+            h = first(x)
+        identity = x if self.shortcut is None else self.shortcut(x)
+        h = ops.chained_bn_relu_conv2d(h, bn2, conv2, statistics=statistics).out if chained else second(h)
+        return third(h) + identity if called else third(h, identity)
 
 
 class SoftMaskBranch(nn.Module):
