@@ -8,14 +8,16 @@ namespace {
 
 // `sizes` are the result's.
 Tensor upsampled(const Tensor& lower, at::IntArrayRef sizes, int64_t scale) {
+  scale = bounded_scale(scale, sizes);
   if (scale == 1) return lower;
   return lower.repeat_interleave(scale, 2).repeat_interleave(scale, 3).narrow(2, 0, sizes[2]).narrow(3, 0, sizes[3]);
 }
 
 // Of each scale x scale window, the last ones cut off at the border: the gradient of `upsampled`.
 Tensor window_sums(const Tensor& t, int64_t scale) {
+  scale = bounded_scale(scale, t.sizes());
   if (scale == 1) return t;
-  const int64_t h = (t.size(2) + scale - 1) / scale, w = (t.size(3) + scale - 1) / scale;
+  const int64_t h = divide_up(t.size(2), scale), w = divide_up(t.size(3), scale);
   const Tensor whole = at::constant_pad_nd(t, {0, w * scale - t.size(3), 0, h * scale - t.size(2)});
   return whole.reshape({t.size(0), t.size(1), h, scale, w, scale}).sum({3, 5});
 }

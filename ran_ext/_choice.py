@@ -20,8 +20,8 @@ _entered: ContextVar[Any] = ContextVar("ran_ext_backend")
 class _Choice:
     """The name of a backend; ``outer`` is the choice that holds again when this one's block ends."""
 
-    #: The choice of the innermost block of this context; outside of blocks, the object that is asked. ``ContextVar.get``
-    #: by itself is what torch.compile cannot trace; a property in C it evaluates, and compiles again when it changes.
+    #: The choice of the innermost block of this context; outside of blocks, the object that is asked. torch.compile
+    #: cannot trace ``ContextVar.get``, but a property in C it evaluates, and compiles again when that changes.
     here = property(_entered.get)
 
     def __init__(self, name: str, outer: _Choice | None = None, before: _Choice | None = None):

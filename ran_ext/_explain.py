@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _fusion
+from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
 PASSES = ("forward", "dgrad", "wgrad")
@@ -50,9 +50,7 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
 def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
     """The calls in the order in which they are made."""
     found: list[Layer] = []
-    # A weight that is worked out before each call (pruned, normalised) cannot be copied, and need not be.
-    derived = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor) and not t.is_leaf]
-    twin = copy.deepcopy(model, {id(t): t.detach().clone() for t in derived})
+    twin = copied(unwrapped(model))
     calls = _calls(twin)  # asked before there are hooks of ours, which would be reasons themselves
     taken: dict[nn.Module, Tensor] = {}
     for name, module in twin.named_modules():
@@ -67,8 +65,11 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
 
         module.register_forward_pre_hook(note, with_kwargs=True)
     devices = [x.device for x in inputs if x.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), eagerly():
         twin(*inputs)
+    if not found:
+        kind = type(model).__name__
+        raise ValueError(f"explain: model, a {kind}, calls no convolution, attention gate or fused batch normalisation")
     return found
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -24,6 +25,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; also of weights that were worked out of others (pruned, normalised), which torch does not copy."""
+    worked_out = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in worked_out if not t.is_leaf})
 
 
 def eagerly() -> AbstractContextManager[None]:

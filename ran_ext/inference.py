@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils import parametrize
 
 from ._folded_conv import FoldedConv2d
 from ._folding import FoldedChain, FoldedNetwork, FoldedResidualUnit, Folding
-from ._wrappers import unwrapped
+from ._wrappers import copied, unwrapped
 
 
 def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -54,7 +52,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
         raise TypeError(f"fold_for_inference: model must be an nn.Module, got {type(model).__name__}")
     with torch.inference_mode(False), torch.no_grad():
         fold = Folding(dtype)
-        folded = fold(_copied(unwrapped(model)))
+        folded = fold(_worked_out(unwrapped(model)))
         if not fold.count:
             raise ValueError(
                 f"fold_for_inference: there is nothing to fold in model, a {type(model).__name__}: it needs a network "
@@ -65,11 +63,9 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
         return folded.requires_grad_(False)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _worked_out(model: nn.Module) -> nn.Module:
     """A copy in evaluation mode, in which every weight that was worked out of others is a plain parameter."""
-    worked_out = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
-    memo = {id(t): t.detach().clone() for t in worked_out if not t.is_leaf}  # torch copies no others
-    twin = copy.deepcopy(model, memo).eval()
+    twin = copied(model).eval()
     for module in twin.modules():
         if parametrize.is_parametrized(module):
             for name in list(module.parametrizations):  # type: ignore[arg-type]

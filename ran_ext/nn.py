@@ -120,7 +120,7 @@ class BNReLUConv2d(nn.Module):
         statistics: ops.BatchStatistics | None = None,
         following: BNReLUConv2d | None = None,
     ) -> Tensor:
-        if (statistics is not None or following is not None) and isinstance(x, Tensor):  # torch.fx gives no argument None
+        if (statistics is not None or following is not None) and isinstance(x, Tensor):  # torch.fx passes no None
             return self._chained(x, residual, statistics, following)
         return _fusion.bn_relu_conv2d(self.bn, self.conv, x, residual)
 

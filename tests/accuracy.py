@@ -12,6 +12,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
+#: Means in standard deviations, of which every op's random values have one: digits that only cancel at large ones.
+MEANS = (0.0, 30.0, -3000.0, 1e4)
+
 #: Relative error (2-norm) that is always allowed.
 FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 

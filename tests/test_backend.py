@@ -18,6 +18,7 @@ from ran_ext import _backend
 PACKAGE = Path(ran_ext.__file__).parent
 FIELDS = {"TORCH": torch.__version__, "CUDA": None, "ARCHS": [], "COMPILER": "c++ 12", "WHY_NO_NATIVE": "",
           "WHY_NO_CUDA": "torch has no CUDA"}  # fmt: skip
+OUTSIDE = os.environ.get("RAN_EXT_BACKEND") or "auto"
 native = pytest.mark.skipif(_backend._C is None, reason=f"no compiled module: {_backend.why_missing}")
 
 
@@ -160,15 +161,15 @@ def in_a_thread(function):
 
 def test_a_call_is_for_the_process_and_a_block_for_its_thread():
     with ran_ext.set_backend("auto"):
-        assert in_a_thread(ran_ext.get_backend) == (outside := os.environ.get("RAN_EXT_BACKEND") or "auto")
+        assert in_a_thread(ran_ext.get_backend) == OUTSIDE
     try:
         ran_ext.set_backend("reference")
         assert (ran_ext.get_backend(), in_a_thread(ran_ext.get_backend)) == ("reference", "reference")
         with ran_ext.set_backend("auto"):
             assert (ran_ext.get_backend(), in_a_thread(ran_ext.get_backend)) == ("auto", "reference")
     finally:
-        ran_ext.set_backend(outside)
-    assert ran_ext.get_backend() == outside
+        ran_ext.set_backend(OUTSIDE)
+    assert ran_ext.get_backend() == OUTSIDE
 
 
 def test_a_call_inside_a_block_holds_until_it_ends():
@@ -240,12 +241,12 @@ def test_blocks_of_two_tasks_may_overlap():
 
 
 def test_a_block_can_be_entered_again_and_left_by_an_error():
-    block, before = ran_ext.set_backend("reference"), ran_ext.get_backend()
-    assert before == "reference"
+    block = ran_ext.set_backend("reference")
+    assert in_a_thread(ran_ext.get_backend) == "reference"
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), block, block:
             raise ZeroDivisionError
-    assert ran_ext.get_backend() == in_a_thread(ran_ext.get_backend) == (os.environ.get("RAN_EXT_BACKEND") or "auto")
+    assert ran_ext.get_backend() == in_a_thread(ran_ext.get_backend) == OUTSIDE
 
 
 class Nested(torch.autograd.Function):
@@ -311,7 +312,7 @@ def test_torch_compile_follows_the_choice_without_a_graph_break():
         assert len(graphs) == 2
         assert torch.compile(blocks, fullgraph=True, backend=backend)(torch.zeros(1)).item() == 10
         assert ran_ext.get_backend() == "auto"
-    assert in_a_thread(ran_ext.get_backend) == (os.environ.get("RAN_EXT_BACKEND") or "auto")
+    assert in_a_thread(ran_ext.get_backend) == OUTSIDE
 
 
 @pytest.mark.parametrize(("name", "first"), [("reference", "reference"), ("auto", "auto"), ("", "auto")])

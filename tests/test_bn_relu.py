@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, assert_accurate
+from accuracy import DTYPES, LAYOUTS, MEANS, assert_accurate
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -65,10 +65,11 @@ def test_without_affine_parameters():
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS.values())),
     training=st.booleans(),
+    mean=st.sampled_from(MEANS),
 )
-def test_any_shape(shape, dtype, layout, training):
+def test_any_shape(shape, dtype, layout, training, mean):
     assume(shape[0] * shape[2] * shape[3] >= 16)  # of very few values the exact gradient cancels to nothing
-    check(shape, dtype, layout, training, times=4)
+    check(shape, dtype, layout, training, offset=2 * mean, times=4)
 
 
 def test_sliced_input_and_gradient():

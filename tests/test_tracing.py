@@ -200,7 +200,7 @@ def test_jit_traces_to_plain_ops(name):
 
 @pytest.mark.parametrize("name", [*MODULES, *NETWORKS, *FOLDED])
 def test_jit_script_says_what_to_use(name):
-    with pytest.raises(TypeError, match=r"torch.jit.script does not take ran_ext.*: use torch.jit.trace\(.* or torch.ex"):
+    with pytest.raises(TypeError, match=r"torch.jit.script does not take ran_ext.*: use torch.jit.trace\(.* or torch."):
         torch.jit.script(nn.Sequential(made(name)[0]))
 
 
