@@ -69,8 +69,8 @@ class Choose:
             self.before, _traced.name = _traced.name, self.name
             return
         here = _process.here
-        if here is self.mine:
-            _entered.set(here.before)
+        if self.mine is not None and here is self.mine:
+            _entered.set(self.mine.before)
         with _lock:
             if self in _calls[1:]:
                 _calls.remove(self)

@@ -37,6 +37,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
         model: holds modules of :mod:`ran_ext.nn`; convolutions of plain PyTorch are listed too.
         inputs: what ``model`` is called with, on its device.
 
+    Raises:
+        ValueError: ``model`` calls nothing that could be listed.
+
     >>> unit = nn.Sequential(BNReLUConv2d(8, 8, 1))
     >>> with _backend.set_backend("reference"):
     ...     explain(unit, torch.randn(2, 8, 4, 4))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from .models.cifar import ResidualAttentionNetwork
 from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
 from .ops import max_pool2d
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class FoldedResidualUnit(Evaluation):
     """A residual unit in evaluation: one normalisation, then three convolutions with their ReLU or addition inside."""
@@ -26,7 +28,7 @@ class FoldedResidualUnit(Evaluation):
         self.conv1 = folded(unit.conv1.conv, unit.conv2.bn, dtype)
         self.conv2 = folded(unit.conv2.conv, unit.conv3.bn, dtype)
         self.conv3 = folded(unit.conv3.conv, None, dtype)
-        shortcut = unit.shortcut
+        shortcut: Any = unit.shortcut
         self.shortcut = folded(shortcut, None, dtype) if is_conv(shortcut) else shortcut and shortcut.to(dtype)
         self.eval()
 
@@ -55,12 +57,9 @@ class FoldedNetwork(Evaluation):
     def __init__(self, network: ResidualAttentionNetwork, stages: list[nn.Module], dtype: torch.dtype):
         super().__init__()
         self.dtype, wide = dtype, at_least_float32(dtype)
-        self.conv1, self.bn1, self.stem_pool = network.conv1, network.bn1, network.stem_pool
-        if is_conv(network.conv1):
-            bn = network.bn1 if is_bn(network.bn1) else None
-            self.conv1, self.bn1 = folded(network.conv1, bn, dtype), None if bn is not None else network.bn1
-        else:
-            self.conv1.to(dtype)
+        bn = network.bn1 if is_conv(network.conv1) and is_bn(network.bn1) else None
+        self.conv1 = folded(network.conv1, bn, dtype) if is_conv(network.conv1) else network.conv1.to(dtype)
+        self.bn1, self.stem_pool = network.bn1 if bn is None else None, network.stem_pool
         self.stages = nn.Sequential(*stages)
         # Normalisation and the dense layer stay wide; they are small.
         self.bn2, self.fc = network.bn2, network.fc.to(wide)
@@ -149,12 +148,12 @@ def unit_folds(unit: ResidualUnit) -> bool:
     return is_bn(unit.conv2.bn) and is_bn(unit.conv3.bn)
 
 
-def is_known(module: Any, kind: type[nn.Module]) -> bool:
+def is_known(module: Any, kind: type[M]) -> TypeGuard[M]:
     """Whether a call of ``module`` runs the forward of ``kind`` and nothing besides."""
     return isinstance(module, kind) and not _fusion.why_called("", module, {type(module): kind.forward})
 
 
-def is_conv(module: Any) -> bool:
+def is_conv(module: Any) -> TypeGuard[nn.Conv2d]:
     return isinstance(module, nn.Conv2d) and not _fusion.why_conv("", module)
 
 
