@@ -180,7 +180,7 @@ def use_native(x: Tensor, *others: Tensor | None) -> bool:
     """
     if _C is None or (name := chosen()) == "reference" or needs_plain_ops(x, *others):
         return False
-    missing = why_not_native(x.device.type)
+    missing = "" if x.is_cpu else why_not_native(x.device.type)  # a device's name takes long to ask for
     if missing and name == "native":
         raise RuntimeError(
             f"ran_ext: the native backend was chosen, but has no kernels for device {x.device}: {missing}; choose "

@@ -29,7 +29,7 @@ class _Choice:
 
 
 _process = _Choice("auto")
-#: The block that torch.compile is tracing: its choice is a constant of the graph.
+#: The block that torch.compile is tracing: its choice is a constant of the graph. Of no name but in a trace.
 _traced = _Choice("")
 #: Calls that set the process's choice, the last one holds. A call that turns out to open a block is taken out again.
 _calls: list[Choose] = []
@@ -38,12 +38,10 @@ _lock = threading.Lock()
 
 def chosen() -> str:
     """The name of the backend chosen here."""
-    if torch.compiler.is_compiling():
-        return _traced.name or _process.here.name
     here = _process.here
-    if here is _process and torch._C._is_key_in_tls("context"):  # torch leaves the calling thread's context there
-        here = torch._C._get_obj_in_tls("context").get(_entered, here)
-    return here.name  # type: ignore[no-any-return]
+    if here is _process and not torch.compiler.is_compiling() and torch._C._is_key_in_tls("context"):
+        here = torch._C._get_obj_in_tls("context").get(_entered, here)  # where torch leaves the calling thread's
+    return _traced.name or here.name
 
 
 class Choose:

@@ -13,8 +13,6 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-_CInterpreter = torch._C._functorch.CInterpreter
-
 
 def is_symbolic(x: Any) -> bool:
     """Whether ``x`` stands for inputs to come: sizes may not be asked for, or the answer would become part of a graph.
@@ -35,11 +33,18 @@ def needs_plain_ops(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
             return True
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_exporting() or forward_ad._current_level >= 0:
+    if (torch._C._functorch.peek_interpreter_stack() is not None and _transforms()) or forward_ad._current_level >= 0:
         return True
-    if isinstance(torch._C._functorch.peek_interpreter_stack(), _CInterpreter):  # `is not None` compiles to True
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch._C._get_tracing_state() is not None:
         return True
-    return not torch.compiler.is_compiling() and get_proxy_mode() is not None
+    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+
+
+def _transforms() -> bool:
+    """What torch.compile can answer: to it the top of an empty stack is not None either."""
+    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def no_script(module: nn.Module) -> NoReturn:

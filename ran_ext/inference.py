@@ -68,8 +68,11 @@ def _worked_out(model: nn.Module) -> nn.Module:
     twin = copied(model).eval()
     for module in twin.modules():
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name)
+            values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
+            del module.parametrizations
+            module.__class__ = type(module).__base__  # remove_parametrizations changes the class, which copies share
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
         for key, hook in list(module._forward_pre_hooks.items()):
             if type(hook).__module__.startswith("torch.nn.utils."):  # prune, weight_norm, spectral_norm
                 hook(module, ())  # type: ignore[operator]

@@ -65,11 +65,11 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
         return hook
 
     model = unwrapped(model)
-    gates = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionGate)]
+    gates = _gates(model)
     if not gates:
         raise ValueError(f"attention_maps: model, a {type(model).__name__}, has no ran_ext.nn.AttentionGate to look at")
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates]
+    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates.items()]
     try:
         with eagerly():
             model.eval()(images)
@@ -86,6 +86,15 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
 def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The masks of :func:`attention_maps` alone: by the gate's name, float32 ``(N, H, W)`` in (0, 1)."""
     return {name: maps.mask for name, maps in attention_maps(model, images).items()}
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether :func:`attention_maps` finds gates in ``model``."""
+    return bool(_gates(unwrapped(model)))
+
+
+def _gates(model: nn.Module) -> dict[str, AttentionGate]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionGate)}
 
 
 def depths(model: nn.Module) -> dict[str, int]:
