@@ -33,7 +33,9 @@ BatchNormArgs::BatchNormArgs(const char* op, const Tensor& x, const OptTensor& w
       bias(channel_vector(op, x, bias_, "bias")),
       mean(channel_vector(op, x, mean_, "mean")),
       var(channel_vector(op, x, var_, "var")),
-      kernel{pointer(mean), pointer(var), pointer(weight), pointer(bias), eps} {}
+      kernel{pointer(mean), pointer(var), pointer(weight), pointer(bias), eps} {
+  RAN_CHECK_VALUE(mean.defined() && var.defined(), op, "mean and var must be tensors, got None");
+}
 
 Tensor dense_activation(const char* op, const Tensor& x) {
   RAN_CHECK_VALUE(x.dim() == 4, op, "x must be (N, C, H, W), got ", x.sizes());

@@ -75,9 +75,11 @@ Tensor max_pool2d_backward(const Tensor& dout, const Tensor& index, int64_t heig
 
 Tensor bn_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
                bool batch_stats, double eps) {
-  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean);
-  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var);
-  return at::relu(at::batch_norm(x, weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
+  // In channels_last torch's derivative takes these for contiguous, whatever their strides are (2.13, on the CPU).
+  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean.contiguous());
+  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var.contiguous());
+  const OptTensor dense_weight = weight.defined() ? OptTensor(weight.contiguous()) : OptTensor();
+  return at::relu(at::batch_norm(x, dense_weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
 }
 
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {

@@ -12,6 +12,14 @@ bool is_faulty(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at
          std::max(stride[0], stride[1]) > 1 && std::max(padding[0], padding[1]) == 0;
 }
 
+// The stride, no larger than it takes to read one pixel: beyond that nothing changes, and oneDNN's derivative divides
+// by what it computes of it.
+std::array<int64_t, 2> bounded(at::IntArrayRef stride, const Tensor& x, const Tensor& weight, at::IntArrayRef padding) {
+  std::array<int64_t, 2> result;
+  for (const int i : {0, 1}) result[i] = std::min(stride[i], x.size(2 + i) + 2 * padding[i] - weight.size(2 + i) + 1);
+  return result;
+}
+
 // The pixels that the stride reaches: a view.
 Tensor reached(const Tensor& x, at::IntArrayRef stride) {
   constexpr int64_t kEnd = std::numeric_limits<int64_t>::max();
@@ -20,15 +28,17 @@ Tensor reached(const Tensor& x, at::IntArrayRef stride) {
 
 }  // namespace
 
-Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::IntArrayRef stride,
+Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::IntArrayRef any_stride,
               at::IntArrayRef padding) {
+  const auto stride = bounded(any_stride, x, weight, padding);
   if (is_faulty(x, weight, stride, padding)) return at::conv2d(reached(x, stride), weight, bias);
   return at::conv2d(x, weight, bias, stride, padding);
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
-                                                   at::IntArrayRef stride, at::IntArrayRef padding,
+                                                   at::IntArrayRef any_stride, at::IntArrayRef padding,
                                                    std::array<bool, 3> wanted) {
+  const auto stride = bounded(any_stride, x, weight, padding);
   const auto backward = [&](const Tensor& of, at::IntArrayRef at_stride) {
     return at::convolution_backward(dout, of, weight, at::IntArrayRef(weight.size(0)), at_stride, padding, {1, 1},
                                     false, {0, 0}, 1, wanted);

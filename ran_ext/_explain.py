@@ -127,11 +127,11 @@ def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -
     if missing := _why_plain(x):
         return dict.fromkeys(PASSES, (PLAIN, missing))
     if call.op == "attention_gate":
-        apart = f"the convolution before it apart: {call.why}" if call.why else ""
-        forward = (FUSED, apart) if call.conv is None else _gate_way(module, x, call.conv, taken[call.conv])
-        return {"forward": forward, "dgrad": (FUSED, "")}
-    if call.why or not _fusion.is_plain(x):
-        why = call.why or f"x is a {type(x).__name__}"
+        if call.conv is not None and not _fusion.why_watched(x):
+            return {"forward": _gate_way(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}
+        why = call.why or (call.conv and _fusion.why_watched(x))
+        return {"forward": (FUSED, f"the convolution before it apart: {why}" if why else ""), "dgrad": (FUSED, "")}
+    if why := call.why or _fusion.why_watched(x):
         return dict.fromkeys(PASSES, (PLAIN, f"{why}: runs as written"))
     if call.op == "bn_relu_conv2d":
         return _conv_ways(module, x)

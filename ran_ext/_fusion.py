@@ -11,14 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # Not the names in torch.nn, where quantisation toolkits put classes of their own.
 from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._device import DeviceContext
 
 from . import ops
 from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
@@ -27,14 +31,13 @@ from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
 Kinds = Mapping[Any, Callable[..., Any]]
 NORMS: Kinds = {BatchNorm2d: BatchNorm2d.forward, SyncBatchNorm: SyncBatchNorm.forward}
 CONVS: Kinds = {Conv2d: Conv2d.forward}
-#: A subclass of Tensor may see, or be, something else in every op.
 PLAIN = (nn.Parameter, Tensor)
 OPTIONAL = (*PLAIN, type(None))
 
 
 def bn_relu(bn: Any, x: Tensor) -> Tensor:
     """``relu(bn(x))`` in one op where ``bn`` is known, else as written."""
-    if why_unfused(bn) or not is_plain(x):
+    if why_unfused(bn) or why_watched(x):
         return F.relu(bn(x))
     if isinstance(bn, SyncBatchNorm) and _synchronises(bn):
         return sync_bn_relu(x, bn)
@@ -53,7 +56,7 @@ def bn_relu(bn: Any, x: Tensor) -> Tensor:
 
 def bn_relu_conv2d(bn: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """``conv(relu(bn(x))) + residual`` in one op where ``bn`` and ``conv`` are known, else as written."""
-    if why_unfused(bn, conv) or not is_plain(x) or not (residual is None or is_plain(residual)):
+    if why_unfused(bn, conv) or why_watched(x) or (residual is not None and type(residual) not in PLAIN):
         out: Tensor = conv(F.relu(bn(x)))
         return out if residual is None else out + residual
     if isinstance(bn, SyncBatchNorm) and _synchronises(bn):
@@ -88,10 +91,7 @@ def why_unfused(bn: Any, conv: Any = None) -> str:
 
 def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
     """What a call of ``module`` does that is not known; "" where it runs a forward of ``kinds`` and no more."""
-    kind, own = (
-        type(module),
-        module.__dict__,
-    )  # straight from there: a look-up through nn.Module takes many times longer
+    kind, own = type(module), module.__dict__  # looked up through nn.Module it would take many times as long
     if kinds.get(kind) is not kind.forward and (why := _why_other_kind(name, module, kinds)):
         return why
     if own["_forward_pre_hooks"]:
@@ -100,7 +100,7 @@ def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
         return f"a forward hook on {name}"
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return f"a backward hook on {name}"
-    if "forward" in own or "_conv_forward" in own or "_call_impl" in own:
+    if "forward" in own or "_conv_forward" in own:
         return f"forward was replaced on {name}"
     if "_compiled_call_impl" in own:
         return f"{name} was compiled by itself"
@@ -109,7 +109,7 @@ def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
     for tensor in own["_parameters"].values():
         if type(tensor) not in OPTIONAL:
             return f"{name} has a {type(tensor).__name__} for a parameter"
-    return "a hook on all modules" if _has_any_global_hook() else ""
+    return ""
 
 
 def why_conv(name: str, conv: Any) -> str:
@@ -118,15 +118,29 @@ def why_conv(name: str, conv: Any) -> str:
         return why
     own = conv.__dict__
     if own["groups"] != 1 or own["dilation"] != (1, 1) or own["padding_mode"] != "zeros":
-        return f"{name} has groups, dilation or a padding mode other than zeros"
+        return f"{name} has groups={own['groups']}, dilation={own['dilation']}, padding_mode={own['padding_mode']!r}"
     if type(own["stride"]) is not tuple or type(own["padding"]) is not tuple:
-        return f"stride or padding of {name} is not a pair of numbers"
+        return f"{name} has stride={own['stride']!r}, padding={own['padding']!r}, which are no pairs of numbers"
     return ""
 
 
-def is_plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor, of no subclass and with data."""
-    return type(x) in PLAIN and not x.is_meta
+def why_watched(x: Any) -> str:
+    """What looks into every op on ``x``, or every module, so that all must be PyTorch's own; "" where nothing does."""
+    if type(x) not in PLAIN:
+        return f"x is a {type(x).__name__}"
+    if x.is_meta:
+        return "x is on the meta device"
+    if _has_any_global_hook():
+        return "a hook on all modules"
+    if is_compiling():
+        return ""
+    if _len_torch_dispatch_stack():  # counters of operations, recorders, fake tensors
+        return "a TorchDispatchMode is on"
+    if _len_torch_function_stack() and not all(
+        type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
+    ):
+        return "a TorchFunctionMode is on"
+    return ""
 
 
 def _why_other_kind(name: str, module: nn.Module, kinds: Kinds) -> str:

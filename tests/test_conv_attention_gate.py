@@ -191,6 +191,6 @@ def test_compiled_op_checks_for_itself():
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight[1:], None, 1)
     with pytest.raises(TypeError, match="same dtype"):
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight.half(), None, 1)
-    with pytest.raises(ValueError, match=r"bias must be \(8\)"):
+    with pytest.raises(ValueError, match=r"bias must be \[8\]"):
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, torch.zeros(4), 1)
     assert _backend._C is not None

@@ -54,7 +54,7 @@ def test_names_autocast_and_unfused_kinds():
     unit[0].conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
     ways = {layer.name: layer.ways["forward"] for layer in layers(unit, x)}
     assert ways["0"][0] == PLAIN
-    assert ways["0"][1] == "conv has groups, dilation or a padding mode other than zeros: runs as written"
+    assert ways["0"][1] == "conv has groups=2, dilation=(1, 1), padding_mode='zeros': runs as written"
 
 
 @needs_kernels

@@ -10,7 +10,7 @@ from accuracy import LAYOUTS, assert_accurate
 from torch import Tensor, nn
 
 from ran_ext import set_backend
-from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit
+from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
 from ran_ext.ops import chained_bn_relu_conv2d
 
 
@@ -148,8 +148,9 @@ def test_a_hook_between_mask_and_gate_is_called_and_changes_no_bit(training):
         assert torch.equal(copy.deepcopy(module)(x), copy.deepcopy(alone)(x))
         handle.remove()
     assert len(seen) == 3
-    with torch.nn.modules.module.register_module_forward_hook(lambda *args: None):
-        assert module.gate_conv is None
+    with torch.nn.modules.module.register_module_forward_hook(lambda part, *args: seen.append(part)):
+        assert torch.equal(copy.deepcopy(module)(x), copy.deepcopy(alone)(x))
+    assert {AttentionGate, SoftMaskBranch} < {type(part) for part in seen[3:]}
     module.gate.forward = lambda trunk, mask: trunk  # as libraries that wrap modules do
     assert module.gate_conv is None
 

@@ -32,7 +32,7 @@ def kept(way: str, x: Tensor, mean: Tensor, var: Tensor, momentum: float | None 
     if way == "epilogue":  # a convolution by the identity; its input is normalised with mean 0 and variance 1
         assert (x >= 0).logical_or(x.isnan()).all()
         first, conv = nn.BatchNorm2d(c, eps=0.0, affine=False).eval(), nn.Conv2d(c, c, 1, bias=False)
-        nn.init.dirac_(conv.weight)
+        nn.init.dirac_(conv.to(x.dtype).weight)
         following = nn.BatchNorm2d(c, momentum=momentum)
         following.running_mean, following.running_var, following.num_batches_tracked = mean, var, batches
         known = (first.running_mean, first.running_var)

@@ -23,9 +23,9 @@ LARGEST = 2**31 - 1
 def shown(value: object) -> str:
     """``value`` for a message: a tensor by what it is, anything else as written, cut where that is long."""
     if isinstance(value, Tensor):
-        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        layout = "nested " if value.is_nested else f"{value.layout} ".removeprefix("torch.").replace("strided ", "")
         shape = "" if value.is_nested else f" {list(value.shape)}"
-        return f"a {kind} tensor{shape} {value.dtype} on {value.device}"
+        return f"{layout}{value.dtype}{shape} on {value.device}"
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 

@@ -96,6 +96,10 @@ def bn_relu_ref(
             if momentum is None:
                 factor = 1.0 / float(num_batches_tracked)
     batch_stats = training or running_mean is None
+    # In channels_last torch's derivative takes these for contiguous, whatever their strides are (2.13, on the CPU).
+    weight = None if weight is None else weight.contiguous()
+    if running_mean is not None and running_var is not None and not batch_stats:
+        running_mean, running_var = running_mean.contiguous(), running_var.contiguous()
     return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, factor, eps))
 
 
@@ -152,17 +156,17 @@ def check_batch_norm(
     if num_batches_tracked is None:
         if training and momentum is None and running_mean is not None:
             raise ValueError(f"{op}: momentum=None (cumulative average) needs num_batches_tracked")
-    elif not isinstance(num_batches_tracked, Tensor):
-        raise TypeError(f"{op}: num_batches_tracked must be a tensor, got {checks.shown(num_batches_tracked)}")
     elif (
-        num_batches_tracked.dtype != torch.int64
+        not isinstance(num_batches_tracked, Tensor)
+        or num_batches_tracked.dtype != torch.int64
         or num_batches_tracked.layout is not torch.strided
         or num_batches_tracked.numel() != 1
         or num_batches_tracked.device != x.device
     ):
-        raise ValueError(
-            f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got {num_batches_tracked.dtype} "
-            f"{list(num_batches_tracked.shape)} on {num_batches_tracked.device}"
+        kind = ValueError if isinstance(num_batches_tracked, Tensor) else TypeError
+        raise kind(
+            f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got "
+            f"{checks.shown(num_batches_tracked)}"
         )
     if batch_stats and x.shape[0] * x.shape[2] * x.shape[3] == 1:
         raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")

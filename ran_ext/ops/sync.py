@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import _backend
-from ._convolution import conv2d, is_faulty
+from ._convolution import bounded, conv2d, is_faulty
 from .bn_relu import check_batch_norm, in_backward
 
 
@@ -44,12 +44,14 @@ def sync_bn_relu_conv2d(x: Tensor, bn: nn.SyncBatchNorm, conv: nn.Conv2d, residu
     if _backend.autocasts(x):
         lower = torch.get_autocast_dtype(device)
         weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
-    if is_faulty(x, weight, conv.stride, conv.padding):  # type: ignore[arg-type]
-        out = conv2d(sync_bn_relu(x, bn).to(weight.dtype), weight, bias, conv.stride, conv.padding)  # type: ignore[arg-type]
+    padding: Any = conv.padding
+    stride = bounded(conv.stride, x, weight, padding)  # type: ignore[arg-type]
+    if is_faulty(x, weight, stride, padding):
+        out = conv2d(sync_bn_relu(x, bn).to(weight.dtype), weight, bias, stride, padding)
         return out if residual is None else out + residual
     mean, var, count = _merged_stats("sync_bn_relu_conv2d", x, bn)
     out = _SyncBNReLUConv.apply(
-        x, bn.weight, bn.bias, mean, var, count, bn.eps, bn.process_group, weight, bias, conv.stride, conv.padding
+        x, bn.weight, bn.bias, mean, var, count, bn.eps, bn.process_group, weight, bias, stride, padding
     )
     return out if residual is None else out + residual
 
