@@ -88,7 +88,7 @@ def test_sliced_input_and_gradient():
 def modules(**options) -> tuple[nn.BatchNorm2d, BNReLU]:
     plain = nn.BatchNorm2d(6, **options)
     fused = BNReLU(6, **options)
-    fused.load_state_dict(plain.state_dict())
+    fused.bn.load_state_dict(plain.state_dict())
     return plain, fused
 
 
@@ -104,7 +104,7 @@ def test_module_behaves_as_batch_norm(options, backend):
             plain.train(training), fused.train(training)
             torch.testing.assert_close(fused(x), torch.relu(plain(x)))
             for name, value in plain.state_dict().items():
-                torch.testing.assert_close(fused.state_dict()[name], value, msg=name)
+                torch.testing.assert_close(fused.bn.state_dict()[name], value, msg=name)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -116,10 +116,10 @@ def test_checkpointing_counts_a_batch_once(use_reentrant, backend):
     with set_backend(backend):
         checkpoint(fused, x.clone().requires_grad_(), use_reentrant=use_reentrant).sum().backward()
         twin(x).sum().backward()
-    assert fused.num_batches_tracked == 1
+    assert fused.bn.num_batches_tracked == 1
     for name, value in twin.state_dict().items():
         torch.testing.assert_close(fused.state_dict()[name], value, msg=name)
-    torch.testing.assert_close(fused.weight.grad, twin.weight.grad)
+    torch.testing.assert_close(fused.bn.weight.grad, twin.bn.weight.grad)
 
 
 def test_nan_reaches_output_and_gradient():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import _backend, _tracing
 
 
 def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
@@ -39,12 +39,14 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
     >>> attention_gate(torch.ones(1, 1, 3, 3), torch.zeros(1, 1, 2, 2), scale_factor=2).shape
     torch.Size([1, 1, 3, 3])
     """
-    if torch.is_autocast_enabled(trunk.device.type) and trunk.dtype != mask.dtype:
+    if _tracing.is_symbolic(trunk):
+        return attention_gate_ref(trunk, mask, scale_factor)
+    if trunk.dtype != mask.dtype and _backend.autocasts(trunk):
         wider = torch.promote_types(trunk.dtype, mask.dtype)  # what `*` does in eager PyTorch
         trunk, mask = trunk.to(wider), mask.to(wider)
     _check(trunk, mask, scale_factor)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(trunk):
+    if torch.compiler.is_compiling() or not _backend.use_native(trunk, mask):
         return attention_gate_ref(trunk, mask, scale_factor)
     return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor)
 
@@ -52,8 +54,8 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
 def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
     """:func:`attention_gate` in plain PyTorch: the fallback, and what the kernels are held to."""
     if scale_factor != 1:
-        height, width = trunk.shape[-2:]
-        mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
+        mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)
+        mask = mask[..., : trunk.shape[-2], : trunk.shape[-1]]  # not unpacked: torch.fx cannot
     return (1 + torch.sigmoid(mask)) * trunk
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
 
 
 def bn_relu(
@@ -52,8 +52,9 @@ def bn_relu(
     >>> bn_relu(x, None, None, None, None, training=True, eps=0.0).flatten()
     tensor([0., 1.])
     """
-    check_batch_norm("bn_relu", x, weight, bias, running_mean, running_var, training, momentum, num_batches_tracked)
-    if not _backend.use_native(x):
+    if not _tracing.is_symbolic(x):
+        check_batch_norm("bn_relu", x, weight, bias, running_mean, running_var, training, momentum, num_batches_tracked)
+    if not _backend.use_native(x, weight, bias, running_mean, running_var):
         return bn_relu_ref(
             x,
             weight,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
 from .bn_relu import bn_relu_ref, check_batch_norm, split_statistics
 
 
@@ -80,9 +80,10 @@ def bn_relu_conv2d(
     """
     op = "bn_relu_conv2d"
     stride, padding = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0)
-    check_batch_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, momentum, num_batches_tracked)
-    _check_conv(x, weight, bias, stride, padding, residual)
-    if not _backend.use_native(x):
+    if not _tracing.is_symbolic(x):
+        check_batch_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, momentum, num_batches_tracked)
+        _check_conv(x, weight, bias, stride, padding, residual)
+    if not _backend.use_native(x, bn_weight, bn_bias, running_mean, running_var, weight, bias, residual):
         return bn_relu_conv2d_ref(
             x,
             bn_weight,
@@ -144,9 +145,11 @@ def chained_bn_relu_conv2d(
     """
     op = "bn_relu_conv2d"
     running_mean, running_var = (None, None) if statistics else (bn.running_mean, bn.running_var)
-    check_batch_norm(op, x, bn.weight, bn.bias, running_mean, running_var, True, bn.momentum, bn.num_batches_tracked)
-    _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
-    if not _backend.use_native(x):
+    if not _tracing.is_symbolic(x):
+        tracked = bn.num_batches_tracked
+        check_batch_norm(op, x, bn.weight, bn.bias, running_mean, running_var, True, bn.momentum, tracked)
+        _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
+    if not _backend.use_native(x, bn.weight, bn.bias, running_mean, running_var, conv.weight, conv.bias, residual):
         out = bn_relu_conv2d_ref(
             x,
             bn.weight,
@@ -235,13 +238,12 @@ def _check_conv(
             f"{op}: weight must be (C_out, {x.shape[1]}, kH, kW) for x {list(x.shape)}, got {list(weight.shape)} "
             "(grouped convolutions are not part of this op)"
         )
-    autocast = torch.is_autocast_enabled(x.device.type)
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is None:
             continue
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not autocast:
+        if tensor.dtype != x.dtype and not _backend.autocasts(x):
             raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(

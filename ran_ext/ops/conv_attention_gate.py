@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
 from .attention_gate import attention_gate, attention_gate_ref
 
 
@@ -45,9 +45,11 @@ def conv_attention_gate(
     >>> conv_attention_gate(trunk, x, weight, scale_factor=2).unique()
     tensor([1.5000])
     """
+    if _tracing.is_symbolic(trunk):
+        return conv_attention_gate_ref(trunk, x, weight, bias, scale_factor)
     _check(trunk, x, weight, bias, scale_factor)
     # Inductor fuses the plain gate into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(trunk):
+    if torch.compiler.is_compiling() or not _backend.use_native(trunk, x, weight, bias):
         return attention_gate(trunk, F.conv2d(x, weight, bias), scale_factor)
     return torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, bias, scale_factor)[0]
 
@@ -62,7 +64,7 @@ def conv_attention_gate_ref(
 def _check(trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int) -> None:
     tensors = {"trunk": trunk, "x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     dtypes = {name: t.dtype for name, t in tensors.items()}
-    mixed = len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(trunk.device.type)
+    mixed = len(set(dtypes.values())) > 1 and not _backend.autocasts(trunk)
     if mixed or not all(t.is_floating_point() for t in tensors.values()):
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
         raise TypeError(f"conv_attention_gate: all must have one floating-point dtype, got {found}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
 
 
 def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
@@ -35,6 +35,8 @@ def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
     >>> max_pool2d(torch.arange(9.0).view(1, 1, 3, 3), ceil_mode=False).flatten()
     tensor([4.])
     """
+    if _tracing.is_symbolic(x):
+        return max_pool2d_ref(x, ceil_mode)
     _check(x, ceil_mode)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
     if torch.compiler.is_compiling() or not _backend.use_native(x):

@@ -40,7 +40,7 @@ def sync_bn_relu_conv2d(x: Tensor, bn: nn.SyncBatchNorm, conv: nn.Conv2d, residu
     """
     device = x.device.type
     weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled(device):
+    if _backend.autocasts(x):
         lower = torch.get_autocast_dtype(device)
         weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
     mean, var, count = _merged_stats("sync_bn_relu_conv2d", x, bn)

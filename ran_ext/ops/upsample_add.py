@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
 
 
 def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
@@ -37,20 +37,29 @@ def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] 
     tensor([[[[1.5000, 1.5000, 2.5000],
               [1.5000, 1.5000, 2.5000]]]])
     """
-    if skip is not None and torch.is_autocast_enabled(lower.device.type) and lower.dtype != skip.dtype:
+    if _tracing.is_symbolic(lower):
+        return _plain(lower, skip, size)
+    if skip is not None and lower.dtype != skip.dtype and _backend.autocasts(lower):
         wider = torch.promote_types(lower.dtype, skip.dtype)  # what `+` does in eager PyTorch
         lower, skip = lower.to(wider), skip.to(wider)
     height, width = _check(lower, skip, size)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(lower):
-        return upsample_add_ref(lower, skip, (height, width))
+    if torch.compiler.is_compiling() or not _backend.use_native(lower, skip):
+        return _plain(lower, skip, (height, width))
     return torch.ops.ran_ext.upsample_add(lower, skip, height, width)
 
 
 def upsample_add_ref(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
     """:func:`upsample_add` in plain PyTorch: the fallback, and what the kernels are held to."""
-    height, width = _check(lower, skip, size)
-    wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., :height, :width]
+    return _plain(lower, skip, _check(lower, skip, size))
+
+
+def _plain(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> Tensor:
+    wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")
+    if size is None and skip is not None:
+        size = skip.shape[-2:]
+    if size is not None:
+        wide = wide[..., : size[0], : size[1]]
     return wide if skip is None else wide + skip
 
 
