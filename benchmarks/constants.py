@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         times = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in row.items() if isinstance(value, float))
         print(f"{row['unit']}, {row['dtype']}, us: {times}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(options.out)
+    write_json(options.out, found)
     return 0
 
 

@@ -23,6 +23,7 @@ from cases import BNReLUConv, ConvGate, conv_gates, units
 from timing import Spread, environment, interleave
 
 from ran_ext import _backend
+from ran_ext._files import write_json
 
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
 
@@ -112,9 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = [row for row in table["measured"] if row["arch"] != arch]
     table |= {"measured": kept + found, f"environment {arch}": environment(device)}
     for path in (options.out, *([_backend.DISPATCH_FILE] if options.install else [])):
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(table, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, table)
     faster = sum(row["fused_us"] < row["library_us"] for row in found)
     print(f"fused is faster in {faster} of {len(found)} passes; {options.out}")
     return 0

@@ -124,7 +124,7 @@ def draw(path: Path, runs: dict[str, Run], title: str) -> None:
     for axis in (above, below):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    write_figure(path, figure, dpi=120)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": {name: {"seconds": run.seconds, "losses": run.losses} for name, run in runs.items()},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out, content)
     figure = options.out.with_suffix(".png")
     draw(figure, runs, f"ran_compact, {len(data)} images, batch {options.batch}, {options.dtype}")
     print(f"{figure}\n{options.out}")

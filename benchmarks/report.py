@@ -95,9 +95,7 @@ def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
     """The rows and what they must be read with; a missing value is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [dataclasses.asdict(row) | ({"value": None} if row.missing else {}) for row in rows]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"environment": environment, "rows": written}, indent=1) + "\n")
-    partial.replace(path)
+    _files.write_json(path, {"environment": environment, "rows": written})
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -155,7 +153,7 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
         _panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.savefig(path, dpi=110)
+    _files.write_figure(path, figure, dpi=110)
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

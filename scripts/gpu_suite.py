@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # nothing is installed
 import targets  # noqa: E402
 from gpu_stages import stages  # noqa: E402
-from stages import Runner, Stage, limit, write_json  # noqa: E402
+from stages import Runner, Stage, limit  # noqa: E402
+
+from ran_ext._files import write_atomically, write_json  # noqa: E402
 
 
 def run(chosen: Sequence[Stage], runner: Runner, minutes: float, again: bool) -> None:
@@ -59,7 +61,7 @@ def summarize(runner: Runner) -> tuple[str, list[dict[str, Any]]]:
         reason = outcome["reason"].replace("|", "\\|")[:200]
         lines.append(f"| {outcome['stage']} | {outcome['status']} | {outcome['seconds']:.0f} | {reason} |")
     text = "\n".join([*lines, "", targets.table(checked), ""])
-    (runner.out / "summary.md").write_text(text)
+    write_atomically(runner.out / "summary.md", text.encode())
     write_json(runner.out / "summary.json", {"stages": outcomes, "targets": checked})
     return text, outcomes
 

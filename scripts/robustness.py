@@ -29,6 +29,7 @@ from corrupted import ATTENTION, TRUNK, Seed, draw, table
 from ledger import Ledger
 from timing import environment
 
+from ran_ext._files import write_atomically
 from ran_ext.data import CIFAR10, CORRUPTIONS, corrupt
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train import (
@@ -37,12 +38,11 @@ from ran_ext.train import (
     Ranks,
     evaluate,
     fit,
-    load_checkpoint,
+    load_config,
     load_model,
     load_normalize,
 )
 from ran_ext.train.arguments import SAMPLE
-from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST, SELECTED
@@ -81,7 +81,7 @@ def network_of(checkpoint: Path) -> tuple[str, int]:
     Raises:
         ValueError: it holds neither.
     """
-    config = Config.from_dict(load_checkpoint(checkpoint)["config"])
+    config = load_config(checkpoint)
     if config.model != "ran_compact":
         raise ValueError(f"--checkpoint takes ran_compact, with masks or without; {checkpoint} is {config.model}")
     return (ATTENTION if config.model_options.get("attention", True) else TRUNK), config.seed
@@ -102,7 +102,7 @@ def train(config: Config, train_set: CIFAR10, folder: Path, device: torch.device
 
 def accuracies(checkpoint: Path, test_set: CIFAR10, device: torch.device) -> dict[str, Any]:
     """Accuracy on ``test_set`` as it is, and by corruption at each strength; every network sees the same images."""
-    config = Config.from_dict(load_checkpoint(checkpoint)["config"])
+    config = load_config(checkpoint)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = load_model(checkpoint, device).to(memory_format=layout)  # type: ignore[call-overload]
     normalize = load_normalize(checkpoint, layout)

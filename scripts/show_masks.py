@@ -10,7 +10,6 @@ format and size that Pillow reads: the middle square is taken, on white where it
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +19,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ran_ext._files import write_figure
 from ran_ext.data import CLASSES
 from ran_ext.train import CheckpointError, load_model, load_normalize
-from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.masks import attention_maps, depths, draw_attention
 
 #: Predictions printed for each picture.
@@ -86,10 +85,8 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
         print(f"{path}: {text}")
     titles = [f"{path.stem[:18]}\n{text.split(',')[0]}" for path, text in zip(pictures, found, strict=True)]
     figure = draw_attention(images, attention_maps(model, inputs), depths(model), titles)
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
     try:
-        write_atomically(out, png.getvalue())
+        write_figure(out, figure, dpi=150)
     except OSError as error:
         raise PictureError(f"cannot write {out} ({error.strerror}); name another --out") from error
     print(out)

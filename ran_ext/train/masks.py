@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..nn import AttentionGate, AttentionModule
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +35,8 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
     """Trunk, mask and their product in every gate, averaged over the channels, at the images' size.
 
     Args:
-        model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode, left in the mode it came in.
+        model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode; afterwards each of its
+            modules is in the mode it was in.
         images: normalised, float ``(N, C, H, W)``, on the model's device.
 
     Returns:
@@ -60,11 +62,10 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
 
     gates = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionGate)]
     hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates]
-    was_training = model.training
     try:
-        model.eval()(images)
+        with evaluating(model):
+            model(images)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return maps
