@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
-import json
 import os
 import secrets
 import stat
 from pathlib import Path
 from typing import Any
+
+from . import _json
 
 #: A file that is not finished yet; a random number between the two makes the name one writer's own.
 UNFINISHED = (".ran_ext-", ".partial")
@@ -46,14 +46,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON, as :func:`write_atomically` does."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_figure(path: Path, figure: Any, dpi: int) -> None:
-    """Write a figure of matplotlib's as PNG, as :func:`write_atomically` does."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, (_json.dumps(content) + "\n").encode())
 
 
 def remove_unfinished(folder: Path) -> None:

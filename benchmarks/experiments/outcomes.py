@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ran_ext._errors import one_line
 from ran_ext._files import write_json
 
 from .plan import VARIANTS, Run, Scale, plan
@@ -91,7 +92,7 @@ class Outcome:
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise StudyError(f"{path} is no result of this experiment ({error}); delete it to run it again") from error
+            raise StudyError(f"{path} is no result of this experiment ({one_line(error)}); delete it to run it again") from error
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

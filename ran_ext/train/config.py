@@ -216,7 +216,7 @@ class Config:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"Config: not JSON: {error}") from error
+            raise ValueError(f"Config: not JSON: {one_line(error)}") from error
         if not isinstance(values, dict):
             raise ValueError(f"Config: the JSON must be an object, got {type(values).__name__}")
         return cls.from_dict(values)

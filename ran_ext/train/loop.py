@@ -47,7 +47,8 @@ def fit(
         model: classifier of images, trained in place, on the device of ``ranks``. At the end it holds the selected
             weights, in evaluation mode. Modules that come in evaluation mode inside a model in training mode are
             frozen, and stay in evaluation mode: batch normalisations keep their running statistics. For the dense
-            layer's penalty (``config.weight_decay_scope``) it needs a method ``l2_penalty()``, as the networks of :mod:`ran_ext.models` have.
+            layer's penalty (``config.weight_decay_scope``) it needs a method ``l2_penalty()``, as the networks of
+            :mod:`ran_ext.models` have.
         train_set: images and labels; its mean is what is subtracted from all images.
         val_set: validates each epoch. Without it nothing is selected or stopped early (``config.select`` "last",
             ``patience`` 0).

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import write_figure, write_json
+from .._files import write_atomically, write_json
 from ..data import CLASSES
 from .errors import TrainingError, write_failure
+from .png import png
 from .progress import duration
 from .results import EpochFigures, Result
 
@@ -92,7 +93,7 @@ def write_curves(path: Path, result: Result) -> None:
         f"{config.model}, {config.optimizer}, batch {config.batch_size}, {config.dtype}, seed {config.seed}"
     )
     with _explained(path):
-        write_figure(path, figure, dpi=120)
+        write_atomically(path, png(figure))
 
 
 def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import one_line
 from .._lock import FolderInUseError, FolderLock
 from ..data import CIFAR10
 from .batches import build_normalize, train_batches
@@ -206,7 +207,7 @@ class Run:
                 event(callback)
             except OSError as error:
                 self.callbacks.remove(callback)
-                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {error}")
+                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}")
 
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""

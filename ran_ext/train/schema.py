@@ -107,7 +107,7 @@ def _config(name: str, value: Any) -> None:
     try:
         Config.from_dict(value)
     except (ValueError, TypeError) as error:
-        raise Misfit(f"{name!r} is no recipe of this version ({error})") from error
+        raise Misfit(f"{name!r} is no recipe of this version ({one_line(error)})") from error
 
 
 def _tensors(name: str, value: Any) -> None:
@@ -180,7 +180,7 @@ def _generators(name: str, value: Any) -> None:
     try:
         torch.Generator().set_state(value[0].cpu())
     except RuntimeError as error:
-        raise Misfit(f"{name!r} is not the state of a random generator: {error}") from error
+        raise Misfit(f"{name!r} is not the state of a random generator: {one_line(error)}") from error
 
 
 def _require_a_place_in_the_run(state: Mapping[str, Any]) -> None:
@@ -194,7 +194,7 @@ def _require_a_place_in_the_run(state: Mapping[str, Any]) -> None:
 
 _COUNT = _rule("a whole number >= 0", _is_count)
 _NUMBER = _rule("a finite number", _is_number)
-_FIGURES = {name: _NUMBER for name in (field.name for field in dataclasses.fields(EpochFigures))}
+_FIGURES = dict.fromkeys((field.name for field in dataclasses.fields(EpochFigures)), _NUMBER)
 
 #: The rule of each entry.
 ENTRIES: dict[str, Rule] = {
