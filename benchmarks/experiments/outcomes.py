@@ -92,7 +92,9 @@ class Outcome:
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise StudyError(f"{path} is no result of this experiment ({one_line(error)}); delete it to run it again") from error
+            raise StudyError(
+                f"{path} is no result of this experiment ({one_line(error)}); delete it to run it again"
+            ) from error
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def unpack(archive: Path, folder: Path) -> None:
                         shutil.copyfileobj(content, target, 1 << 20)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(
-            f"{archive}: not a readable tar archive ({one_line(error)}); delete it, download it again, or try another --source"
+            f"{archive}: not a readable tar archive ({one_line(error)}); delete it, download it again, or try another "
+            "--source"
         ) from error
 
 

@@ -59,7 +59,9 @@ def read_picture(path: Path, size: int) -> tuple[Tensor, str]:
         raise PictureError(f"there is no picture {path}; name another") from error
     # Pillow's plugins raise all of these for damaged files, and the last where one would unfold to gigabytes
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
-        raise PictureError(f"cannot read {path} as a picture ({one_line(error)}); name one that Pillow reads") from error
+        raise PictureError(
+            f"cannot read {path} as a picture ({one_line(error)}); name one that Pillow reads"
+        ) from error
     picture = Image.alpha_composite(Image.new("RGBA", colours.size, "white"), colours).convert("RGB")
     square = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1), scaled

@@ -21,6 +21,7 @@ from .distributed import Ranks, process_group
 from .environment import environment
 from .errors import TrainingError, write_failure
 from .loop import fit
+from .progress import say
 from .report import PROTOCOLS, result_dict, table, write_curves, write_result
 from .results import Result
 from .run import LAST
@@ -136,16 +137,17 @@ class Record(Callback):
         images = f"{data['training']:,} training, {data['validation']:,} validation, {data['test']:,} test images"
         source = "embedded sample" if options.data == SAMPLE else options.data
         reason = f" ({options.chose_data})" if options.chose_data else ""
-        hardware = f" ({facts['cpu'] if facts['device'] == 'cpu' else facts['cuda']})"
-        print(f"data: {source}{reason}: {images}")
-        print(
+        hardware = facts["cpu"] if facts["device"] == "cpu" else facts["cuda"]
+        place = f"{facts['device']} ({hardware})" if hardware else facts["device"]
+        say(f"data: {source}{reason}: {images}")
+        say(
             f"model: {config.model}, {config.optimizer}, batch {config.batch_size}, at most {config.epochs} epochs, "
-            f"{config.dtype}, on {facts['device']}{hardware}, {facts['backend']} backend"
+            f"{config.dtype}, on {place}, {facts['backend']} backend"
         )
-        print(f"protocol {config.protocol}: {PROTOCOLS[config.protocol]}")
+        say(f"protocol {config.protocol}: {PROTOCOLS[config.protocol]}")
         if options.resume and not (options.out / LAST).exists():
-            print(f"{options.out} holds no checkpoint yet: starting from the beginning")
-        print(f"folder: {options.out}", flush=True)
+            say(f"{options.out} holds no checkpoint yet: starting from the beginning")
+        say(f"folder: {options.out}")
 
     def on_end(self, result: Result) -> None:
         """Write the figures and say what happened."""
@@ -155,13 +157,13 @@ class Record(Callback):
             try:
                 write_curves(out / "curves.png", result)
             except ImportError:
-                print("no curves.png: pip install matplotlib", file=sys.stderr)
+                say("no curves.png: pip install matplotlib", sys.stderr)
         if not options.quiet:
-            print(table(result, self.parameters, self.data, out))
+            say(table(result, self.parameters, self.data, out))
             if (out / "tensorboard").exists():
-                print(f"to look at the curves, the weights and the masks: tensorboard --logdir {out / 'tensorboard'}")
+                say(f"to look at the curves, the weights and the masks: tensorboard --logdir {out / 'tensorboard'}")
         if result.interrupted:
-            print(f"interrupted; to continue: {_command()} --resume --out {out}", file=sys.stderr)
+            say(f"interrupted; to continue: {_command()} --resume --out {out}", sys.stderr)
 
 
 def _command() -> str:

@@ -47,8 +47,9 @@ class Ranks:
         return model if self.world_size == 1 else ran_nn.convert_sync_batchnorm(model)
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over the processes, in place."""
+        """``values`` summed over the processes."""
         if self.world_size > 1:
+            values = values.to(self.device)  # NCCL takes no others
             dist.all_reduce(values)
         return values
 

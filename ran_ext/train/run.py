@@ -212,7 +212,7 @@ class Run:
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""
         config, state = self.config, self.state
-        loss, correct = self.ranks.sum(state.history.values.double().mean(0)).tolist()
+        loss, correct = self.ranks.sum(state.history.values.cpu().double().mean(0)).tolist()
         val = None if self.val_set is None else self.evaluate(self.val_set)
         if val is not None and not math.isfinite(val.loss):
             raise self.not_finite(f"the validation loss is {val.loss} after epoch {state.epoch + 1}")

@@ -145,5 +145,5 @@ class StepHistory:
 
     def mean(self) -> tuple[float, float]:
         """Mean loss and accuracy of the steps so far."""
-        loss, correct = self.values[: self.count].double().mean(0).tolist()
+        loss, correct = self.values[: self.count].cpu().double().mean(0).tolist()  # not every device has float64
         return loss, correct / self.batch_size
