@@ -38,8 +38,8 @@ RECIPES = [
 ]
 
 
-def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, hold: float) -> None:
-    """Run, or continue, the command in this process; dies at point ``kill_at`` where that is not None."""
+def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, wait_for: Path | None) -> None:
+    """Run, or continue, the command in this process; dies at point ``kill_at``, waits before its steps for a file."""
     torch.set_num_threads(1)
     with open(log, "ab", buffering=0) as said:
         os.dup2(said.fileno(), 1)
@@ -83,7 +83,8 @@ def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, hold: 
 
     def load_and_count(self, *arguments):
         point()
-        time.sleep(hold)
+        while wait_for and not wait_for.exists():
+            time.sleep(0.01)
         return load(self, *arguments)
 
     sys.addaudithook(audit)
@@ -97,11 +98,11 @@ def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, hold: 
     os._exit(code)
 
 
-def start(out: Path, recipe: list[str], log: Path, kill_at: int | None = None, hold: float = 0.0):
+def start(out: Path, recipe: list[str], log: Path, kill_at: int | None = None, wait_for: Path | None = None):
     """The process, started."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killed_runs", "matplotlib.backends.backend_agg"])
-    process = context.Process(target=command, args=(out, recipe, log, kill_at, hold))
+    process = context.Process(target=command, args=(out, recipe, log, kill_at, wait_for))
     process.start()
     return process
 
@@ -118,13 +119,14 @@ class Tally:
 
 def torment(folder: Path, kills: int, seed: int) -> Tally:
     """Start runs, kill them and continue them until there were so many kills; compare each with one that was not."""
-    tally, draw, whole = Tally(), random.Random(seed), {}
+    tally, draw, whole, seconds = Tally(), random.Random(seed), {}, 0.0
     while tally.kills < kills:
         number = tally.runs % len(RECIPES)
         recipe = RECIPES[number]
         if number not in whole:
-            whole[number] = folder / f"whole{number}"
+            whole[number], begun = folder / f"whole{number}", time.monotonic()
             finish(start(whole[number], recipe, folder / "log"), tally, "the whole run")
+            seconds = time.monotonic() - begun
         out = folder / f"run{tally.runs}"
         tally.runs += 1
         while True:
@@ -132,7 +134,7 @@ def torment(folder: Path, kills: int, seed: int) -> Tally:
             at_point = draw.random() < 0.5
             process = start(out, recipe, folder / "log", draw.randint(1, 60) if at_point and not spare else None)
             if not at_point and not spare:
-                process.join(draw.uniform(0.0, 1.5))
+                process.join(draw.uniform(0.0, seconds))
                 process.kill()
             code = finish(process, tally, f"{out.name} after {tally.kills} kills", killed=not spare)
             if code == 0:

@@ -3,10 +3,12 @@
 ``RAN_EXT_KILLS=100 pytest tests/test_faults_runs.py -k killed`` does it by the hundred.
 """
 
+import io
 import json
 import os
 import shutil
 import threading
+from multiprocessing.connection import wait
 
 import pytest
 import torch
@@ -35,7 +37,9 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
 def test_of_two_runs_started_together_one_is_refused_in_a_sentence(tmp_path):
     logs = [tmp_path / f"log{number}" for number in range(2)]
     out, seeds = tmp_path / "run", [["--seed", "0"], ["--seed", "1"]]
-    processes = [start(out, seed, log, hold=0.3) for seed, log in zip(seeds, logs, strict=True)]
+    processes = [start(out, seed, log, wait_for=tmp_path / "go") for seed, log in zip(seeds, logs, strict=True)]
+    wait([process.sentinel for process in processes], 120)  # the one that goes on waits for the other's end
+    (tmp_path / "go").touch()
     for process in processes:
         process.join(120)
     codes = [process.exitcode for process in processes]
@@ -187,10 +191,12 @@ def test_a_disk_that_fills_at_any_write_costs_nothing_that_was_written(tmp_path,
 
 
 def test_a_log_on_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
-    with open("/dev/full", "w", buffering=1) as full:
-        monkeypatch.setattr("sys.stderr", full)
-        result = train(tmp_path, quiet=False)
-        monkeypatch.undo()
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sys.stderr", Full())
+    result = train(tmp_path, quiet=False)
     assert len(result.figures) == CONFIG.epochs
 
 
