@@ -19,7 +19,7 @@ def run_command(name: str, work: Callable[[], int | None], go_on: str = "the sam
     try:
         return work() or 0
     except (TrainingError, DatasetError, ValueError, OSError) as error:
-        print(f"{name}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error, most=2000)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {go_on}", file=sys.stderr)

@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\nget_cifar10: stopped; run the same command again to go on", file=sys.stderr)
         return 130
     except (DatasetError, DownloadError, FolderInUseError) as error:
-        print(f"get_cifar10: {one_line(error)}", file=sys.stderr)
+        print(f"get_cifar10: {one_line(error, most=2000)}", file=sys.stderr)
         return 1
     except OSError as error:
         next_step = (

@@ -73,8 +73,8 @@ def misfit_explained(path: str | Path) -> Iterator[None]:
         yield
     except Misfit as error:
         raise CheckpointError(
-            f"{path} is no checkpoint that can be used here: {one_line(error)}; name another, or train anew in another "
-            "folder"
+            f"{path} is no checkpoint of a training that can be used here: {one_line(error)}; name another, or train "
+            "anew in another folder"
         ) from error
 
 

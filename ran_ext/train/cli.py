@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with process_group(options.device) as ranks:
             return train(options, ranks)
     except (TrainingError, DatasetError, ValueError) as error:
-        print(f"ran-ext-train: error: {one_line(error)}", file=sys.stderr)
+        print(f"ran-ext-train: error: {one_line(error, most=2000)}", file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{str(error.filename)[:200]}: " if error.filename else ""
