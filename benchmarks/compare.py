@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ran_ext import _backend
+from ran_ext._command import Parser
 
 from . import cudnn_graphs
 from .agreement import admit
@@ -221,7 +222,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options, with what depends on the device filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "bandwidth", "all"], default="all", help="all: bandwidth only on CUDA")
     add("--task", nargs="+", choices=[*OP_TASKS, *MODEL_TASKS], default=[*OP_TASKS, *MODEL_TASKS])

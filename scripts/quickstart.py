@@ -154,6 +154,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [--system] {train,test} ...",
+        allow_abbrev=False,
     )
     parser.add_argument("--system", action="store_true", help="use the running Python instead of .venv")
     parser.add_argument("task", choices=list(COMMANDS))

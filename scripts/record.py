@@ -38,6 +38,7 @@ from benchmarks.command import run_command
 from benchmarks.ledger import Ledger
 from benchmarks.reference import training as reference_training
 from benchmarks.timing import environment
+from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
 from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint
 from ran_ext.train.arguments import SAMPLE
@@ -239,7 +240,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--target", choices=RECIPES, required=True, help="the report's accuracy in the least time, or the highest")
     add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; --quick needs none)")

@@ -26,12 +26,13 @@ from benchmarks.experiments.runs import Deadline, Runner, Stopped, load_images
 from benchmarks.experiments.sections import build
 from benchmarks.experiments.tables import write_tables
 from benchmarks.timing import environment
+from ran_ext._command import Parser
 from ran_ext.train.distributed import choose_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, also when --minutes are over, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the runs and of the page")
     add("--scale", choices=SCALES, default="subset", help="how large the runs are (default: subset)")

@@ -13,7 +13,7 @@
 from .batches import build_augment, build_normalize, train_batches
 from .callbacks import Callback
 from .capture import CapturedStep, CudaGraph
-from .checkpoint import load_checkpoint, load_model, load_normalize, save_checkpoint
+from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .distributed import Ranks, process_group
 from .early_stopping import EarlyStopping
@@ -57,6 +57,7 @@ __all__ = [
     "fit",
     "learning_rate",
     "load_checkpoint",
+    "load_config",
     "load_model",
     "load_normalize",
     "load_optimizer",

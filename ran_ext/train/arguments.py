@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._command import Parser
+from .._errors import one_line
+from .._files import require_regular
+from ..models import ran_compact
 from .config import CHOICES, PRESETS, Config
 from .errors import TrainingError
+from .run import LAST
 from .step_kinds import STEPS
 
 #: The name that stands for the embedded images, and the folder looked for first.
@@ -52,7 +59,7 @@ class Options:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ran-ext-train",
         description="Train a residual attention network on CIFAR-10. Under torchrun the processes share each batch.",
     )
@@ -71,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or any that torch has")
     run.add_argument(
         "--step",
         choices=STEPS,
@@ -99,7 +106,13 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         ValueError: a value is out of its range.
         SystemExit: a flag is unknown or malformed (argparse prints why).
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        if name in inspect.signature(ran_compact).parameters:
+            parser.error(f"{unknown[0]}: it is an option of the network, --model-option {name}=VALUE")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
@@ -107,6 +120,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         given["model_options"] = dict(given["model_options"])
     if args.resume and args.out is None:
         raise TrainingError("--resume needs --out, the folder of the run to continue")
+    if args.resume and not any(os.path.lexists(args.out / name) for name in (RUN_FILE, LAST)):
+        raise TrainingError(
+            f"--resume: there is no run in {args.out} (it has neither {RUN_FILE} nor {LAST}); mend --out, or leave "
+            "--resume out to begin one"
+        )
     found = _read_run(args.out) if args.resume else None
     chose = ""
     if found:
@@ -118,9 +136,11 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data, chose = (args.data, "") if args.data else _choose_data(args.preset)
         base = PRESETS[args.preset or ("sample" if data == SAMPLE else "report")]
     config = dataclasses.replace(base, **given)
+    idle = config.without_effect() | ({"val_images": "protocol is 'report'"} if config.protocol == "report" else {})
+    for name in given.keys() & idle.keys():
+        raise TrainingError(f"--{name.replace('_', '-')} has no effect where {idle[name]}; leave it out")
     out = args.out or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not args.resume and (out / "last.pt").exists():
-        raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+    require_no_run(out, args.resume)
     return Options(
         config,
         data,
@@ -135,6 +155,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     )
 
 
+def require_no_run(out: Path, resume: bool) -> None:
+    """Refuse to begin where a run is already."""
+    if not resume and os.path.lexists(out / LAST):
+        raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+
+
 def run_file(options: Options) -> bytes:
     """The contents of ``run.json``."""
     return (json.dumps({"data": options.data, "config": options.config.to_dict()}, indent=1) + "\n").encode()
@@ -142,13 +168,19 @@ def run_file(options: Options) -> bytes:
 
 def _read_run(out: Path) -> tuple[Config, str] | None:
     path = out / RUN_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
+        require_regular(path)
         values = json.loads(path.read_text())
-        return Config.from_dict(values["config"]), values["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete it and give the run's own flags again") from error
+        config, data = Config.from_dict(values["config"]), values["data"]
+        if not isinstance(data, str):
+            raise TypeError("'data' is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise TrainingError(
+            f"{path} is damaged ({one_line(error)}); delete it and give the run's own flags again"
+        ) from error
+    return config, data
 
 
 def _choose_data(preset: str | None) -> tuple[str, str]:
@@ -191,7 +223,9 @@ def _key_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    for read in (json.loads, ast.literal_eval):  # false, and Python's False
+        try:
+            return name, read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return name, value

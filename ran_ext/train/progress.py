@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -62,18 +63,24 @@ class Progress:
             self.bar.set_description_str(where, refresh=False)
             self.bar.set_postfix_str(figures)
         elif self.enabled:
-            print(f"{where}, {100 * self.done / self.steps:.0f} %: {figures}", file=self.file, flush=True)
+            say(f"{where}, {100 * self.done / self.steps:.0f} %: {figures}", self.file)
 
     def line(self, text: str) -> None:
         """Print a line that stays, above the bar."""
         if self.bar is not None:
             self.bar.write(text, file=self.file)
         elif self.enabled:
-            print(text, file=self.file, flush=True)
+            say(text, self.file)
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print to ``file``, by default standard output; a full disk or a closed pipe there costs the text alone."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 def duration(seconds: float) -> str:
