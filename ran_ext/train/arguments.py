@@ -8,12 +8,13 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .config import CHOICES, PRESETS, Config
 from .errors import TrainingError
+from .scales import AUTO, LIMIT, SCALES
 from .step_kinds import STEPS
 
 #: The name that stands for the embedded images, and the folder looked for first.
@@ -37,6 +38,9 @@ class Options:
         tensorboard: whether to write TensorBoard's files.
         quiet: print nothing but errors.
         chose_data: why ``data`` is what it is, where nobody named it.
+        scale: of the run on the embedded images: one of ``SCALES``, or ``auto`` for the one that fits the machine; ""
+            where the recipe alone says how long the run is.
+        asked: what the run was begun with where that is a matter of the machine: ``dtype`` and ``scale``.
     """
 
     config: Config
@@ -49,6 +53,8 @@ class Options:
     tensorboard: bool
     quiet: bool
     chose_data: str
+    scale: str
+    asked: Mapping[str, str]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,6 +74,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"folder of CIFAR-10, or '{SAMPLE}' for the embedded images (default: the folder {DATA_FOLDER} where "
         "there is one and the preset is not 'sample', else the embedded images)",
+    )
+    sizes = "; ".join(f"{name}: {scale}" for name, scale in SCALES.items())
+    run.add_argument(
+        "--scale",
+        choices=[AUTO, *SCALES],
+        help=f"how long the run on the embedded images is ({sizes}); auto times a few steps and takes the largest that "
+        f"ends within {LIMIT / 60:.0f} minutes (default: auto, unless --epochs or the network is given)",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
@@ -103,21 +116,30 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
-    if "model_options" in given:
-        given["model_options"] = dict(given["model_options"])
     if args.resume and args.out is None:
         raise TrainingError("--resume needs --out, the folder of the run to continue")
     found = _read_run(args.out) if args.resume else None
-    chose = ""
+    chose = scale = ""
+    asked: Mapping[str, str] = {}
     if found:
-        base, data = found
-        if args.preset:
-            raise TrainingError("--resume takes the run's own settings: leave --preset out")
+        base, data, scale, asked = found
+        for name in ("preset", "scale"):
+            if getattr(args, name):
+                raise TrainingError(f"--resume takes the run's own settings: leave --{name} out")
+        if given.get("dtype") == AUTO:
+            del given["dtype"]  # the run's own
         data = args.data or data
     else:
         data, chose = (args.data, "") if args.data else _choose_data(args.preset)
-        base = PRESETS[args.preset or ("sample" if data == SAMPLE else "report")]
+        preset = args.preset or ("sample" if data == SAMPLE else "report")
+        base = PRESETS[preset]
+        scale = _choose_scale(args.scale, data == SAMPLE and preset == "sample", given)
+        if scale in SCALES:
+            base = SCALES[scale].apply(base)
+    if "model_options" in given:
+        given["model_options"] = {**base.model_options, **dict(given["model_options"])}
     config = dataclasses.replace(base, **given)
+    asked = asked or {"dtype": config.dtype, "scale": scale}
     out = args.out or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not args.resume and (out / "last.pt").exists():
         raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
@@ -132,21 +154,39 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         args.tensorboard,
         args.quiet,
         chose,
+        scale,
+        asked,
     )
 
 
-def run_file(options: Options) -> bytes:
-    """The contents of ``run.json``."""
-    return (json.dumps({"data": options.data, "config": options.config.to_dict()}, indent=1) + "\n").encode()
+def run_file(options: Options, config: Config) -> bytes:
+    """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
+    values = {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _read_run(out: Path) -> tuple[Config, str] | None:
+def _choose_scale(asked: str | None, sample: bool, given: Mapping[str, Any]) -> str:
+    """The scale, given the flag, whether the run is that on the embedded images, and the fields of the recipe given."""
+    if asked and not sample:
+        raise TrainingError(
+            f"--scale is for the embedded images and their preset (--data {SAMPLE} --preset sample): leave it out, and "
+            "give --epochs or --model-option width=... instead"
+        )
+    if asked == AUTO and "epochs" in given:
+        raise TrainingError("--scale auto chooses the number of epochs: leave --epochs out, or name a scale")
+    sized = not given.keys().isdisjoint(("epochs", "model", "model_options"))
+    return asked or (AUTO if sample and not sized else "")
+
+
+def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
     path = out / RUN_FILE
     if not path.exists():
         return None
     try:
         values = json.loads(path.read_text())
-        return Config.from_dict(values["config"]), values["data"]
+        config = Config.from_dict(values["config"])
+        asked = values.get("asked", {"dtype": config.dtype, "scale": ""})  # which older files lack, as they do "scale"
+        return config, values["data"], values.get("scale", ""), asked
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is damaged ({error}); delete it and give the run's own flags again") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +17,15 @@ from .callbacks import Callback
 from .checkpoint import write_atomically
 from .config import Config
 from .distributed import Ranks, process_group
+from .dtype import resolve_dtype
 from .environment import environment
 from .errors import TrainingError, write_failure
 from .loop import fit
+from .probe import fitting_scale
 from .report import PROTOCOLS, result_dict, table, write_curves, write_result
 from .results import Result
 from .run import LAST
+from .scales import AUTO, SCALES, expected_accuracy, explain_choice
 from .tensorboard import TensorBoardLogger
 
 #: Test images whose attention masks TensorBoard shows.
@@ -44,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(options: Options, ranks: Ranks) -> int:
     """Train as ``options`` say; the exit status."""
-    config = options.config
-    train_set, val_set, test_set = load_data(options.data, config)
+    train_set, val_set, test_set = load_data(options.data, options.config)
     torch.backends.cudnn.benchmark = True
+    options = fit_to_machine(options, train_set, val_set, ranks)
+    config = options.config
+    resolved = resolve_dtype(config, ranks, options.out / LAST if options.resume else None)
     torch.manual_seed(config.seed)
     model = config.create_model()
     data = {
@@ -56,7 +62,7 @@ def train(options: Options, ranks: Ranks) -> int:
         "test": len(test_set),
     }
     if ranks.first:
-        begin(options, data, ranks)
+        begin(options, resolved, data, ranks)
     result = fit(
         model,
         train_set,
@@ -74,6 +80,25 @@ def train(options: Options, ranks: Ranks) -> int:
     if ranks.first:
         end(options, result, sum(p.numel() for p in model.parameters()), data, ranks)
     return 130 if result.interrupted else 0
+
+
+def fit_to_machine(options: Options, train_set: CIFAR10, val_set: CIFAR10 | None, ranks: Ranks) -> Options:
+    """``options`` with a scale in the place of ``auto``, and a word about it; every process must call it."""
+    scale, config = options.scale, options.config
+    if not scale:
+        return options
+    loud = ranks.first and not options.quiet
+    if scale == AUTO:
+        if loud:
+            print("scale: timing a few steps to find the one that fits this machine", flush=True)
+        scale, expected = fitting_scale(resolve_dtype(config, ranks), train_set, val_set, ranks)
+        config = SCALES[scale].apply(config)
+        if loud:
+            print(*explain_choice(scale, expected), sep="\n")
+    accuracy = expected_accuracy(scale, resolve_dtype(config, ranks))
+    if loud and accuracy:
+        print(f"expected test accuracy: {accuracy}")
+    return dataclasses.replace(options, config=config, scale=scale)
 
 
 def load_data(source: str, config: Config) -> tuple[CIFAR10, CIFAR10 | None, CIFAR10]:
@@ -108,23 +133,25 @@ def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Cal
         return []
 
 
-def begin(options: Options, data: Mapping[str, Any], ranks: Ranks) -> None:
-    """Make the run's folder and say what is about to happen."""
+def begin(options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks) -> None:
+    """Make the run's folder and say what is about to happen; ``config`` has a dtype, not ``auto``."""
     try:
         options.out.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out / RUN_FILE, run_file(options))
+        write_atomically(options.out / RUN_FILE, run_file(options, config))
     except OSError as error:
         raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
     if options.quiet:
         return
-    config, facts = options.config, environment(ranks)
+    facts, dtype = environment(ranks), config.dtype
+    if options.config.dtype == AUTO:
+        dtype += " (auto: in hardware)" if dtype == "bfloat16" else " (auto: bfloat16 would be emulated)"
     images = f"{data['training']:,} training, {data['validation']:,} validation, {data['test']:,} test images"
     source = "embedded sample" if options.data == SAMPLE else options.data
     reason = f" ({options.chose_data})" if options.chose_data else ""
     print(f"data: {source}{reason}: {images}")
     print(
         f"model: {config.model}, {config.optimizer}, batch {config.batch_size}, at most {config.epochs} epochs, "
-        f"{config.dtype}, on {facts['device']} ({facts['cpu'] if facts['device'] == 'cpu' else facts['cuda']}), "
+        f"{dtype}, on {facts['device']} ({facts['cpu'] if facts['device'] == 'cpu' else facts['cuda']}), "
         f"{facts['backend']} backend"
     )
     print(f"protocol {config.protocol}: {PROTOCOLS[config.protocol]}")
@@ -136,7 +163,8 @@ def begin(options: Options, data: Mapping[str, Any], ranks: Ranks) -> None:
 def end(options: Options, result: Result, parameters: int, data: Mapping[str, Any], ranks: Ranks) -> None:
     """Write the figures and say what happened."""
     out = options.out
-    write_result(out / "result.json", result_dict(result, environment(ranks), data))
+    figures = result_dict(result, environment(ranks), data) | {"asked": dict(options.asked), "scale": options.scale}
+    write_result(out / "result.json", figures)
     try:
         write_curves(out / "curves.png", result)
     except ImportError:
