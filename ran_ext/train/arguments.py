@@ -133,7 +133,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data, chose = (args.data, "") if args.data else _choose_data(args.preset)
         preset = args.preset or ("sample" if data == SAMPLE else "report")
         base = PRESETS[preset]
-        scale = _choose_scale(args.scale, data == SAMPLE and preset == "sample", given)
+        # a run in the folder has a size already, though nothing says which
+        sized = args.resume or not given.keys().isdisjoint(("epochs", "model", "model_options"))
+        scale = _choose_scale(args.scale, data == SAMPLE and preset == "sample", sized, "epochs" in given)
         if scale in SCALES:
             base = SCALES[scale].apply(base)
     if "model_options" in given:
@@ -165,16 +167,15 @@ def run_file(options: Options, config: Config) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
 
 
-def _choose_scale(asked: str | None, sample: bool, given: Mapping[str, Any]) -> str:
-    """The scale, given the flag, whether the run is that on the embedded images, and the fields of the recipe given."""
+def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) -> str:
+    """The scale of a run, by the flag; ``sample``: on the embedded images; ``sized``, ``epochs``: given by hand."""
     if asked and not sample:
         raise TrainingError(
             f"--scale is for the embedded images and their preset (--data {SAMPLE} --preset sample): leave it out, and "
             "give --epochs or --model-option width=... instead"
         )
-    if asked == AUTO and "epochs" in given:
+    if asked == AUTO and epochs:
         raise TrainingError("--scale auto chooses the number of epochs: leave --epochs out, or name a scale")
-    sized = not given.keys().isdisjoint(("epochs", "model", "model_options"))
     return asked or (AUTO if sample and not sized else "")
 
 

@@ -12,6 +12,7 @@ import torch
 from ..data import CIFAR10
 from .config import Config
 from .distributed import Ranks
+from .errors import out_of_memory_explained
 from .run import Run
 from .scales import choose_scale, run_seconds
 
@@ -34,7 +35,11 @@ def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds:
     alone = Ranks(0, 1, ranks.device)
     share = config.batch_size // ranks.world_size
     devices = [ranks.device] if ranks.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), tempfile.TemporaryDirectory() as folder:
+    with (
+        torch.random.fork_rng(devices),
+        tempfile.TemporaryDirectory() as folder,
+        out_of_memory_explained(ranks.device, config.batch_size),
+    ):
         mine = dataclasses.replace(config, batch_size=share)
         run = Run(
             mine.create_model(),
