@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ran_ext import models, set_backend
 from ran_ext.inference import FoldedConv2d, fold_for_inference
-from ran_ext.nn import AttentionModule, BNReLUConv2d
+from ran_ext.nn import AttentionModule
 
 
 def trained(name: str, **options) -> torch.nn.Module:
