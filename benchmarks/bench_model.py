@@ -3,12 +3,17 @@
 For ratios take ``compare.py``, which interleaves; this suite is for looking at one contender closely.
 """
 
+import sys
 from typing import Any
+
+if __name__ == "__main__":
+    sys.exit("for pytest-benchmark (pip install pytest-benchmark): pytest benchmarks/bench_model.py --benchmark-only")
 
 import pytest
 import torch
-from contenders import Contender, model_subject
-from suites import grid, timed
+
+from .contenders import Contender, model_subject
+from .suites import grid, timed
 
 
 @pytest.mark.parametrize(("device", "batch", "task", "dtype", "contender"), grid(("training step", "inference")))

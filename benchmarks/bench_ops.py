@@ -3,13 +3,18 @@
 For ratios take ``compare.py``, which interleaves; this suite is for looking at one op closely.
 """
 
+import sys
 from typing import Any
+
+if __name__ == "__main__":
+    sys.exit("for pytest-benchmark (pip install pytest-benchmark): pytest benchmarks/bench_ops.py --benchmark-only")
 
 import pytest
 import torch
-from cases import Case, op_cases
-from contenders import Contender, op_subject
-from suites import grid, timed
+
+from .cases import Case, op_cases
+from .contenders import Contender, op_subject
+from .suites import grid, timed
 
 NAMES = [case.name.replace(" 1x", " ", 1).replace(" ", "_") for case in op_cases(1)]
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measures ran_ext against plain PyTorch and torch.compile, interleaved in one run; prints ratios of medians.
 
-python benchmarks/compare.py --suite model --out benchmarks/results/cpu_model.json     tables, JSON and a chart
-python benchmarks/compare.py --suite model --against benchmarks/results/cpu_model.json a gate: 1 where a ratio got worse
+python -m benchmarks.compare --suite model --out benchmarks/results/cpu_model.json     tables, JSON and a chart
+python -m benchmarks.compare --suite model --against benchmarks/results/cpu_model.json a gate: 1 where a ratio got worse
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import cudnn_graphs
 import torch
-from agreement import admit
-from cases import Case, large_gates, op_cases
-from contenders import (
+from torch import Tensor
+
+from ran_ext import _backend
+from ran_ext._command import Parser
+from ran_ext._hardware import multiplies_bfloat16
+
+from . import cudnn_graphs
+from .agreement import admit
+from .cases import Case, large_gates, op_cases
+from .contenders import (
     BASELINES,
     Contender,
     Subject,
@@ -32,12 +38,9 @@ from contenders import (
     op_oracle,
     op_subject,
 )
-from memory import saved_bytes
-from report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
-from timing import Spread, environment, interleave, peaks, ratios
-from torch import Tensor
-
-from ran_ext import _backend
+from .memory import saved_bytes
+from .report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
+from .timing import Spread, environment, interleave, peaks, ratios
 
 SUITES = ["ops", "model", "memory"]
 OP_TASKS, MODEL_TASKS = ("forward", "forward + backward"), ("training step", "inference")
@@ -220,7 +223,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options, with what depends on the device filled in."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--suite", choices=[*SUITES, "bandwidth", "all"], default="all", help="all: bandwidth only on CUDA")
     add("--task", nargs="+", choices=[*OP_TASKS, *MODEL_TASKS], default=[*OP_TASKS, *MODEL_TASKS])
@@ -229,7 +232,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=None, help="of the CPU (default torch's)")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch", type=int, nargs="+", default=None, help="default 32; on CUDA 128 and 1024; with --quick 2")
-    add("--dtype", nargs="+", choices=list(DTYPES), default=None, help="default float32 bfloat16; on CUDA float16 too")
+    add("--dtype", nargs="+", choices=list(DTYPES), default=None, help="default those in hardware; float16: CUDA")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--quick", action="store_true", help="a rehearsal: tiny, without torch.compile; its times say nothing")
     add("--out", type=Path, default=None, help="JSON; the chart is drawn beside it")
@@ -245,7 +248,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--against: there is no file {options.against}")
     options.rounds = options.rounds or (3 if options.quick else 15)
     options.batch = options.batch or ([2] if options.quick else [128, 1024] if cuda else [32])
-    options.dtype = options.dtype or (list(DTYPES) if cuda else ["float32", "bfloat16"])
+    half = ["bfloat16"] if multiplies_bfloat16(options.device) else []  # emulated, it would take hours and say nothing
+    options.dtype = options.dtype or ["float32", *half, *(["float16"] if cuda else [])]
     options.compile = options.compile and not options.quick
     return options
 

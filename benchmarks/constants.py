@@ -1,23 +1,25 @@
 #!/usr/bin/env python
 """Measures what the time model needs of a machine: launch, copies, matrix products, the library's convolutions and BN.
 
-python benchmarks/constants.py --out constants.json          then: python benchmarks/time_model.py constants.json
+python -m benchmarks.constants --out constants.json          then: python -m benchmarks.time_model constants.json
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BNReLUConv, units
-from contenders import captured
-from timing import Spread, copy_rate, environment, interleave, matmul_rate
 from torch.nn import functional as F
+
+from ran_ext._command import Parser
+from ran_ext._files import write_json
+
+from .cases import BNReLUConv, units
+from .contenders import captured
+from .timing import Spread, copy_rate, environment, interleave, matmul_rate
 
 #: Sizes of the network's activations at batch 128 and 1024, MiB.
 COPIES = (4, 8, 64)
@@ -87,7 +89,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: batch 1, bfloat16 only, one round")
     parser.add_argument("--out", type=Path, required=True, help="JSON")
@@ -104,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         times = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in row.items() if isinstance(value, float))
         print(f"{row['unit']}, {row['dtype']}, us: {times}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
-    partial.replace(options.out)
+    write_json(options.out, found)
     return 0
 
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
 """Measures the fused 1x1 convolutions against the library's, pass by pass, and writes what the choice rests on.
 
-python benchmarks/dispatch.py --out FILE --install             on a GPU; also makes it the package's own table
-python benchmarks/dispatch.py --out FILE --device cpu --quick  a rehearsal, whose times say nothing
+python -m benchmarks.dispatch --out FILE --install             on a GPU; also makes it the package's own table
+python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal, whose times say nothing
 
 Rows of other architectures are kept. ``csrc/cuda_dispatch.h`` says how a row is used, ``ran_ext.explain`` shows it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -19,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BNReLUConv, ConvGate, conv_gates, units
-from timing import Spread, environment, interleave
 
 from ran_ext import _backend
+from ran_ext._command import Parser
+from ran_ext._files import write_json
+
+from .cases import BNReLUConv, ConvGate, conv_gates, units
+from .timing import Spread, environment, interleave
 
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
 
@@ -93,7 +95,7 @@ def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one small batch, two rounds")
     parser.add_argument("--out", type=Path, required=True, help="JSON")
@@ -112,9 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = [row for row in table["measured"] if row["arch"] != arch]
     table |= {"measured": kept + found, f"environment {arch}": environment(device)}
     for path in (options.out, *([_backend.DISPATCH_FILE] if options.install else [])):
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(table, indent=1) + "\n")
-        partial.replace(path)
+        write_json(path, table)
     faster = sum(row["fused_us"] < row["library_us"] for row in found)
     print(f"fused is faster in {faster} of {len(found)} passes; {options.out}")
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from .. import _fusion, _tracing
@@ -39,10 +41,13 @@ class ResidualAttentionNetwork(nn.Module):
         stem_pool: bool = True,
     ):
         super().__init__()
-        if width <= 0 or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
+        for name, flag in (("conv_bias", conv_bias), ("attention", attention), ("stem_pool", stem_pool)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"ResidualAttentionNetwork: {name} must be true or false, got {flag!r}")
+        if not 0 < width < math.inf or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
             raise ValueError(
-                "ResidualAttentionNetwork: width, num_classes and in_channels must be positive and dropout in [0, 1), "
-                f"got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
+                "ResidualAttentionNetwork: width (finite), num_classes and in_channels must be positive and dropout in "
+                f"[0, 1), got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
             )
 
         def wide(channels: int) -> int:
