@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.corrupted import ALL, ATTENTION, LESS_CLEAN, TRUNK, Difference, Seed, conclusion, differences, table
 from ran_ext.data import CORRUPTIONS, corrupt, sample
-from ran_ext.train import evaluate, load_model, load_normalize
+from ran_ext.train import Config, evaluate, load_model, load_normalize
 from scripts import robustness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def test_accuracies_are_those_of_the_corrupted_images(rehearsed):
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(robustness, "load_checkpoint", lambda path: {"config": {"model": "ran_paper"}})
+    monkeypatch.setattr(robustness, "load_config", lambda path: Config(model="ran_paper"))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--checkpoint", "x.pt"]
     assert robustness.main(flags) == 1
     assert "robustness: error: --checkpoint takes ran_compact" in capsys.readouterr().err
