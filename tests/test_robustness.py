@@ -85,7 +85,7 @@ def test_accuracies_are_those_of_the_corrupted_images(rehearsed):
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(robustness, "load_checkpoint", lambda path: {"config": {"model": "ran_paper"}})
+    monkeypatch.setattr(robustness, "load_config", lambda path: Config(model="ran_paper"))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--checkpoint", "x.pt"]
     assert robustness.main(flags) == 1
     assert "robustness: error: --checkpoint takes ran_compact" in capsys.readouterr().err

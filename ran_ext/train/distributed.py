@@ -109,12 +109,12 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TrainingError(f"there is no device named {name!r}; choose auto, {_devices()}") from error
+        raise TrainingError(f"there is no device named {name!r}; choose {_devices()}") from error
     try:
         torch.ones(1, device=device).item()
     except Exception as error:  # each device that torch knows by name alone says so in a way of its own
         reason = one_line(error).partition(". ")[0].partition(" Compile with ")[0]
-        raise TrainingError(f"device {name} cannot be used here ({reason}); choose auto, {_devices()}") from error
+        raise TrainingError(f"device {name} cannot be used here ({reason}); choose {_devices()}") from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
@@ -123,4 +123,4 @@ def choose_device(name: str) -> torch.device:
 def _devices() -> str:
     """The devices there are, for a sentence."""
     found = torch.accelerator.current_accelerator(check_available=True)
-    return f"cpu or {found.type}" if found else "or cpu"
+    return f"auto, cpu or {found.type}" if found else "auto or cpu"

@@ -102,8 +102,11 @@ class Run:
             state = read_entries(path, TRAINING, self.ranks.device)
             with misfit_explained(path):
                 self.state.load_dict(state, self.ranks, self.images)
-            if self._just_selected:  # the run may have died before it wrote them
-                self.save_selected(self.state.figures[-1])
+            if self.ranks.first and self._just_selected:
+                try:
+                    self._read_selected()
+                except CheckpointError:  # the run died before it wrote them
+                    self.save_selected(self.state.figures[-1])
 
     def prepare(self, kind: str, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
         """Build the step; set the clock and the bar going."""
@@ -300,14 +303,21 @@ class Run:
         """Put the selected weights into the model."""
         if self.ranks.world_size > 1:
             torch.distributed.barrier()  # the first process may still be writing them
-        path = self.out_dir / SELECTED
-        selected = read_entries(path, ("model",), self.ranks.device)
-        with misfit_explained(path):
-            if selected.get("figures") != dataclasses.asdict(self.state.figures[self.selected_epoch - 1]):
-                raise Misfit(f"it is not of epoch {self.selected_epoch} of this run")
+        selected = self._read_selected()
+        with misfit_explained(self.out_dir / SELECTED):
             load_weights("model", self.state.model, selected["model"])
         self.state.ema = None
         self.state.model.eval()
+
+    def _read_selected(self) -> dict[str, Any]:
+        """What ``model.pt`` holds, if it is of the epoch that this run has selected."""
+        path = self.out_dir / SELECTED
+        selected = read_entries(path, ("model",), self.ranks.device)
+        own = dataclasses.asdict(self.state.figures[self.selected_epoch - 1])
+        with misfit_explained(path):
+            if self.ranks.first and selected.get("figures") != own:  # the others have measured other times
+                raise Misfit(f"it is not of epoch {self.selected_epoch} of this run")
+        return selected
 
     @property
     def selected_epoch(self) -> int:
