@@ -43,8 +43,8 @@ class Scale:
 #: (benchmarks/results/cpu_sample_scales.json holds the runs); with AVX2 other kernels round otherwise.
 SCALES: dict[str, Scale] = {
     "full": Scale(20, 1.0, {"bfloat16": (0.55078125, 0.568359375, 0.580078125)}),
-    "short": Scale(8, 1.0, {"float32": (0.490234375,)}),
-    "small": Scale(8, 0.5, {"bfloat16": (0.484375,), "float32": (0.4765625,)}),
+    "short": Scale(8, 1.0, {"bfloat16": (0.4921875,), "float32": (0.490234375,)}),
+    "small": Scale(8, 0.5, {"bfloat16": (0.484375, 0.47265625), "float32": (0.4765625, 0.4765625, 0.5)}),
 }
 
 
