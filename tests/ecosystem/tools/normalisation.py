@@ -43,7 +43,7 @@ def frozen_batch_norm(case: Case) -> Any:
 
 @tool("timm's `freeze_batch_norm_2d`", needs=nn.BatchNorm2d, on=trained)
 def timm_frozen(case: Case) -> Any:
-    from timm.utils import freeze_batch_norm_2d
+    from timm.utils.model import freeze_batch_norm_2d
 
     case.model = freeze_batch_norm_2d(case.model)
     return train(case)

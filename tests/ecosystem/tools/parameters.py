@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ tool = group("Weights: pruning, normalisation, adapters, freezing")
 @tool("`torch.nn.utils.prune`: `l1_unstructured` on every convolution", needs=nn.Conv2d, on=trained)
 def pruning(case: Case) -> Any:
     convs = case.named(nn.Conv2d).values()
+    case.model.to(memory_format=torch.contiguous_format)  # torch's own pruning fails on channels_last weights
     for conv in convs:
         prune.l1_unstructured(conv, "weight", amount=0.4)
     pruned = train(case)
@@ -26,6 +28,7 @@ def pruning(case: Case) -> Any:
 
 @tool("the same, `global_unstructured`, and a pruned checkpoint loaded", needs=nn.Conv2d, on=trained)
 def pruned_checkpoint(case: Case) -> Any:
+    case.model.to(memory_format=torch.contiguous_format)
     other = clone(case)
     for one, amount in ((case, 0.7), (other, 0.0)):
         weights = [(conv, "weight") for conv in one.named(nn.Conv2d).values()]
@@ -72,7 +75,8 @@ def spectral_norm(case: Case) -> Any:
 def lora(case: Case) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=2, target_modules=list(case.named(nn.Conv2d)), init_lora_weights=False)
+    names = "|".join(map(re.escape, case.named(nn.Conv2d)))
+    config = LoraConfig(r=2, lora_alpha=1, target_modules=names, init_lora_weights=False)
     tuned = get_peft_model(case.model, config)
     adapted = train(case, tuned)
     assert any("lora" in name and p.grad is not None for name, p in tuned.named_parameters())
