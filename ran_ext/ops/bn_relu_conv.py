@@ -235,6 +235,7 @@ def _check_conv(
         if tensor is None and name != "weight":
             continue
         checks.tensor(op, name, tensor)
+        assert tensor is not None
         checks.same_device(op, name, tensor, x)
         if tensor.dtype != x.dtype and not _backend.autocasts(x):
             raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
