@@ -138,6 +138,7 @@ def test_networks_export_for_every_batch_and_size(name, folds, tmp_path):
 
 def onnx_values(module, x, path, **options):
     """What onnxruntime makes of the file, for the traced x and, where the batch is dynamic, for more of it."""
+    pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     with redirect_stdout(io.StringIO()):
         torch.onnx.export(module, (x,), path, opset_version=18, **options)
@@ -248,8 +249,12 @@ def test_a_subclass_sees_every_op(name):
     assert_close(both.b, module(x + 1))
 
 
-@pytest.mark.parametrize("name", [*OPS, *MODULES])
-@pytest.mark.parametrize("compiles", [False, True])
+COMPILED = ("attention_gate x2", "conv_attention_gate", "max_pool2d", "upsample_add", "bn_relu_conv2d", "ResidualUnit")
+
+
+@pytest.mark.parametrize(
+    ("name", "compiles"), [(name, False) for name in (*OPS, *MODULES)] + [(name, True) for name in COMPILED]
+)
 def test_function_transforms_see_plain_ops(name, compiles):
     module, x = made(name)
     torch._dynamo.reset()  # its limit of compilations counts those of the cases before
