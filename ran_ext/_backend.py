@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ._choice import Choose, chosen
-from ._tracing import needs_plain_ops
+from ._tracing import why_watched
 
 BACKENDS = ("auto", "native", "reference")
 
@@ -172,13 +172,13 @@ def why_not_native(device_type: str) -> str:
 def use_native(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on ``x`` and ``others`` takes the compiled kernels: the one place that decides.
 
-    Tracers, exporters, transforms and tensor subclasses get plain ops, whatever was chosen: see
-    :func:`ran_ext._tracing.needs_plain_ops`. Devices without kernels run as plain PyTorch under ``"auto"``.
+    Tracers, exporters, transforms, modes and tensor subclasses get plain ops, whatever was chosen: see
+    :func:`ran_ext._tracing.why_watched`. Devices without kernels run as plain PyTorch under ``"auto"``.
 
     Raises:
         RuntimeError: ``"native"`` was chosen, and has no kernels for ``x``'s device.
     """
-    if _C is None or (name := chosen()) == "reference" or needs_plain_ops(x, *others):
+    if _C is None or (name := chosen()) == "reference" or why_watched(x, *others):
         return False
     missing = "" if x.is_cpu else why_not_native(x.device.type)  # a device's name takes long to ask for
     if missing and name == "native":

@@ -12,7 +12,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-import torch
+from torch._C import _get_obj_in_tls, _is_key_in_tls
+from torch.compiler import is_compiling
 
 _entered: ContextVar[Any] = ContextVar("ran_ext_backend")
 
@@ -39,8 +40,8 @@ _lock = threading.Lock()
 def chosen() -> str:
     """The name of the backend chosen here."""
     here = _process.here
-    if here is _process and not torch.compiler.is_compiling() and torch._C._is_key_in_tls("context"):
-        here = torch._C._get_obj_in_tls("context").get(_entered, here)  # where torch leaves the calling thread's
+    if here is _process and not is_compiling() and _is_key_in_tls("context"):
+        here = _get_obj_in_tls("context").get(_entered, here)  # where torch leaves the calling thread's
     return _traced.name or here.name
 
 
@@ -50,7 +51,7 @@ class Choose:
     def __init__(self, name: str):
         self.name, self.mine, self.before = name, None, ""
         here = _process.here
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self.before, _process.name = _process.name, name
         elif here is not _process:  # inside a block, until it ends
             self.mine = _Choice(name, here.outer, before=here)
@@ -62,7 +63,7 @@ class Choose:
                 _process.name = name
 
     def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _process.name = self.before
             self.before, _traced.name = _traced.name, self.name
             return
@@ -78,7 +79,7 @@ class Choose:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             _traced.name = self.before
         else:
             _entered.set(_process.here.outer)

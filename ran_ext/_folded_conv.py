@@ -42,7 +42,7 @@ class FoldedConv2d(Evaluation):
 
     def _onednn(self, x: Tensor, residual: Tensor | None) -> bool:
         tensors = (x, self.weight, self.bias) if residual is None else (x, self.weight, self.bias, residual)
-        if torch.compiler.is_compiling() or _tracing.needs_plain_ops(*tensors):
+        if torch.compiler.is_compiling() or _tracing.why_watched(*tensors):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False

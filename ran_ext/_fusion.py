@@ -11,20 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 # Not the names in torch.nn, where quantisation toolkits put classes of their own.
 from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._device import DeviceContext
 
-from . import ops
+from . import _tracing, ops
 from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
 
 #: Classes that are known, each with the forward that it is known by.
@@ -126,21 +122,11 @@ def why_conv(name: str, conv: Any) -> str:
 
 def why_watched(x: Any) -> str:
     """What looks into every op on ``x``, or every module, so that all must be PyTorch's own; "" where nothing does."""
-    if type(x) not in PLAIN:
-        return f"x is a {type(x).__name__}"
+    if why := _tracing.why_watched(x):
+        return why
     if x.is_meta:
         return "x is on the meta device"
-    if _has_any_global_hook():
-        return "a hook on all modules"
-    if is_compiling():
-        return ""
-    if _len_torch_dispatch_stack():  # counters of operations, recorders, fake tensors
-        return "a TorchDispatchMode is on"
-    if _len_torch_function_stack() and not all(
-        type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack()
-    ):
-        return "a TorchFunctionMode is on"
-    return ""
+    return "a hook on all modules" if _has_any_global_hook() else ""
 
 
 def _why_other_kind(name: str, module: nn.Module, kinds: Kinds) -> str:

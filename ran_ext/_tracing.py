@@ -1,7 +1,4 @@
-"""Who looks into a call: tracers, exporters, function transforms and tensor subclasses, all of which need plain ops.
-
-The compiled ops are opaque to them. ``torch.compile`` is none of them: it keeps the fused ops, for their speed.
-"""
+"""Who looks into a call: tracers, exporters, transforms, modes, subclasses. Compiled ops are opaque to all of them."""
 
 from __future__ import annotations
 
@@ -9,9 +6,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
 from torch.fx import Proxy
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._device import DeviceContext
+
+_PLAIN = (nn.Parameter, Tensor, type(None))
 
 
 def is_symbolic(x: Any) -> bool:
@@ -21,30 +23,40 @@ def is_symbolic(x: Any) -> bool:
     """
     if not isinstance(x, Tensor):
         return isinstance(x, Proxy)
-    return torch._C._get_tracing_state() is not None or torch.compiler.is_exporting()
+    return _get_tracing_state() is not None or is_exporting()
 
 
-def needs_plain_ops(*tensors: Tensor | None) -> bool:
-    """Whether what is computed with these tensors must be ops of PyTorch's own.
+def why_watched(*tensors: Any) -> str:
+    """What looks into the ops on these tensors, so that they must be PyTorch's own; "" where nothing does.
 
-    Besides what :func:`is_symbolic` names: ``make_fx``, function transforms (``torch.func``), forward-mode
-    differentiation, and subclasses of Tensor (DTensor, FakeTensor, a user's own).
+    ``torch.compile`` is not named: it keeps the compiled ops, for their speed.
     """
     for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not nn.Parameter:
-            return True
-    if (torch._C._functorch.peek_interpreter_stack() is not None and _transforms()) or forward_ad._current_level >= 0:
-        return True
-    if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
-    if torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and get_proxy_mode() is not None
+        if type(t) not in _PLAIN:
+            return f"one of the tensors is a {type(t).__name__}"
+    if peek_interpreter_stack() is not None and _transforms():
+        return "a function transform (torch.func) is on"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    if is_compiling():
+        return "torch.export traces" if is_exporting() else ""
+    if _get_tracing_state() is not None:
+        return "torch.jit traces"
+    if _len_torch_dispatch_stack():  # make_fx, counters of operations, recorders, fake tensors
+        return "a TorchDispatchMode is on"
+    if _len_torch_function_stack() and not _sets_the_device_alone():
+        return "a TorchFunctionMode is on"
+    return ""
+
+
+def _sets_the_device_alone() -> bool:
+    """Whether the modes that are on are those of ``torch.set_default_device`` and ``with torch.device(...)``."""
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _transforms() -> bool:
     """What torch.compile can answer: to it the top of an empty stack is not None either."""
-    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return isinstance(peek_interpreter_stack(), CInterpreter)
 
 
 def no_script(module: nn.Module) -> NoReturn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
@@ -70,7 +72,8 @@ def _worked_out(model: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(module):
             values = {name: getattr(module, name) for name in module.parametrizations}  # type: ignore[union-attr]
             del module.parametrizations
-            module.__class__ = type(module).__base__  # remove_parametrizations changes the class, which copies share
+            kind: Any = type(module)
+            module.__class__ = kind.__base__  # remove_parametrizations changes the class, which copies share
             for name, value in values.items():
                 module.register_parameter(name, nn.Parameter(value))
         for key, hook in list(module._forward_pre_hooks.items()):

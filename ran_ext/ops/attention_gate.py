@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .. import _backend, _tracing
 from . import _checks as checks
@@ -53,9 +54,12 @@ def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Te
     """:func:`attention_gate` in plain PyTorch: the fallback, and what the kernels are held to."""
     if scale_factor != 1:
         height, width = trunk.shape[-2], trunk.shape[-1]  # not unpacked: torch.fx cannot
-        if not _tracing.is_symbolic(trunk):
+        if not (symbolic := _tracing.is_symbolic(trunk)):
             scale_factor = min(scale_factor, max(height, width, 1))  # a larger one only takes memory
-        mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
+        if symbolic and scale_factor == 2:
+            mask = F.interpolate(mask, size=(height, width), mode="nearest")  # a graph for every size: nothing to crop
+        else:
+            mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
     return (1 + torch.sigmoid(mask)) * trunk
 
 

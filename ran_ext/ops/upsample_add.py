@@ -56,11 +56,12 @@ def upsample_add_ref(lower: Tensor, skip: Tensor | None = None, size: Sequence[i
 
 
 def _plain(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> Tensor:
-    wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")
-    if size is None and skip is not None:
-        size = skip.shape[-2:]
-    if size is not None:
-        wide = wide[..., : size[0], : size[1]]
+    size = skip.shape[-2:] if size is None and skip is not None else size
+    if size is not None and _tracing.is_symbolic(lower):
+        wide = F.interpolate(lower, size=(size[0], size[1]), mode="nearest")  # a graph for every size: nothing to crop
+    else:
+        wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")
+        wide = wide if size is None else wide[..., : size[0], : size[1]]
     return wide if skip is None else wide + skip
 
 
