@@ -40,8 +40,9 @@ from benchmarks.reference import training as reference_training
 from benchmarks.timing import environment
 from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint, resolve_dtype
+from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
+from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST
@@ -98,7 +99,7 @@ def measure(
         KeyboardInterrupt: the run was asked to stop; its checkpoint is in ``folder``.
     """
     resumed = (folder / LAST).exists()
-    earlier = load_checkpoint(folder / LAST)["seconds"] if resumed else 0.0
+    earlier = read_entries(folder / LAST, ("seconds",))["seconds"] if resumed else 0.0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -78,9 +78,7 @@ def misfit_explained(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def read_entries(
-    path: str | Path, names: tuple[str, ...], device: torch.device | str = "cpu"
-) -> dict[str, Any]:
+def read_entries(path: str | Path, names: tuple[str, ...], device: torch.device | str = "cpu") -> dict[str, Any]:
     """A checkpoint of :func:`ran_ext.train.fit`, its entries ``names`` checked.
 
     Raises:

@@ -88,9 +88,7 @@ def _rule(what: str, holds: Callable[[Any], bool]) -> Rule:
 
 def _is_dense(value: Any) -> bool:
     """An ordinary tensor, with a value for each element."""
-    return (
-        isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
-    )
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 def _is_count(value: Any) -> bool:
