@@ -18,7 +18,7 @@ import torch
 from ecosystem.subjects import NETWORKS, SUBJECTS, Subject
 from torch import Tensor, nn
 
-EQUAL, NOTHING = "=", "·"
+EQUAL, NOTHING, LEFT_OUT = "=", "·", ""
 
 
 @dataclass
@@ -44,7 +44,8 @@ class Tool:
 
     ``needs``: the kind of child that it acts on. ``on``: the only subjects, where not all. ``plain``: what the twin
     does where that is not the same. ``says``: by subject, what the error says where the tool is refused. ``remark``:
-    what to know where the cells are equal all the same. ``tolerance``: of the values, relative to the largest.
+    what to know where the cells are equal all the same. ``tolerance``: of the values, relative to the largest. ``slow``:
+    subjects left out since they take long and are made of the same parts as one that is tried.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Tool:
     says: Mapping[str, str] = field(default_factory=dict)
     remark: str = ""
     tolerance: float = 1e-3
+    slow: Sequence[str] = ()
 
     def acts_on(self, subject: Subject) -> bool:
         if not self.on(subject):
@@ -219,7 +221,7 @@ def clone(case: Case) -> Case:
 
 
 __all__ = [
-    "EQUAL", "NOTHING", "SUBJECTS", "TOOLS", "Case", "Subject", "Tool", "agree", "clone", "copied", "evaluated",
+    "EQUAL", "LEFT_OUT", "NOTHING", "SUBJECTS", "TOOLS", "Case", "Subject", "Tool", "agree", "clone", "copied", "evaluated",
     "gradients", "group", "loss_of", "parametrised", "run", "sgd", "step", "train", "trained", "trained_network",
     "training",
 ]

@@ -23,7 +23,12 @@ from ecosystem.harness import SUBJECTS, TOOLS, agree, run  # noqa: E402
 
 from benchmarks.reference import networks  # noqa: E402
 
-CELLS = [(tool, subject) for tool in TOOLS.values() for subject in SUBJECTS.values() if tool.acts_on(subject)]
+CELLS = [
+    (tool, subject)
+    for tool in TOOLS.values()
+    for subject in SUBJECTS.values()
+    if tool.acts_on(subject) and subject.name not in tool.slow
+]
 
 
 @pytest.mark.parametrize(("tool", "subject"), CELLS, ids=[f"{t.act.__name__}-{s.name}" for t, s in CELLS])

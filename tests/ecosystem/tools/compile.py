@@ -39,7 +39,7 @@ def sizes(case: Case, model: Any) -> Any:
         return [model(*(x[:number] for x in case.batch())) for number in (4, 3, 2)]
 
 
-@tool("`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)", plain=sizes_plainly)
+@tool("`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)", plain=sizes_plainly, slow=("ran_base", "ran_paper"))
 def dynamic(case: Case) -> Any:
     model = compiled(case, dynamic=True, fullgraph=True, backend="aot_eager")
     found = sizes(case, model)
@@ -74,7 +74,7 @@ def folded(case: Case) -> Any:
         return [compiled(case)(*case.batch())]
 
 
-@tool("`model.compile()` in place, then `state_dict`", on=trained)
+@tool("`model.compile()` in place, then `state_dict`", on=trained, slow=("ran_base", "ran_paper"))
 def in_place(case: Case) -> Any:
     torch._dynamo.reset()
     case.model.compile(backend="aot_eager")

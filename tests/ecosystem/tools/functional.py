@@ -20,6 +20,12 @@ def weights(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     )
 
 
+def without_statistics(case: Case) -> None:
+    """As torch asks: in training its transforms refuse running statistics, which are written in place."""
+    torch.func.replace_all_batch_norm_modules_(case.model)
+    training(case)
+
+
 def seeded(call: Any, *args: Any) -> Any:
     torch.manual_seed(0)
     return call(*args)
@@ -47,31 +53,31 @@ def folded_weights(case: Case, other: dict[str, Tensor]) -> Any:
 
 @tool("`grad` of a training step in its parameters", on=parametrised)
 def gradient(case: Case) -> Any:
-    training(case)
+    without_statistics(case)
     parameters, buffers = weights(case)
 
     def loss(parameters: Any) -> Tensor:
         return loss_of(functional_call(case.model, (parameters, buffers), case.batch()))
 
-    return [list(seeded(grad(loss), parameters).values()), list(buffers.values())]
+    return list(seeded(grad(loss), parameters).values())
 
 
 @tool("`vjp` in the inputs")
 def backward_product(case: Case) -> Any:
-    training(case)
+    without_statistics(case)
     out, pull = seeded(vjp, case.model, *case.batch())
     return [out, pull(torch.linspace(-1, 1, out.numel()).reshape(out.shape))]
 
 
 @tool("`jvp` in the inputs")
 def forward_product(case: Case) -> Any:
-    training(case)
+    without_statistics(case)
     return list(seeded(jvp, case.model, case.batch(), case.batch(1)))
 
 
 @tool("`jvp` in the parameters", on=parametrised)
 def forward_product_of_parameters(case: Case) -> Any:
-    training(case)
+    without_statistics(case)
     parameters, buffers = weights(case)
     directions = {name: torch.full_like(p, 0.1) for name, p in parameters.items()}
 
@@ -100,9 +106,10 @@ def ensemble(case: Case) -> Any:
     for parameter in second.parameters():
         parameter.data *= 0.9
     parameters, buffers = stack_module_state([case.model.eval(), second.eval()])
+    batch = case.batch()
 
     def call(parameters: Any, buffers: Any) -> Tensor:
-        return functional_call(case.model, (parameters, buffers), case.batch())  # type: ignore[no-any-return]
+        return functional_call(case.model, (parameters, buffers), batch)  # type: ignore[no-any-return]
 
     return vmap(call)(parameters, buffers)
 

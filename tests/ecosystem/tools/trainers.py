@@ -7,8 +7,8 @@ import warnings
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, evaluated, group, loss_of, parametrised, train, trained
-from torch import Tensor, nn
+from ecosystem.harness import Case, evaluated, group, loss_of, parametrised
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 tool = group("Trainers")
@@ -103,13 +103,4 @@ def averaged(case: Case) -> Any:
 @tool("Lightning: `gradient_clip_val`, `precision='bf16-mixed'`", on=parametrised, tolerance=6e-2)
 def mixed(case: Case) -> Any:
     fit(case, gradient_clip_val=0.5, precision="bf16-mixed", enable_checkpointing=False)
-    return evaluated(case)
-
-
-@tool("Lightning: `sync_batchnorm=True`, as its strategy converts, evaluated", needs=nn.BatchNorm2d, on=trained)
-def synchronised(case: Case) -> Any:
-    from lightning.pytorch.plugins import TorchSyncBatchNorm
-
-    train(case, steps=1)
-    case.model = TorchSyncBatchNorm().apply(case.model)
     return evaluated(case)
