@@ -85,7 +85,7 @@ def make_project(folder: Path) -> Path:
     shutil.copytree(ROOT / "_build", folder / "_build", ignore=shutil.ignore_patterns("__pycache__"))
     package = folder / "ran_ext"
     package.mkdir()
-    for name in ("_backend.py", "_info.py", "info.py", "_C.pyi", "py.typed"):
+    for name in ("_backend.py", "_choice.py", "_tracing.py", "_info.py", "info.py", "_C.pyi", "py.typed"):
         shutil.copy(ROOT / "ran_ext" / name, package)
     (package / "__init__.py").write_text("from . import _backend\n__version__ = '0.1.0'\n")
     (folder / "csrc/cpu").mkdir(parents=True)

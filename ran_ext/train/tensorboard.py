@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..data import Normalize
 from .callbacks import Callback
-from .masks import attention_masks
+from .masks import attention_masks, has_attention
 from .results import EpochFigures, Result
 from .schedule import learning_rate
 from .state import TrainingState
@@ -65,7 +65,7 @@ class TensorBoardLogger(Callback):
             self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
         device = next(model.parameters()).device
         inputs = self.normalize.to(device)(self.images.to(device))
-        for name, masks in attention_masks(model, inputs).items():
+        for name, masks in attention_masks(model, inputs).items() if has_attention(model) else ():
             self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
         self.writer.flush()
 
