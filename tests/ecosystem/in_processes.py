@@ -31,7 +31,9 @@ def in_processes(work: Callable[[Case, int], Any], case: Case) -> list[Any]:
     ours = case.build is case.subject.build
     ends = [CONTEXT.Pipe(duplex=False) for _ in range(COUNT)]
     processes = [
-        CONTEXT.Process(target=body, args=(work, case.subject.name, ours, case.folder, rank, store.port, end), daemon=True)
+        CONTEXT.Process(
+            target=body, args=(work, case.subject.name, ours, case.folder, rank, store.port, end), daemon=True
+        )
         for rank, (_, end) in enumerate(ends)
     ]
     for process in processes:
@@ -50,9 +52,7 @@ def in_processes(work: Callable[[Case, int], Any], case: Case) -> list[Any]:
     return [tree_map_only(numpy.ndarray, torch.from_numpy, found) for found in results]
 
 
-def body(
-    work: Callable[[Case, int], Any], name: str, ours: bool, folder: Path, rank: int, port: int, end: Any
-) -> None:
+def body(work: Callable[[Case, int], Any], name: str, ours: bool, folder: Path, rank: int, port: int, end: Any) -> None:
     torch.set_num_threads(1)
     subject = SUBJECTS[name]
     model, twin = subject.pair()

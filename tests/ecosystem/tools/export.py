@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, gradients, group, loss_of, step, trained
+from ecosystem.harness import Case, everywhere, gradients, group, loss_of, step, trained
 from torch import Tensor
 
 tool = group("Export and tracing")
@@ -135,7 +135,13 @@ def jit_trace_training(case: Case) -> Any:
     return step(case)["out"].shape
 
 
-@tool("`torch.jit.script`", plain=plainly)
+@tool(
+    "`torch.jit.script`",
+    plain=plainly,
+    says=everywhere(
+        "use torch.jit.trace(model.eval(), images) or torch.export.export(model.eval(), (images,)) instead"
+    ),
+)
 def jit_script(case: Case) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

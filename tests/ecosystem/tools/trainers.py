@@ -72,8 +72,14 @@ def fit(case: Case, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=case.folder, **options,
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=case.folder,
+            **options,
         )
         task = Task()
         trainer.fit(task, batches)
