@@ -1,4 +1,4 @@
-"""What is tried: every module and network of ran_ext beside its plain twin, with equal weights, and a batch for both."""
+"""What is tried: every module and network beside its plain twin, with equal weights, and a batch for both."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def randomise(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.3)
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             module.running_mean.normal_(std=0.3)
             module.running_var.uniform_(0.5, 1.5)
 
@@ -80,7 +81,10 @@ SUBJECTS = {
             (PIXELS,),
         ),
         Subject(
-            "ResidualUnit", lambda: ours.ResidualUnit(32, 64, 32, 2), lambda: twins.ResidualUnit(32, 64, 32, 2), (PIXELS,)
+            "ResidualUnit",
+            lambda: ours.ResidualUnit(32, 64, 32, 2),
+            lambda: twins.ResidualUnit(32, 64, 32, 2),
+            (PIXELS,),
         ),
         Subject(
             "SoftMaskBranch",
@@ -92,7 +96,12 @@ SUBJECTS = {
             "AttentionModule", lambda: ours.AttentionModule(32, 1), lambda: twins.AttentionModule(32, 1), (PIXELS,)
         ),
         *(
-            Subject(name, lambda n=name: models.create_model(n, width=WIDTH), lambda n=name: getattr(twins, n)(WIDTH), (IMAGES,))
+            Subject(
+                name,
+                lambda n=name: models.create_model(n, width=WIDTH),
+                lambda n=name: getattr(twins, n)(WIDTH),
+                (IMAGES,),
+            )
             for name in models.list_models()
         ),
         Subject(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ecosystem.harness import EQUAL, NOTHING, SUBJECTS, TOOLS, Tool
+from ecosystem.harness import EQUAL, LEFT_OUT, NOTHING, SUBJECTS, TOOLS, Tool
 
 HEAD = """# Under the tools of the field
 
@@ -14,12 +14,13 @@ outputs, gradients, buffers and counts. This page is written by the tests themse
 environment of `tests/ecosystem/requirements.txt`):
 
 ```bash
-.ci/run ecosystem                                                             # makes the environment, tests, compares
-.venv-ecosystem/bin/python -m pytest tests/ecosystem -n 2 --tools-table docs/tools.md   # writes this page
+.ci/ecosystem           # makes the environment, tests, compares with this page
+.ci/ecosystem --write   # writes this page
 ```
 
 `=`: equal to the twin. A number: the sentence below, either an error's own words or what to know of equal results.
-`·`: nothing there for the tool to act on. "folded" is `fold_for_inference(ran_compact)`, which is for evaluation.
+`·`: nothing there for the tool to act on. Blank: not tried, since it takes long and its parts are. "folded" is
+`fold_for_inference(ran_compact)`, which is for evaluation.
 Versions: {versions}.
 """
 VERSIONS = ("torch", "torchvision", "timm", "peft", "accelerate", "lightning", "captum", "onnxruntime", "torchao")
@@ -37,6 +38,8 @@ def page(cells: Mapping[tuple[str, str], str]) -> str:
     def entry(tool: Tool, subject: str) -> str:
         if not tool.acts_on(SUBJECTS[subject]):
             return NOTHING
+        if subject in tool.slow:
+            return LEFT_OUT
         found = cells.get((tool.name, subject), "FAILED")
         return found if found in (EQUAL, "FAILED") else f"[{notes.setdefault(found, len(notes) + 1)}]"
 

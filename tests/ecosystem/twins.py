@@ -1,7 +1,7 @@
 """The modules and networks once more in plain PyTorch: what each tool's result is compared with.
 
-``nn.BatchNorm2d``, ``nn.ReLU``, ``nn.Conv2d`` and ATen's functions, each called as a module where ``ran_ext`` has one of
-that name, so that a tool finds the same children in both. Nothing here imports ``ran_ext``.
+``nn.BatchNorm2d``, ``nn.Conv2d`` and PyTorch's functions, with a module wherever ``ran_ext`` has one, so that a tool
+finds the same children in both. Nothing here imports ``ran_ext``.
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class ResidualAttentionNetwork(nn.Module):
         self.stage2 = nn.Sequential(
             ResidualUnit(c1, c2, mid, 2), *(AttentionModule(c2, 1, skip) for _ in range(modules[1]))
         )
-        self.stage3 = nn.Sequential(
-            ResidualUnit(c2, c3, mid, 2), *(ResidualUnit(c3, c3, mid) for _ in range(2))
-        )
+        self.stage3 = nn.Sequential(ResidualUnit(c2, c3, mid, 2), *(ResidualUnit(c3, c3, mid) for _ in range(2)))
         self.bn2 = BNReLU(c3) if regularised else None
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c3, 10)

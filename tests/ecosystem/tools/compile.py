@@ -39,7 +39,11 @@ def sizes(case: Case, model: Any) -> Any:
         return [model(*(x[:number] for x in case.batch())) for number in (4, 3, 2)]
 
 
-@tool("`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)", plain=sizes_plainly)
+@tool(
+    "`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)",
+    plain=sizes_plainly,
+    slow=("ran_base", "ran_paper"),
+)
 def dynamic(case: Case) -> Any:
     model = compiled(case, dynamic=True, fullgraph=True, backend="aot_eager")
     found = sizes(case, model)
@@ -50,7 +54,9 @@ def stepped_plainly(case: Case) -> Any:
     return step(case)
 
 
-@tool("Inductor, default mode: a training step", on=lambda s: module(s) or s.name == "ran_compact", plain=stepped_plainly)
+@tool(
+    "Inductor, default mode: a training step", on=lambda s: module(s) or s.name == "ran_compact", plain=stepped_plainly
+)
 def default(case: Case) -> Any:
     return step(case, compiled(case))
 
@@ -74,14 +80,18 @@ def folded(case: Case) -> Any:
         return [compiled(case)(*case.batch())]
 
 
-@tool("`model.compile()` in place, then `state_dict`", on=trained)
+@tool("`model.compile()` in place, then `state_dict`", on=trained, slow=("ran_base", "ran_paper"))
 def in_place(case: Case) -> Any:
     torch._dynamo.reset()
     case.model.compile(backend="aot_eager")
     return [train(case), list(case.model.state_dict().values())]
 
 
-@tool("AOTInductor (`torch._inductor.aoti_compile_and_package`)", on=lambda s: s.name == "ResidualUnit" , plain=lambda c: [c.model.eval()(*c.batch())])
+@tool(
+    "AOTInductor (`torch._inductor.aoti_compile_and_package`)",
+    on=lambda s: s.name == "ResidualUnit",
+    plain=lambda c: [c.model.eval()(*c.batch())],
+)
 def ahead_of_time(case: Case) -> Any:
     program = torch.export.export(case.model.eval(), case.batch())
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(case.folder / "model.pt2"))

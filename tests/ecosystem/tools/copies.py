@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, evaluated, group, parametrised, train, trained
+from ecosystem.harness import Case, evaluated, group, parametrised, train
 
 tool = group("Copies and checkpoints")
 
@@ -74,5 +74,3 @@ def distributed_checkpoint(case: Case) -> Any:
     dcp.load(found, checkpoint_id=case.folder / "checkpoint", no_dist=True)
     set_state_dict(fresh.model, optimizers[1], model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     return train(fresh, optimizer=optimizers[1])
-
-

@@ -41,7 +41,11 @@ def ptflops(case: Case) -> Any:
     for backend in ("pytorch", "aten"):
         with contextlib.redirect_stdout(io.StringIO()):
             found += get_model_complexity_info(
-                case.model.eval(), (1,), input_constructor=inputs, as_strings=False, print_per_layer_stat=False,
+                case.model.eval(),
+                (1,),
+                input_constructor=inputs,
+                as_strings=False,
+                print_per_layer_stat=False,
                 backend=backend,
             )
     assert all(isinstance(number, (int, float)) for number in found), found

@@ -6,9 +6,8 @@ import warnings
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, group, step, trained
+from ecosystem.harness import Case, everywhere, gradients, group, loss_of, step, trained
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 tool = group("Export and tracing")
 
@@ -43,7 +42,7 @@ def export(case: Case) -> Any:
     return both(case, program.module())
 
 
-@tool("the same, `strict=True`, saved and loaded", plain=plainly)
+@tool("the same, `strict=True`, saved and loaded", plain=plainly, slow=("ran_base", "ran_paper"))
 def export_strict(case: Case) -> Any:
     torch.export.save(exported(case, strict=True), case.folder / "model.pt2")
     return both(case, torch.export.load(case.folder / "model.pt2").module())
@@ -51,9 +50,12 @@ def export_strict(case: Case) -> Any:
 
 @tool("`torch.export.export` of a model in training mode", on=trained)
 def export_training(case: Case) -> Any:
-    model = case.model
-    case.model = torch.export.export(model.train(), case.batch()).module()
-    return step(case)
+    program = torch.export.export(case.model.train(), case.batch()).module()
+    torch.manual_seed(0)
+    inputs = [x.requires_grad_() for x in case.batch()]
+    out = program(*inputs)
+    loss_of(out).backward()
+    return [out, [x.grad for x in inputs], gradients(program), list(program.buffers())]
 
 
 @tool("`torch.onnx.export` (opset 18), run by `onnxruntime`", plain=plainly)
@@ -133,7 +135,13 @@ def jit_trace_training(case: Case) -> Any:
     return step(case)["out"].shape
 
 
-@tool("`torch.jit.script`", plain=plainly)
+@tool(
+    "`torch.jit.script`",
+    plain=plainly,
+    says=everywhere(
+        "use torch.jit.trace(model.eval(), images) or torch.export.export(model.eval(), (images,)) instead"
+    ),
+)
 def jit_script(case: Case) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -86,7 +86,7 @@ def global_hooks(case: Case) -> Any:
 
 @tool("`forward` of one inner convolution replaced on the object", needs=nn.Conv2d, on=trained)
 def replaced_forward(case: Case) -> Any:
-    conv = list(case.named(nn.Conv2d).values())[0]
+    conv = next(iter(case.named(nn.Conv2d).values()))
     plain = conv.forward
     conv.forward = lambda x: plain(x) * 2  # type: ignore[method-assign]
     return step(case)

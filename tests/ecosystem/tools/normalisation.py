@@ -89,7 +89,11 @@ def no_running_statistics(case: Case) -> Any:
     return train(case)
 
 
-@tool("`momentum=None` (a cumulative average) and other `eps` set on every `nn.BatchNorm2d`", needs=nn.BatchNorm2d, on=trained)
+@tool(
+    "`momentum=None` (a cumulative average) and other `eps` set on every `nn.BatchNorm2d`",
+    needs=nn.BatchNorm2d,
+    on=trained,
+)
 def cumulative(case: Case) -> Any:
     for bn in case.named(nn.BatchNorm2d).values():
         bn.momentum, bn.eps = None, 1e-3  # type: ignore[assignment]

@@ -134,7 +134,7 @@ def updated_bn(case: Case) -> Any:
     from torch.optim.swa_utils import AveragedModel, update_bn
 
     average = AveragedModel(case.model)
-    for number in range(2):
+    for _number in range(2):
         train(case, steps=1)
         average.update_parameters(case.model)
     update_bn([case.batch(number)[0] for number in range(3)], average)

@@ -7,8 +7,8 @@ import warnings
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, evaluated, group, loss_of, parametrised, train, trained
-from torch import Tensor, nn
+from ecosystem.harness import Case, evaluated, group, loss_of, parametrised
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 tool = group("Trainers")
@@ -72,8 +72,14 @@ def fit(case: Case, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = lightning.Trainer(
-            accelerator="cpu", devices=1, max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=case.folder, **options,
+            accelerator="cpu",
+            devices=1,
+            max_epochs=2,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=case.folder,
+            **options,
         )
         task = Task()
         trainer.fit(task, batches)
@@ -103,13 +109,4 @@ def averaged(case: Case) -> Any:
 @tool("Lightning: `gradient_clip_val`, `precision='bf16-mixed'`", on=parametrised, tolerance=6e-2)
 def mixed(case: Case) -> Any:
     fit(case, gradient_clip_val=0.5, precision="bf16-mixed", enable_checkpointing=False)
-    return evaluated(case)
-
-
-@tool("Lightning: `sync_batchnorm=True`, as its strategy converts, evaluated", needs=nn.BatchNorm2d, on=trained)
-def synchronised(case: Case) -> Any:
-    from lightning.pytorch.plugins import TorchSyncBatchNorm
-
-    train(case, steps=1)
-    case.model = TorchSyncBatchNorm().apply(case.model)
     return evaluated(case)
