@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ran_ext._command import Parser
 from ran_ext.train import PRESETS, Config, Ranks, fit
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
@@ -95,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="these alone")
     add("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="these alone")
