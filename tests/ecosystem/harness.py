@@ -44,7 +44,7 @@ class Tool:
     ``needs``: the kind of child that it acts on. ``on``: the only subjects, where not all. ``plain``: what the twin
     does where that is not the same. ``says``: by subject, what the error says where the tool is refused. ``remark``:
     what to know where the cells are equal all the same, of every subject or by subject. ``tolerance``: of the values,
-    relative to the largest. ``slow``: subjects left out, which take long and are made of the parts of one that is tried.
+    relative to the largest. ``slow``: subjects left out, long ones, made of the parts of one that is tried.
     """
 
     name: str
