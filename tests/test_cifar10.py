@@ -99,5 +99,5 @@ def test_validation_split_depends_on_the_seed_and_refuses_too_many(test_set):
     assert not torch.equal(first, second)
     with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got 520"):
         split_validation(test_set, 520)
-    with pytest.raises(ValueError, match="count must be from 0 to 512, .* got -1"):
+    with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got -1"):
         split_validation(test_set, -1)
