@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -29,6 +30,8 @@ FLAGS = [
     *("--data", "sample", "--preset", "sample", "--model-option", "width=0.125", "--device", "cpu", "--quiet"),
     *("--epochs", "3", "--batch-size", "16", "--val-images", "20", "--dtype", "float32", "--no-tensorboard"),
 ]
+#: Seconds after which a run hangs; one takes three of processor time, on a busy machine a minute.
+HANGS = 300
 #: The recipes that the runs take turns in.
 RECIPES = [
     [],
@@ -44,6 +47,7 @@ def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, wait_f
     with open(log, "ab", buffering=0) as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
+    faulthandler.dump_traceback_later(HANGS - 20, file=2)  # what it was at, where it hangs
     sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  what the forking process had is not ours
     whole, few = CIFAR10.sample, {"train": 68, "test": 20}
     CIFAR10.sample = staticmethod(lambda split="train": whole(split).subset(torch.arange(few[split])))
@@ -153,7 +157,7 @@ def torment(folder: Path, kills: int, seed: int) -> Tally:
 
 def finish(process, tally: Tally, what: str, killed: bool = False) -> int:
     """Wait for the end; its exit status, noted where it is none of those expected."""
-    process.join(120)
+    process.join(HANGS)
     if process.exitcode is None:
         process.kill()
         process.join()

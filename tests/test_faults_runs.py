@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 
 import pytest
 import torch
-from killed_runs import FLAGS, RECIPES, Tally, finish, start, torment
+from killed_runs import FLAGS, HANGS, RECIPES, Tally, finish, start, torment
 from tiny_run import CONFIG, train
 
 from ran_ext import _files
@@ -38,10 +38,10 @@ def test_of_two_runs_started_together_one_is_refused_in_a_sentence(tmp_path):
     logs = [tmp_path / f"log{number}" for number in range(2)]
     out, seeds = tmp_path / "run", [["--seed", "0"], ["--seed", "1"]]
     processes = [start(out, seed, log, wait_for=tmp_path / "go") for seed, log in zip(seeds, logs, strict=True)]
-    wait([process.sentinel for process in processes], 120)  # the one that goes on waits for the other's end
+    wait([process.sentinel for process in processes], HANGS)  # the one that goes on waits for the other's end
     (tmp_path / "go").touch()
     for process in processes:
-        process.join(120)
+        process.join(HANGS)
     codes = [process.exitcode for process in processes]
     assert sorted(codes) == [0, 1]
     winner = codes.index(0)
