@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 
 TOOLS_OF_THE_FIELD = (
-    "accelerate captum fvcore lightning onnx onnxruntime onnxscript peft ptflops safetensors thop timm torchao torchinfo "
-    "torchvision"
+    "accelerate captum fvcore lightning onnx onnxruntime onnxscript peft ptflops safetensors thop timm torchao "
+    "torchinfo torchvision"
 )
 if missing := [name for name in TOOLS_OF_THE_FIELD.split() if importlib.util.find_spec(name) is None]:
     pytest.skip(
