@@ -18,13 +18,17 @@ WIDTH = 0.125
 
 @dataclass(frozen=True)
 class Subject:
-    """A column of the table. ``shapes``: of the inputs, batch included."""
+    """A column of the table. ``shapes``: of the inputs, batch included.
+
+    Networks are in float64: in float32 one rounding tips a ReLU or a maximum, and training multiplies the difference.
+    """
 
     name: str
     build: Callable[[], nn.Module]
     twin: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
     folded: bool = False
+    dtype: torch.dtype = torch.float32
 
     def pair(self) -> tuple[nn.Module, nn.Module]:
         """The module and its twin, in training mode, channels_last, with the same random weights and statistics."""
@@ -34,7 +38,7 @@ class Subject:
         for own, plain in zip(state(model), state(twin), strict=True):
             assert own.shape == plain.shape, self.name
             own.copy_(plain)
-        model, twin = (one.to(memory_format=torch.channels_last) for one in (model, twin))
+        model, twin = (one.to(self.dtype, memory_format=torch.channels_last) for one in (model, twin))
         if self.folded:
             twin.eval().requires_grad_(False)
             return ran_ext.fold_for_inference(model), twin
@@ -44,7 +48,7 @@ class Subject:
         """The inputs of one step, channels_last."""
         random = torch.Generator().manual_seed(step)
         made = (torch.randn(shape, generator=random) for shape in self.shapes)
-        return tuple(x.contiguous(memory_format=torch.channels_last) for x in made)
+        return tuple(x.to(self.dtype, memory_format=torch.channels_last) for x in made)
 
 
 def state(model: nn.Module) -> Iterator[Tensor]:
@@ -101,6 +105,7 @@ SUBJECTS = {
                 lambda n=name: models.create_model(n, width=WIDTH),
                 lambda n=name: getattr(twins, n)(WIDTH),
                 (IMAGES,),
+                dtype=torch.float64,
             )
             for name in models.list_models()
         ),

@@ -55,7 +55,10 @@ def stepped_plainly(case: Case) -> Any:
 
 
 @tool(
-    "Inductor, default mode: a training step", on=lambda s: module(s) or s.name == "ran_compact", plain=stepped_plainly
+    "Inductor, default mode: a training step",
+    on=lambda s: module(s) or s.name == "ran_compact",
+    plain=stepped_plainly,
+    single=True,
 )
 def default(case: Case) -> Any:
     return step(case, compiled(case))
@@ -64,17 +67,19 @@ def default(case: Case) -> Any:
 TINY = ("AttentionGate", "BNReLUConv2d")
 
 
-@tool("Inductor, `mode='reduce-overhead'`", on=lambda s: s.name in TINY, plain=stepped_plainly)
+@tool("Inductor, `mode='reduce-overhead'`", on=lambda s: s.name in TINY, plain=stepped_plainly, single=True)
 def reduce_overhead(case: Case) -> Any:
     return step(case, compiled(case, mode="reduce-overhead"))
 
 
-@tool("Inductor, `mode='max-autotune'`", on=lambda s: s.name in TINY, plain=stepped_plainly)
+@tool("Inductor, `mode='max-autotune'`", on=lambda s: s.name in TINY, plain=stepped_plainly, single=True)
 def max_autotune(case: Case) -> Any:
     return step(case, compiled(case, mode="max-autotune"))
 
 
-@tool("Inductor on a folded network", on=lambda s: s.folded, plain=lambda case: sizes(case, case.model)[:1])
+@tool(
+    "Inductor on a folded network", on=lambda s: s.folded, plain=lambda case: sizes(case, case.model)[:1], single=True
+)
 def folded(case: Case) -> Any:
     with torch.no_grad():
         return [compiled(case)(*case.batch())]
@@ -91,6 +96,7 @@ def in_place(case: Case) -> Any:
     "AOTInductor (`torch._inductor.aoti_compile_and_package`)",
     on=lambda s: s.name == "ResidualUnit",
     plain=lambda c: [c.model.eval()(*c.batch())],
+    single=True,
 )
 def ahead_of_time(case: Case) -> Any:
     program = torch.export.export(case.model.eval(), case.batch())

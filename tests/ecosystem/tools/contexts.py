@@ -30,7 +30,7 @@ def inference_mode(case: Case) -> Any:
         return case.model.eval()(*case.batch())
 
 
-@tool("`torch.set_default_dtype(torch.float64)`: built, trained", on=trained, tolerance=1e-8)
+@tool("`torch.set_default_dtype(torch.float64)`: built, trained", on=trained, tolerance=1e-9)
 def default_dtype(case: Case) -> Any:
     torch.set_default_dtype(torch.float64)
     try:

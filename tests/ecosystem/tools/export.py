@@ -58,7 +58,7 @@ def export_training(case: Case) -> Any:
     return [out, [x.grad for x in inputs], gradients(program), list(program.buffers())]
 
 
-@tool("`torch.onnx.export` (opset 18), run by `onnxruntime`", plain=plainly)
+@tool("`torch.onnx.export` (opset 18), run by `onnxruntime`", plain=plainly, single=True)
 def onnx(case: Case) -> Any:
     import onnxruntime
 
@@ -76,7 +76,7 @@ def onnx(case: Case) -> Any:
     return both(case, program)
 
 
-@tool("`torch.onnx.export(model)`, by TorchScript (`dynamo=False`)", plain=lambda case: plainly(case)[:1])
+@tool("`torch.onnx.export(model)`, by TorchScript (`dynamo=False`)", plain=lambda case: plainly(case)[:1], single=True)
 def onnx_torchscript(case: Case) -> Any:
     import onnxruntime
 

@@ -65,7 +65,7 @@ def gradient(case: Case) -> Any:
 def backward_product(case: Case) -> Any:
     without_statistics(case)
     out, pull = seeded(vjp, case.model, *case.batch())
-    return [out, pull(torch.linspace(-1, 1, out.numel()).reshape(out.shape))]
+    return [out, pull(torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out))]
 
 
 @tool("`jvp` in the inputs")

@@ -54,7 +54,7 @@ def saved_tensors(case: Case) -> Any:
     return found
 
 
-@tool("`torch.autocast`, bfloat16, with `torch.amp.GradScaler`", on=parametrised, tolerance=6e-2)
+@tool("`torch.autocast`, bfloat16, with `torch.amp.GradScaler`", on=parametrised, tolerance=6e-2, single=True)
 def autocast(case: Case) -> Any:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.01)
@@ -74,7 +74,7 @@ def autocast(case: Case) -> Any:
     return {"losses": losses, **evaluated(case), "scale": scaler.get_scale()}
 
 
-@tool("`model.bfloat16()`", tolerance=6e-2)
+@tool("`model.bfloat16()`", tolerance=6e-2, single=True)
 def bfloat16(case: Case) -> Any:
     case.model.bfloat16().eval()
     with torch.no_grad():

@@ -94,7 +94,7 @@ def frozen(case: Case) -> Any:
 
 @tool("`torch.nn.utils.clip_grad_norm_` and `clip_grad_value_`", on=parametrised)
 def clipping(case: Case) -> Any:
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.01)
     norms = []
 
     def clip(*_: Any) -> None:
@@ -114,7 +114,7 @@ def fused_optimizer(case: Case) -> Any:
 @tool("optimizers: `SGD(foreach=True)`, `RMSprop(foreach=True)`", on=parametrised)
 def foreach_optimizers(case: Case) -> Any:
     parameters = list(case.model.parameters())
-    sgd = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2, foreach=True)
+    sgd = torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-2, foreach=True)
     rmsprop = torch.optim.RMSprop(parameters, lr=1e-3, eps=1e-1, foreach=True)
     return [train(case, optimizer=sgd), train(case, optimizer=rmsprop)]
 
@@ -124,7 +124,7 @@ def averaged(case: Case) -> Any:
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
     average = AveragedModel(case.model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.01)
     optimizer.register_step_post_hook(lambda *_: average.update_parameters(case.model))
     return [train(case, optimizer=optimizer), evaluated(Case(average, case.subject, case.folder))]
 

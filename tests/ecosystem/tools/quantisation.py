@@ -12,7 +12,7 @@ from torch import nn
 tool = group("Quantisation")
 
 
-@tool("`torch.ao.quantization.prepare_qat`, eager", needs=nn.Conv2d, on=trained, tolerance=2e-2)
+@tool("`torch.ao.quantization.prepare_qat`, eager", needs=nn.Conv2d, on=trained, tolerance=2e-2, single=True)
 def aware_training(case: Case) -> Any:
     from torch.ao import quantization
 
@@ -23,7 +23,7 @@ def aware_training(case: Case) -> Any:
         return train(case)
 
 
-@tool("`torch.ao.quantization.quantize_dynamic`", needs=nn.Linear)
+@tool("`torch.ao.quantization.quantize_dynamic`", needs=nn.Linear, single=True)
 def dynamic(case: Case) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -31,7 +31,7 @@ def dynamic(case: Case) -> Any:
     return quantised(*case.batch())
 
 
-@tool("`torchao.quantization.quantize_`, 8-bit weights", needs=nn.Linear)
+@tool("`torchao.quantization.quantize_`, 8-bit weights", needs=nn.Linear, single=True)
 def weight_only(case: Case) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

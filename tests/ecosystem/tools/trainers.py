@@ -106,7 +106,7 @@ def averaged(case: Case) -> Any:
     return evaluated(case)
 
 
-@tool("Lightning: `gradient_clip_val`, `precision='bf16-mixed'`", on=parametrised, tolerance=6e-2)
+@tool("Lightning: `gradient_clip_val`, `precision='bf16-mixed'`", on=parametrised, tolerance=6e-2, single=True)
 def mixed(case: Case) -> Any:
     fit(case, gradient_clip_val=0.5, precision="bf16-mixed", enable_checkpointing=False)
     return evaluated(case)
