@@ -40,7 +40,7 @@ from benchmarks.reference import training as reference_training
 from benchmarks.timing import environment
 from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, fit
+from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
@@ -203,6 +203,7 @@ def run(options: argparse.Namespace) -> None:
         print(REHEARSAL)
     if options.epochs:
         config = dataclasses.replace(config, epochs=options.epochs)
+    config = resolve_dtype(config, Ranks(0, 1, device))
     torch.backends.cudnn.benchmark = True
     train_set, _, test_set = load_data(SAMPLE if options.quick else str(options.data), config)
     if options.quick:

@@ -40,6 +40,7 @@ from ran_ext.train import (
     load_config,
     load_model,
     load_normalize,
+    resolve_dtype,
 )
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
@@ -153,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
     """Train and test what is missing, then write table and figure."""
     device, scale = choose_device(options.device), SCALES[options.scale]
     torch.backends.cudnn.benchmark = True
-    config = config_of(scale, ATTENTION, 0)
+    config = resolve_dtype(config_of(scale, ATTENTION, 0), Ranks(0, 1, device))
     train_set, _, test_set = load_data(SAMPLE if options.scale == "quick" else str(options.data), config)
     train_set = train_set.subset(torch.arange(scale.train_images)).to(device)
     test_set = test_set.subset(torch.arange(scale.test_images)).to(device)

@@ -27,7 +27,8 @@ class Double(torch.nn.Module):
     def l2_penalty(self):
         return self.network.l2_penalty()
 config = Config(
-    model_options={"width": 0.125}, dropout=0.0, optimizer="nesterov", lr=0.01, batch_size=8, epochs=2, augment="report"
+    model_options={"width": 0.125}, dropout=0.0, optimizer="nesterov", lr=0.01, batch_size=8, epochs=2,
+    augment="report", dtype="float32",
 )
 train_set = CIFAR10.sample("train").subset(torch.arange(32))
 val_set = CIFAR10.sample("test").subset(torch.arange(21))  # an odd number: the shares differ

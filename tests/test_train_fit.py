@@ -31,6 +31,7 @@ CONFIG = Config(
     epochs=3,
     patience=0,
     ema=0.9,
+    dtype="float32",
     channels_last=True,
 )
 

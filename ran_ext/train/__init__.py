@@ -16,6 +16,7 @@ from .capture import CapturedStep, CudaGraph
 from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .distributed import Ranks, process_group
+from .dtype import resolve_dtype
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
@@ -63,6 +64,7 @@ __all__ = [
     "load_optimizer",
     "mixup",
     "process_group",
+    "resolve_dtype",
     "save_checkpoint",
     "set_lr",
     "train_batches",

@@ -18,13 +18,16 @@ from .batches import build_normalize
 from .callbacks import Callback
 from .config import Config
 from .distributed import Ranks, process_group
+from .dtype import resolve_dtype
 from .environment import environment
 from .errors import TrainingError, write_failure
 from .loop import fit
+from .probe import fitting_scale
 from .progress import say
 from .report import PROTOCOLS, result_dict, table, write_curves, write_result
 from .results import Result
 from .run import LAST
+from .scales import AUTO, SCALES, expected_accuracy, explain_choice
 from .state import TrainingState
 from .tensorboard import TensorBoardLogger
 
@@ -53,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(options: Options, ranks: Ranks) -> int:
     """Train as ``options`` say; the exit status."""
     options = dataclasses.replace(options, out=ranks.gather(options.out)[0])  # its default depends on the clock
-    config = options.config
-    train_set, val_set, test_set = load_data(options.data, config)
+    train_set, val_set, test_set = load_data(options.data, options.config)
     torch.backends.cudnn.benchmark = True
+    options = fit_to_machine(options, train_set, val_set, ranks)
+    config = options.config
+    resolved = resolve_dtype(config, ranks, options.out / LAST if options.resume else None)
     torch.manual_seed(config.seed)
     model = config.create_model()
     if model.fc.out_features <= (highest := int(train_set.labels.max())):
@@ -66,7 +71,7 @@ def train(options: Options, ranks: Ranks) -> int:
         "validation": len(val_set) if val_set else 0,
         "test": len(test_set),
     }
-    record = Record(options, data, ranks)
+    record = Record(options, resolved, data, ranks)
     result = fit(
         model,
         train_set,
@@ -82,6 +87,25 @@ def train(options: Options, ranks: Ranks) -> int:
         quiet=options.quiet,
     )
     return 130 if result.interrupted else 0
+
+
+def fit_to_machine(options: Options, train_set: CIFAR10, val_set: CIFAR10 | None, ranks: Ranks) -> Options:
+    """``options`` with a scale in the place of ``auto``, and a word about it; every process must call it."""
+    scale, config = options.scale, options.config
+    if not scale:
+        return options
+    loud = ranks.first and not options.quiet
+    if scale == AUTO:
+        if loud:
+            print("scale: timing a few steps to find the one that fits this machine", flush=True)
+        scale, expected = fitting_scale(resolve_dtype(config, ranks), train_set, val_set, ranks)
+        config = SCALES[scale].apply(config)
+        if loud:
+            print(*explain_choice(scale, expected), sep="\n")
+    accuracy = expected_accuracy(scale, resolve_dtype(config, ranks))
+    if loud and accuracy:
+        print(f"expected test accuracy: {accuracy}")
+    return dataclasses.replace(options, config=config, scale=scale)
 
 
 def load_data(source: str, config: Config) -> tuple[CIFAR10, CIFAR10 | None, CIFAR10]:
@@ -117,23 +141,32 @@ def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Cal
 
 
 class Record(Callback):
-    """What the command writes and prints when training begins and ends; the run's folder is its own meanwhile."""
+    """What the command writes and prints when training begins and ends; the run's folder is its own meanwhile.
 
-    def __init__(self, options: Options, data: Mapping[str, Any], ranks: Ranks):
-        self.options, self.data, self.ranks = options, data, ranks
+    Args:
+        options: their configuration may have the dtype ``auto``.
+        config: has the one that it stands for.
+        data: where the images came from and how many there are.
+        ranks: of the run.
+    """
+
+    def __init__(self, options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks):
+        self.options, self.config, self.data, self.ranks = options, config, data, ranks
 
     def on_start(self, state: TrainingState, step: int) -> None:
         """Write ``run.json``, now that everything is accepted, and say what is about to happen."""
-        options, data = self.options, self.data
+        options, config, data = self.options, self.config, self.data
         require_no_run(options.out, options.resume)  # another run may have ended since the flags were read
         self.parameters = sum(p.numel() for p in state.model.parameters())
         try:
-            write_atomically(options.out / RUN_FILE, run_file(options))
+            write_atomically(options.out / RUN_FILE, run_file(options, config))
         except OSError as error:
             raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
         if options.quiet:
             return
-        config, facts = options.config, environment(self.ranks)
+        facts, dtype = environment(self.ranks), config.dtype
+        if options.config.dtype == AUTO:
+            dtype += " (auto: in hardware)" if dtype == "bfloat16" else " (auto: bfloat16 would be emulated)"
         images = f"{data['training']:,} training, {data['validation']:,} validation, {data['test']:,} test images"
         source = "embedded sample" if options.data == SAMPLE else options.data
         reason = f" ({options.chose_data})" if options.chose_data else ""
@@ -142,7 +175,7 @@ class Record(Callback):
         say(f"data: {source}{reason}: {images}")
         say(
             f"model: {config.model}, {config.optimizer}, batch {config.batch_size}, at most {config.epochs} epochs, "
-            f"{config.dtype}, on {place}, {facts['backend']} backend"
+            f"{dtype}, on {place}, {facts['backend']} backend"
         )
         say(f"protocol {config.protocol}: {PROTOCOLS[config.protocol]}")
         if options.resume and not (options.out / LAST).exists():
@@ -152,7 +185,8 @@ class Record(Callback):
     def on_end(self, result: Result) -> None:
         """Write the figures and say what happened."""
         out, options = self.options.out, self.options
-        write_result(out / "result.json", result_dict(result, environment(self.ranks), self.data))
+        figures = result_dict(result, environment(self.ranks), self.data)
+        write_result(out / "result.json", figures | {"asked": dict(options.asked), "scale": options.scale})
         if result.figures:
             try:
                 write_curves(out / "curves.png", result)

@@ -12,11 +12,12 @@ from ..data.cifar10 import require_images
 from .callbacks import Callback
 from .config import Config
 from .distributed import Ranks, choose_device
+from .dtype import resolve_dtype
 from .errors import out_of_memory_explained
 from .folder import run_folder
 from .memory import require_memory
 from .results import Result
-from .run import Run
+from .run import LAST, Run
 from .signals import StopRequest
 from .step import Step, TrainStep
 
@@ -58,7 +59,8 @@ def fit(
         test_set: read once, at the end.
         ranks: device and place among the processes, of :func:`process_group`; by default this process alone, on CUDA
             where there is one.
-        resume: continue from ``last.pt`` where there is one; on the CPU bit for bit.
+        resume: continue from ``last.pt`` where there is one; on the CPU bit for bit. ``config.dtype`` "auto" is then
+            the checkpoint's.
         callbacks: told of the steps, the epochs and the end, in the first process.
         step: ``eager``; ``graph``, one CUDA graph from augmentation to optimizer (:class:`CapturedStep`); ``compile``,
             the network through ``torch.compile``; or ``auto``: ``graph`` on one GPU, else ``eager``. Where the one
@@ -86,6 +88,8 @@ def fit(
         raise ValueError(f"fit: checkpoint_every must be at least 1, got {checkpoint_every}")
     parameters = sum(p.numel() for p in model.parameters())
     require_memory(parameters, copies=3 + (config.optimizer == "adam") + (config.ema > 0), device=ranks.device)
+    asked_dtype = config.dtype
+    config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
     with (
         StopRequest() as stop,
         out_of_memory_explained(ranks.device, config.batch_size),
@@ -102,6 +106,7 @@ def fit(
             callbacks=callbacks,
             augment=augment,
             checkpoint_every=checkpoint_every,
+            asked_dtype=asked_dtype,
         )
         if resume:
             run.resume()
@@ -134,8 +139,6 @@ def _check(model: nn.Module, train_set: CIFAR10, val_set: CIFAR10 | None, config
             "fit: without val_set there is nothing to select by or to stop early by: set select='last' and patience=0, "
             "or give validation images"
         )
-    if config.dtype == "float16" and ranks.device.type != "cuda":
-        raise ValueError(f"fit: dtype float16 needs CUDA, got device {ranks.device}; choose bfloat16 or float32")
     if config.weight_decay and config.weight_decay_scope == "dense" and not hasattr(model, "l2_penalty"):
         raise ValueError(
             f"fit: weight_decay_scope 'dense' needs a model with a method l2_penalty(), got {type(model).__name__}; "

@@ -22,13 +22,14 @@ from .capture import CapturedStep
 from .checkpoint import misfit_explained, read_entries, save_checkpoint
 from .config import Config
 from .distributed import Ranks
+from .dtype import slow_dtype
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError
 from .evaluation import Evaluation, evaluate
 from .modes import frozen, train_all_but
 from .optimizers import build_optimizer, set_lr
-from .progress import Progress, duration
+from .progress import VALIDATION, Progress, duration
 from .results import EpochFigures, Result
 from .schedule import learning_rate
 from .schema import TRAINING, Misfit, load_weights
@@ -65,6 +66,7 @@ class Run:
         callbacks: Sequence[Callback],
         augment: Callable[[Tensor], Tensor] | None,
         checkpoint_every: int,
+        asked_dtype: str,
     ):
         self.config, self.ranks, self.val_set = config, ranks, val_set
         self.out_dir, self.lock, self.checkpoint_every = out_dir, lock, checkpoint_every
@@ -74,10 +76,10 @@ class Run:
         self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
         self.steps = len(self.batches)
         self.local_batch = config.batch_size // ranks.world_size
-        self.state = self._new_state(model)
+        self.state = self._new_state(model, asked_dtype)
         self.frozen = frozen(self.state.model)
 
-    def _new_state(self, model: nn.Module) -> TrainingState:
+    def _new_state(self, model: nn.Module, asked_dtype: str) -> TrainingState:
         config, device = self.config, self.ranks.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = self.ranks.convert(model.to(device=device, memory_format=layout))  # type: ignore[call-overload]
@@ -90,6 +92,7 @@ class Run:
             ExponentialMovingAverage(model, config.ema) if config.ema else None,
             EarlyStopping(config.patience),
             StepHistory(self.steps, self.local_batch, device),
+            asked_dtype,
         )
 
     def resume(self) -> None:
@@ -109,7 +112,15 @@ class Run:
         """Build the step; set the clock and the bar going."""
         state = self.state
         done = state.epoch * self.steps + state.history.count
-        self.progress = Progress(self.config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
+        self.progress = Progress(
+            self.config.epochs * self.steps,
+            done,
+            enabled=self.ranks.first and not quiet,
+            overhead=VALIDATION * len(self.val_set or ()) / (self.steps * self.config.batch_size),
+            may_stop=self.config.patience > 0,
+        )
+        if self.progress.enabled and (slow := slow_dtype(self.config.dtype, self.ranks.device)):
+            self.progress.line(slow)
         self.step = self._new_step(kind, make_step)
         self.start = time.perf_counter() - state.seconds
         self.tell(lambda callback: callback.on_start(state, done))
@@ -147,6 +158,7 @@ class Run:
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
+        self.progress.begin()
         while not self.finished:
             images_per_second = self.train_epoch(stop)
             if images_per_second is not None:
@@ -237,6 +249,7 @@ class Run:
             self.save()
         if self._just_selected:
             self.save_selected(figures)  # after last.pt, so that no run ever has the weights of epochs that it lost
+        self.progress.overhead = 0.0  # from here on it is in the time measured
         self.progress.line(_epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
@@ -264,9 +277,9 @@ class Run:
     def save_selected(self, figures: EpochFigures) -> None:
         """Write ``model.pt``: configuration, weights, normalisation."""
         if self.ranks.first:
-            weights = {"config": self.config.to_dict(), "model": self.state.eval_model.state_dict()}
-            values = weights | {"figures": dataclasses.asdict(figures)} | self._normalization()
-            self._write(SELECTED, values)
+            recipe = {"config": self.config.to_dict(), "asked": {"dtype": self.state.asked_dtype}}
+            values = recipe | {"model": self.state.eval_model.state_dict(), "figures": dataclasses.asdict(figures)}
+            self._write(SELECTED, values | self._normalization())
 
     def _write(self, name: str, values: dict[str, Any]) -> None:
         try:

@@ -29,6 +29,7 @@ class TrainingState:
         epoch: the one being trained, from 0.
         history: of that epoch's steps so far.
         seconds: wall time before this process took over.
+        asked_dtype: what the run was begun with; ``config.dtype`` is what that stood for.
     """
 
     config: Config
@@ -38,6 +39,7 @@ class TrainingState:
     ema: ExponentialMovingAverage | None
     stopping: EarlyStopping
     history: StepHistory
+    asked_dtype: str
     epoch: int = 0
     seconds: float = 0.0
     figures: list[EpochFigures] = dataclasses.field(default_factory=list)
@@ -51,6 +53,7 @@ class TrainingState:
         """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
         return {
             "config": self.config.to_dict(),
+            "asked": {"dtype": self.asked_dtype},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -96,6 +99,7 @@ class TrainingState:
         self.history.count = len(state["history"])
         self.history.values[: self.history.count] = state["history"]
         self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.asked_dtype = state.get("asked", {}).get("dtype", self.config.dtype)  # older files had no "auto"
         self.figures = [EpochFigures(**row) for row in state["figures"]]
         _restore_rng(state["rng"][ranks.rank], ranks.device)
 
