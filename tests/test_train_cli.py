@@ -270,7 +270,7 @@ def test_missing_tensorboard_and_matplotlib_cost_one_line_each(few_images, tmp_p
 
 def test_a_full_disk_at_the_end_is_one_line(few_images, tmp_path, capsys, full_disk, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr(cli, "result_dict", lambda *values: full_disk(True))
+    monkeypatch.setattr(cli, "result_dict", lambda *values: full_disk(True) or {})
     flags = ["--epochs", "1", "--batch-size", "40", "--val-images", "20", "--out", str(out), "--quiet"]
     assert cli.main([*SMALL, *flags]) == 1
     assert "cannot write" in (said := capsys.readouterr().err)

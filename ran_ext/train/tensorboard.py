@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Normalize
+from ..nn import AttentionGate
 from .callbacks import Callback
 from .masks import attention_masks
 from .results import EpochFigures, Result
@@ -65,10 +66,11 @@ class TensorBoardLogger(Callback):
         dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
         if dense:
             self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
-        device = next(model.parameters()).device
-        inputs = self.normalize.to(device)(self.images.to(device))
-        for name, masks in attention_masks(model, inputs).items():
-            self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
+        if any(isinstance(module, AttentionGate) for module in model.modules()):
+            device = next(model.parameters()).device
+            inputs = self.normalize.to(device)(self.images.to(device))
+            for name, masks in attention_masks(model, inputs).items():
+                self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
         self.writer.flush()
 
     def on_end(self, result: Result) -> None:
