@@ -34,6 +34,7 @@ FLAGS = [
 ]
 #: Seconds after which a run hangs; one takes one of processor time, on a busy machine a minute.
 HANGS = 300
+WHAT_A_RUN_IMPORTS = ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 #: The recipes that the runs take turns in.
 RECIPES = [
     [],
@@ -107,7 +108,7 @@ def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, wait_f
 def start(out: Path, recipe: list[str], log: Path, kill_at: int | None = None, wait_for: Path | None = None):
     """The process, started."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_runs", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(["killed_runs", *WHAT_A_RUN_IMPORTS])
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # else it imports nothing beforehand
         forkserver.ensure_running()
