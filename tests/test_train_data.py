@@ -162,6 +162,7 @@ ACTS = {
     "seed": {"seed": 1},
 }
 BESIDE = {
+    "dtype": {"dtype": "float32"},
     "momentum": {"optimizer": "nesterov"},
     "weight_decay_scope": {"weight_decay": 0.5},
     "lr_step_factor": {"lr_step_epochs": 1},

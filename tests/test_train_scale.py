@@ -142,8 +142,9 @@ def test_what_is_given_by_hand_stays(tmp_path, monkeypatch):
     assert (small.epochs, small.model_options) == (3, {"width": 0.5, "conv_bias": False})
     assert parse(["--scale", "short", "--data", "sample"]).config.epochs == 8
     assert parse(["--data", "sample", "--preset", "report"]).scale == ""
-    (tmp_path / "last.pt").touch()
-    assert parse(["--data", "sample", "--resume", "--out", "."]).scale == ""  # where nothing says what it was
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/last.pt").touch()
+    assert parse(["--data", "sample", "--resume", "--out", "folder"]).scale == ""  # where nothing says what it was
 
 
 @pytest.mark.parametrize(

@@ -215,8 +215,10 @@ def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
         config, data = Config.from_dict(values["config"]), values["data"]
         scale = values.get("scale", "")  # which older files lack, as they do "asked"
         asked = values.get("asked", {"dtype": config.dtype, "scale": ""})
-        if not all(isinstance(value, str) for value in (data, scale, *asked.values())):
-            raise TypeError("'data', 'scale' and 'asked' must be text")
+        if not isinstance(data, str):
+            raise TypeError("'data' is no text")
+        if not isinstance(scale, str) or not isinstance(asked, dict):
+            raise TypeError("'scale' is no text, or 'asked' no object")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise TrainingError(
             f"{path} is damaged ({one_line(error)}); delete it and give the run's own flags again"

@@ -97,14 +97,14 @@ def fit_to_machine(options: Options, train_set: CIFAR10, val_set: CIFAR10 | None
     loud = ranks.first and not options.quiet
     if scale == AUTO:
         if loud:
-            print("scale: timing a few steps to find the one that fits this machine", flush=True)
+            say("scale: timing a few steps to find the one that fits this machine")
         scale, expected = fitting_scale(resolve_dtype(config, ranks), train_set, val_set, ranks)
         config = SCALES[scale].apply(config)
         if loud:
-            print(*explain_choice(scale, expected), sep="\n")
+            say("\n".join(explain_choice(scale, expected)))
     accuracy = expected_accuracy(scale, resolve_dtype(config, ranks))
     if loud and accuracy:
-        print(f"expected test accuracy: {accuracy}")
+        say(f"expected test accuracy: {accuracy}")
     return dataclasses.replace(options, config=config, scale=scale)
 
 
@@ -143,11 +143,7 @@ def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Cal
 class Record(Callback):
     """What the command writes and prints when training begins and ends; the run's folder is its own meanwhile.
 
-    Args:
-        options: their configuration may have the dtype ``auto``.
-        config: has the one that it stands for.
-        data: where the images came from and how many there are.
-        ranks: of the run.
+    ``config`` is what the options came to on this machine: with a dtype, not ``auto``.
     """
 
     def __init__(self, options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks):
@@ -155,16 +151,17 @@ class Record(Callback):
 
     def on_start(self, state: TrainingState, step: int) -> None:
         """Write ``run.json``, now that everything is accepted, and say what is about to happen."""
-        options, config, data = self.options, self.config, self.data
+        options, data = self.options, self.data
         require_no_run(options.out, options.resume)  # another run may have ended since the flags were read
         self.parameters = sum(p.numel() for p in state.model.parameters())
         try:
-            write_atomically(options.out / RUN_FILE, run_file(options, config))
+            write_atomically(options.out / RUN_FILE, run_file(options, self.config))
         except OSError as error:
             raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
         if options.quiet:
             return
-        facts, dtype = environment(self.ranks), config.dtype
+        config, facts = self.config, environment(self.ranks)
+        dtype = config.dtype
         if options.config.dtype == AUTO:
             dtype += " (auto: in hardware)" if dtype == "bfloat16" else " (auto: bfloat16 would be emulated)"
         images = f"{data['training']:,} training, {data['validation']:,} validation, {data['test']:,} test images"

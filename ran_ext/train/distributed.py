@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .. import nn as ran_nn
 from .._errors import one_line
 from .errors import TrainingError
 
@@ -44,7 +43,7 @@ class Ranks:
 
     def convert(self, model: nn.Module) -> nn.Module:
         """``model`` with its batch statistics taken over all processes."""
-        return model if self.world_size == 1 else ran_nn.convert_sync_batchnorm(model)
+        return model if self.world_size == 1 else nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over the processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from pathlib import Path
 
@@ -24,8 +25,8 @@ def resolve_dtype(config: Config, ranks: Ranks, last: Path | None = None) -> Con
         last: a checkpoint that the run goes on from, if it is there: its dtype is kept.
 
     Raises:
-        ValueError: the device cannot train in the dtype asked for.
         CheckpointError: ``last`` cannot be read.
+        ValueError: the device cannot train in the dtype asked for.
 
     >>> resolve_dtype(Config(dtype="auto"), Ranks(0, 1, torch.device("cpu"))).dtype in ("bfloat16", "float32")
     True
@@ -34,7 +35,7 @@ def resolve_dtype(config: Config, ranks: Ranks, last: Path | None = None) -> Con
         raise ValueError(f"fit: dtype float16 needs CUDA, got device {ranks.device}; choose auto")
     if config.dtype != "auto":
         return config
-    if last is not None and last.exists():
+    if last is not None and os.path.lexists(last):
         dtype = load_config(last).dtype
     else:
         dtype = "float32" if ranks.any(not multiplies_bfloat16(ranks.device)) else "bfloat16"

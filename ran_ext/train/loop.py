@@ -83,13 +83,13 @@ def fit(
         if dataset is not None or name == "train_set":
             require_images("fit", name, dataset)
     _check(model, train_set, val_set, config, ranks)
+    asked_dtype = config.dtype
+    config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
     _require_effect(config, augment is not None, resume)
     if checkpoint_every < 1:
         raise ValueError(f"fit: checkpoint_every must be at least 1, got {checkpoint_every}")
     parameters = sum(p.numel() for p in model.parameters())
     require_memory(parameters, copies=3 + (config.optimizer == "adam") + (config.ema > 0), device=ranks.device)
-    asked_dtype = config.dtype
-    config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
     with (
         StopRequest() as stop,
         out_of_memory_explained(ranks.device, config.batch_size),

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from .._lock import FolderLock
 from ..data import CIFAR10
 from .config import Config
 from .distributed import Ranks
 from .errors import out_of_memory_explained
+from .folder import run_folder
 from .run import Run
 from .scales import choose_scale, run_seconds
 
@@ -40,6 +40,7 @@ def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds:
         torch.random.fork_rng(devices),
         tempfile.TemporaryDirectory() as folder,
         out_of_memory_explained(ranks.device, config.batch_size),
+        run_folder(Path(folder), alone) as lock,
     ):
         mine = dataclasses.replace(config, batch_size=share)
         run = Run(
@@ -49,7 +50,7 @@ def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds:
             mine,
             Path(folder),
             alone,
-            FolderLock(Path(folder)),
+            lock,
             callbacks=(),
             augment=None,
             checkpoint_every=1,

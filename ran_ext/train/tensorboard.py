@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import Normalize
-from ..nn import AttentionGate
 from .callbacks import Callback
-from .masks import attention_masks
+from .masks import attention_masks, has_attention
 from .results import EpochFigures, Result
 from .schedule import learning_rate
 from .state import TrainingState
@@ -66,11 +65,10 @@ class TensorBoardLogger(Callback):
         dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
         if dense:
             self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
-        if any(isinstance(module, AttentionGate) for module in model.modules()):
-            device = next(model.parameters()).device
-            inputs = self.normalize.to(device)(self.images.to(device))
-            for name, masks in attention_masks(model, inputs).items():
-                self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
+        device = next(model.parameters()).device
+        inputs = self.normalize.to(device)(self.images.to(device))
+        for name, masks in attention_masks(model, inputs).items() if has_attention(model) else ():
+            self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
         self.writer.flush()
 
     def on_end(self, result: Result) -> None:
