@@ -177,9 +177,10 @@ def too_far(name: str, ours: Any, eager: Any, exact: Any, where: Tensor, change:
     if not dtype.is_floating_point:
         return ""
     error, theirs = (distance(found[name], exact[name], where) for found in (ours, eager))
+    largest = max(e.double().nan_to_num(0, 0, 0).norm().item() for e in exact.values())
     floor = 4 * FLOOR[dtype] * exact[name].double()[where].norm().item() + 2 * change
+    floor += torch.finfo(dtype).tiny * (1 + largest)
     if dtype == torch.float64:  # which has no finer twin: rounding of what cancels is the twin's as well
-        largest = max(e.double().nan_to_num(0, 0, 0).norm().item() for e in exact.values())
         floor += 6 * change + torch.finfo(dtype).eps * largest
     right = error <= 2 * theirs + floor
     return "" if right else f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, floor {floor:.3g}"

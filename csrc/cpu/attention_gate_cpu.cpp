@@ -122,13 +122,16 @@ void backward_scaled_last(T* dtrunk, T* dmask, const T* dout, const T* trunk, co
     for_lanes<A>(g.c, [&](int64_t c, int n) {
       const Vec<A> logits = load(mask + at + c, n);
       const Sigmoid<T> gate(logits);
+      constexpr int64_t kShort = 16;  // terms of a sum in the accumulators' precision
       WideSum<A> total;
+      Vec<A> product{};
       for (int64_t i = 0; i < count; ++i) {
         const Vec<A> d = load(dout + square[i] + c, n);
         store(dtrunk + square[i] + c, fma(gate.s, d, d), n);
-        total += d * load(trunk + square[i] + c, n);
+        product = fma(d, load(trunk + square[i] + c, n), product);
+        if ((i + 1) % kShort == 0) total += product, product = Vec<A>{};
       }
-      const Vec<A> product = total.rounded();
+      if (count >= kShort) total += product, product = total.rounded();
       store(dmask + at + c, gate.gradient(product, logits), n);
     });
   });

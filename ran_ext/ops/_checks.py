@@ -52,21 +52,50 @@ def _refuse_tensor(op: str, name: str, value: object) -> NoReturn:
 
 def activation(op: str, name: str, value: Tensor) -> None:
     """Raise unless ``value`` is a dense ``(N, C, H, W)`` of a floating-point type that the ops take."""
-    tensor(op, name, value)
-    if value.dim() != 4:
+    if (
+        not isinstance(value, Tensor)
+        or value.layout is not torch.strided
+        or value.is_nested
+        or value.dtype not in FLOATS
+        or value.dim() != 4
+    ):
+        tensor(op, name, value)
         raise ValueError(f"{op}: {name} must be (N, C, H, W), got {list(value.shape)}")
 
 
-def vector(op: str, name: str, value: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``value`` is None, or holds one number a channel of ``x`` on the same device."""
-    if value is None:
-        return
-    tensor(op, name, value)
-    if value.shape != x.shape[1:2]:
-        raise ValueError(
-            f"{op}: {name} must be [{x.shape[1]}], one number a channel of x {list(x.shape)}, got {list(value.shape)}"
-        )
-    same_device(op, name, value, x)
+def vectors(op: str, x: Tensor, names: tuple[str, ...], values: tuple[Tensor | None, ...]) -> None:
+    """Raise unless each is None, or holds one number a channel of ``x`` on the same device."""
+    size, device = x.shape[1:2], x.device
+    for name, value in zip(names, values, strict=True):
+        if value is not None and (
+            not isinstance(value, Tensor)
+            or value.layout is not torch.strided
+            or value.is_nested
+            or value.dtype not in FLOATS
+            or value.shape != size
+            or value.device != device
+        ):
+            tensor(op, name, value)
+            same_device(op, name, value, x)
+            raise ValueError(
+                f"{op}: {name} must be [{x.shape[1]}], one number a channel of x {list(x.shape)}, got "
+                f"{list(value.shape)}"
+            )
+
+
+def operand(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    """Raise unless ``value`` is dense, on ``x``'s device, and of its dtype where autocast does not see to that."""
+    if (
+        not isinstance(value, Tensor)
+        or value.layout is not torch.strided
+        or value.is_nested
+        or value.dtype != x.dtype
+        or value.device != x.device
+    ):
+        tensor(op, name, value)
+        same_device(op, name, value, x)
+        if not _backend.autocasts(x):
+            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {value.dtype}")
 
 
 def same_device(op: str, name: str, value: Tensor, x: Tensor) -> None:
@@ -132,6 +161,10 @@ def whole(op: str, name: str, value: int, least: int, form: str = "a whole numbe
 
 def pair(op: str, name: str, value: Any, least: int) -> tuple[int, int]:
     """``value``, one number or two, as two ints >= ``least``."""
+    if type(value) is tuple and len(value) == 2:
+        high, wide = value
+        if type(high) is int and type(wide) is int and least <= high <= LARGEST and least <= wide <= LARGEST:
+            return value
     form = "one whole number or a pair of them, each >= {}"
     if type(value) is int:
         return (number_ := whole(op, name, value, least, form), number_)

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from .. import _backend, _tracing
 from . import _checks as checks
 
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_CONV_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
 
 def bn_relu(
     x: Tensor,
@@ -135,14 +138,14 @@ def check_batch_norm(
 ) -> tuple[bool, float | None, float]:
     """Raise what :func:`bn_relu` documents, in the name of ``op``; ``training``, ``momentum``, ``eps`` as Python's."""
     checks.activation(op, "x", x)
-    prefix = "bn_" if op.endswith("conv2d") else ""
-    checks.vector(op, prefix + "weight", weight, x)
-    checks.vector(op, prefix + "bias", bias, x)
-    checks.vector(op, "running_mean", running_mean, x)
-    checks.vector(op, "running_var", running_var, x)
-    training = checks.flag(op, "training", training)
-    momentum = None if momentum is None else checks.number(op, "momentum", momentum)
-    eps = checks.number(op, "eps", eps)
+    names = _CONV_VECTORS if op.endswith("conv2d") else _VECTORS
+    checks.vectors(op, x, names, (weight, bias, running_mean, running_var))
+    if training is not True and training is not False:
+        training = checks.flag(op, "training", training)
+    if momentum is not None and type(momentum) is not float:
+        momentum = checks.number(op, "momentum", momentum)
+    if type(eps) is not float:
+        eps = checks.number(op, "eps", eps)
     if running_mean is None or running_var is None:
         if running_mean is not running_var:
             raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
@@ -168,6 +171,8 @@ def check_batch_norm(
             f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got "
             f"{checks.shown(num_batches_tracked)}"
         )
-    if batch_stats and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
+    if batch_stats:
+        n, _, h, w = x.shape
+        if n * h * w == 1:
+            raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
     return training, momentum, eps

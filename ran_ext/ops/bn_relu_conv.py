@@ -222,13 +222,6 @@ def bn_relu_conv2d_ref(
     return out if residual is None else out + residual
 
 
-def _check_operand(op: str, name: str, value: Tensor, x: Tensor) -> None:
-    checks.tensor(op, name, value)
-    checks.same_device(op, name, value, x)
-    if value.dtype != x.dtype and not _backend.autocasts(x):
-        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {value.dtype}")
-
-
 def _check_conv(
     x: Tensor,
     weight: Tensor,
@@ -238,27 +231,26 @@ def _check_conv(
     residual: Tensor | None,
 ) -> None:
     op = "bn_relu_conv2d"
-    _check_operand(op, "weight", weight, x)
+    checks.operand(op, "weight", weight, x)
     if bias is not None:
-        _check_operand(op, "bias", bias, x)
+        checks.operand(op, "bias", bias, x)
     if residual is not None:
-        _check_operand(op, "residual", residual, x)
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
+        checks.operand(op, "residual", residual, x)
+    n, c_in, height, width = x.shape
+    if weight.dim() != 4 or weight.shape[1] != c_in or 0 in weight.shape:
         raise ValueError(
-            f"{op}: weight must be (C_out, {x.shape[1]}, kH, kW) for x {list(x.shape)}, none of them 0, got "
+            f"{op}: weight must be (C_out, {c_in}, kH, kW) for x {list(x.shape)}, none of them 0, got "
             f"{list(weight.shape)} (grouped convolutions are not part of this op)"
         )
-    if bias is not None and bias.shape != (weight.shape[0],):
+    c_out, _, k_height, k_width = weight.shape
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"{op}: bias must be [{c_out}] for weight {list(weight.shape)}, got {list(bias.shape)}")
+    over = height + 2 * padding[0] - k_height, width + 2 * padding[1] - k_width
+    if over[0] < 0 or over[1] < 0 or height == 0 or width == 0:
         raise ValueError(
-            f"{op}: bias must be [{weight.shape[0]}] for weight {list(weight.shape)}, got {list(bias.shape)}"
+            f"{op}: x {list(x.shape)} with padding {list(padding)} is smaller than the kernel {[k_height, k_width]}"
         )
-    size = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
-    if min(size) < 1 or 0 in x.shape[2:]:
-        raise ValueError(
-            f"{op}: x {list(x.shape)} with padding {list(padding)} is smaller than the kernel {list(weight.shape[2:])}"
-        )
-    if residual is not None and list(residual.shape) != [x.shape[0], weight.shape[0], *size]:
-        raise ValueError(
-            f"{op}: residual must be {[x.shape[0], weight.shape[0], *size]}, the shape of the result, got "
-            f"{list(residual.shape)}"
-        )
+    if residual is not None:
+        expected = [n, c_out, over[0] // stride[0] + 1, over[1] // stride[1] + 1]
+        if list(residual.shape) != expected:
+            raise ValueError(f"{op}: residual must be {expected}, the shape of the result, got {list(residual.shape)}")
