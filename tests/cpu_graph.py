@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ran_ext import _fusion
+from ran_ext import _tracing
 
 
 class CpuGraph:
@@ -43,7 +43,7 @@ class Tape(TorchDispatchMode):
         self.ops, self.waits = [], []
         self.made, self.before = set(), {}
         # As a graph does, it holds the kernels that run without it; modules show a mode PyTorch's own ops instead.
-        self.unnoticed = mock.patch.object(_fusion, "_len_torch_dispatch_stack", return_value=0)
+        self.unnoticed = mock.patch.object(_tracing, "_len_torch_dispatch_stack", return_value=0)
 
     def __enter__(self):
         self.unnoticed.start()
