@@ -123,16 +123,16 @@ def test_export_gives_aten_ops_and_the_eager_values(name, strict, training):
         assert_close(value, buffers[key])
 
 
-@pytest.mark.parametrize(("name", "folds"), [("ran_paper", False), ("ran_paper", True)])
+@pytest.mark.parametrize(("name", "folds"), [("ran_compact", True), ("AttentionModule", False)])
 def test_networks_export_for_every_batch_and_size(name, folds, tmp_path):
-    module, _ = made(name)
+    module, example = made(name)
     module = fold_for_inference(module) if folds else module
     sizes = {0: torch.export.Dim("n", min=1, max=64), 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    exported = torch.export.export(module, (torch.randn(2, 3, 22, 18),), dynamic_shapes=(sizes,))
+    exported = torch.export.export(module, (example,), dynamic_shapes=(sizes,))
     torch.export.save(exported, tmp_path / "model.pt2")
     program = torch.export.load(tmp_path / "model.pt2").module()
-    for shape in ((1, 3, 17, 32), (5, 3, 32, 23)):
-        x = torch.randn(shape)
+    for size in ((17, 32), (32, 23)):
+        x = torch.randn(5, example.shape[1], *size)
         assert_close(program(x), module(x), rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +149,7 @@ def onnx_values(module, x, path, **options):
         np.testing.assert_allclose(found, module(one).detach().numpy(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*SMALL, "ran_paper"])
+@pytest.mark.parametrize("name", [*SMALL, *NETWORKS])
 def test_the_old_onnx_exporter(name, tmp_path):
     module, x = made(name)
     axes = {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
@@ -162,9 +162,9 @@ def test_onnx(name, tmp_path):
     onnx_values(module, x, tmp_path / "model.onnx", dynamo=True)
 
 
-@pytest.mark.parametrize("folds", [False, True])
-def test_onnx_of_a_network_for_every_batch(folds, tmp_path):
-    module, x = made("ran_compact")
+@pytest.mark.parametrize(("name", "folds"), [("ran_compact", True), ("AttentionModule", False)])
+def test_onnx_for_every_batch(name, folds, tmp_path):
+    module, x = made(name)
     module = fold_for_inference(module) if folds else module
     shapes = ({0: torch.export.Dim("n", min=1, max=64)},)
     onnx_values(module, x, tmp_path / "model.onnx", dynamo=True, dynamic_shapes=shapes)
