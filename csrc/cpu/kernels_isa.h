@@ -35,6 +35,15 @@ void conv3x3_data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const f
                            const float* weight, ConvShape, BatchNorm<void>);
 void conv3x3_weight_gradient(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
                              BatchNorm<void>);
+int64_t winograd_panels_size(int m, ConvShape);
+void winograd_pack(int m, float* panels, const float* weight, ConvShape);
+void winograd_forward(int m, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
+                      const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape,
+                      const BatchNorm<void>* bn);
+void winograd_data_gradient(int m, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
+                            const float* weight, ConvShape, BatchNorm<void>);
+void winograd_weight_gradient(int m, float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
+                              BatchNorm<void>);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                           const BatchNorm<void>* bn);
 
