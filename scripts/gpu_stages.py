@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from check_cuda import find_tool
-from native import find_toolkit
-from stages import Stage
+from _build.native import find_toolkit
+
+from .check_cuda import find_tool
+from .stages import Stage
 
 #: Makes a stage from its name, minutes and arguments.
 Maker = Callable[..., Stage]
@@ -47,17 +48,17 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         return script(name, minutes, *arguments, "--out", found, *device, *quick, found=found)
 
     def compared(name: str, minutes: float, suite: str, *arguments: str) -> Stage:
-        return measured(name, minutes, "benchmarks/compare.py", "--suite", suite, *arguments)
+        return measured(name, minutes, "-m", "benchmarks.compare", "--suite", suite, *arguments)
 
     return [
         _environment(python, gpu),
-        _constants(measured("constants", 2, "benchmarks/constants.py"), python),
+        _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
         Stage("build", 4, [[python, "setup.py", "build_ext", "--inplace"], [python, "-m", "ran_ext.info"]]),
         _tests(python, gpu),
         script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu),
                found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
-        measured("dispatch", 2, "benchmarks/dispatch.py", *(["--install"] if gpu and not options.quick else [])),
+        measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
         *_op_benchmarks(compared, options.quick),
         *_step_benchmarks(compared, options.quick),
         _unpack(options, python, out),
@@ -86,7 +87,7 @@ def _environment(python: str, gpu: bool) -> Stage:
 
 def _constants(stage: Stage, python: str) -> Stage:
     """The constants, and the time model with them."""
-    model = [python, "benchmarks/time_model.py", str(stage.results)]
+    model = [python, "-m", "benchmarks.time_model", str(stage.results)]
     return dataclasses.replace(stage, commands=[*stage.commands, model])
 
 
@@ -155,11 +156,11 @@ def _experiments(
     """Training: the record, the report's experiment, robustness."""
     out, quick = options.out.resolve(), options.quick
     folder = out / "record"
-    record = ["scripts/record.py", "--out", folder, *common]
+    record = ["-m", "scripts.record", "--out", folder, *common]
     short = [*record, "--target", "0.893", "--seeds", "1" if quick else "5"]
     best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
-    report = ["scripts/reproduce_report.py", "--out", out / "report", "--minutes", "{minutes}", *data]
-    robust = ["scripts/robustness.py", "--out", out / "robustness", *data]
+    report = ["-m", "scripts.reproduce_report", "--out", out / "report", "--minutes", "{minutes}", *data]
+    robust = ["-m", "scripts.robustness", "--out", out / "robustness", *data]
     return [
         script("record-time", 4, *short, found=folder / "0.893.json", skip=skip),
         script("record-best", 8, *best, found=folder / "best.json", skip=skip),
