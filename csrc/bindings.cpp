@@ -3,6 +3,7 @@
 
 #include <map>
 
+#include "conv3x3_mode.h"
 #include "conv_paths.h"
 #ifdef RAN_WITH_CUDA
 #include "cuda_bn_relu.h"
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("conv_ways", &conv_ways);
   m.def("conv_gate_way", &conv_gate_way);
+  m.def("set_conv3x3", &ran::set_conv3x3_mode);
 #ifdef RAN_WITH_CUDA
   m.def("bn_relu_ways", &bn_relu_ways);
   m.def("set_dispatch_table", &set_dispatch_table);

@@ -3,6 +3,7 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include "conv3x3_mode.h"
 #include "cuda_conv1x1.h"
 
 namespace ran {
@@ -30,16 +31,19 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
     return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
-  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
-    // Packing the weight takes as long as the gain on so many 2x2 tiles (measured at 64 to 512 channels).
-    if (pass == ConvPass::forward && shape.pixels() / 4 < shape.ci * shape.co / 4096)
-      return {false, "so few pixels for so many channels: packing the weight would take longer"};
-    return {true, "minimal filtering (Winograd) in channels_last"};
+  switch (choose_conv3x3(pass, dtype_of(x, kOp, "x"), shape)) {
+    case cpu::Conv3x3::f4x4:
+      return {true, "Winograd F(4x4, 3x3)"};
+    case cpu::Conv3x3::f2x2:
+      return {true, "Winograd F(2x2, 3x3)"};
+    case cpu::Conv3x3::library:
+      break;
   }
   if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
   if (pass != ConvPass::wgrad && !shape.is_pointwise())
-    return {false, "only 1x1 at stride 1, in float32 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
+    return {false,
+            "only 1x1 at stride 1, in float32 most 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
   return {true, "a matrix product in channels_last"};
 }
 
@@ -56,21 +60,21 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
   const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
   const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
   const float* const bias_data = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
-  if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                                  nullptr, bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, false,
-                                  shape, &bn.kernel);
-    if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(y.out, next.running);
-    return;
-  }
   if (next.wanted) {
     y.next_mean = at::empty({shape.co}, bn.mean.options());
     y.next_var = at::empty_like(y.next_mean);
   }
-  cpu_kernels().conv1x1_forward(y.out.data_ptr(), next.wanted ? y.next_mean.data_ptr<float>() : nullptr,
-                                next.wanted ? y.next_var.data_ptr<float>() : nullptr, x.const_data_ptr(),
-                                weight.const_data_ptr(), bias_data, added.defined() ? added.const_data_ptr() : nullptr,
-                                dtype_of(x, kOp, "x"), shape, bn.kernel);
+  float* const next_mean = next.wanted ? y.next_mean.data_ptr<float>() : nullptr;
+  float* const next_var = next.wanted ? y.next_var.data_ptr<float>() : nullptr;
+  const void* const added_data = added.defined() ? added.const_data_ptr() : nullptr;
+  const DType dtype = dtype_of(x, kOp, "x");
+  if (shape.is_pointwise())
+    cpu_kernels().conv1x1_forward(y.out.data_ptr(), next_mean, next_var, x.const_data_ptr(), weight.const_data_ptr(),
+                                  bias_data, added_data, dtype, shape, bn.kernel);
+  else
+    cpu_kernels().conv3x3_forward(choose_conv3x3(ConvPass::forward, dtype, shape), y.out.data_ptr<float>(), next_mean,
+                                  next_var, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), nullptr,
+                                  bias_data, static_cast<const float*>(added_data), false, shape, &bn.kernel);
   if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
 }
 
@@ -78,9 +82,11 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
                          const Tensor& weight, const cpu::ConvShape& shape, bool want_bias) {
   g.dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
-  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
-    cpu_kernels().conv3x3_weight_gradient(g.dweight.data_ptr<float>(), want_bias ? dbias.data_ptr<float>() : nullptr,
-                                          dy.const_data_ptr<float>(), x.const_data_ptr<float>(), shape, bn.kernel);
+  const cpu::Conv3x3 tile = choose_conv3x3(ConvPass::wgrad, dtype_of(x, kOp, "x"), shape);
+  if (tile != cpu::Conv3x3::library) {
+    cpu_kernels().conv3x3_weight_gradient(tile, g.dweight.data_ptr<float>(),
+                                          want_bias ? dbias.data_ptr<float>() : nullptr, dy.const_data_ptr<float>(),
+                                          x.const_data_ptr<float>(), shape, bn.kernel);
     if (want_bias) g.dbias = dbias;
     return;
   }
@@ -99,7 +105,8 @@ void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const T
   dz = at::empty_like(x);
   sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
   if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_data_gradient(dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
+    cpu_kernels().conv3x3_data_gradient(choose_conv3x3(ConvPass::dgrad, dtype_of(x, kOp, "x"), shape),
+                                        dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
                                         dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
                                         weight.const_data_ptr<float>(), shape, bn.kernel);
     return;

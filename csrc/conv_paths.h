@@ -16,8 +16,6 @@ struct Convolution {
   }
 };
 
-enum class ConvPass { forward, dgrad, wgrad, gate };  // gate: the forward pass with the attention gate behind it
-
 // What a pass runs on: "fused" (a kernel of this library's own) or "library" (ATen's convolution, with one fused pass
 // of BN-ReLU), and the reason in words.
 struct ConvWay {

@@ -7,6 +7,8 @@ namespace ran {
 
 enum class DType : int { f32, f64, bf16, f16 };
 
+enum class ConvPass { forward, dgrad, wgrad, gate };  // gate: the forward pass with the attention gate behind it
+
 // A 4-d activation seen as [outer][channels][inner], dense: NCHW is (N, C, H*W), channels_last is (N*H*W, C, 1).
 struct ChannelView {
   int64_t outer, channels, inner;

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 BACKENDS = ("auto", "native", "reference")
+CONV3X3_MODES = ("fast", "strict", "library")
 
 
 def _is_beside(name: str) -> bool:
@@ -181,5 +182,54 @@ def use_native(x: Tensor) -> bool:
     return not in_transform and torch.autograd.forward_ad._current_level < 0
 
 
+class set_conv3x3:
+    """Choose how accurate, and how fast, 3x3 convolutions in float32 are on the CPU; as a context manager, inside it.
+
+    It concerns stride 1 and padding 1 on channels_last tensors. Error below is the root of the mean square against
+    float64, on dense inputs; ``explain`` prints what each pass of a layer takes.
+
+    Args:
+        mode: ``"fast"`` (the default: Winograd's F(4x4, 3x3) or F(2x2, 3x3), whichever is fastest at no more than twice
+            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times) or ``"library"``
+            (PyTorch's convolution).
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+
+    Source: Lavin and Gray 2016, arXiv:1509.09308.
+
+    >>> with set_conv3x3("strict"):
+    ...     get_conv3x3()
+    'strict'
+    """
+
+    def __init__(self, mode: str):
+        if mode not in CONV3X3_MODES:
+            raise ValueError(f"set_conv3x3: mode must be one of {', '.join(CONV3X3_MODES)}, got {mode!r}")
+        self._previous = _conv3x3
+        _keep_conv3x3(mode)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _keep_conv3x3(self._previous)
+
+
+def get_conv3x3() -> str:
+    """The mode of 3x3 convolutions chosen: ``"fast"``, ``"strict"`` or ``"library"``."""
+    return _conv3x3
+
+
+def _keep_conv3x3(mode: str) -> None:
+    global _conv3x3
+    _conv3x3 = mode
+    if _C is not None:
+        _C.set_conv3x3(mode)
+
+
+_conv3x3 = "fast"
 _choice = "auto"
 set_backend(os.environ.get("RAN_EXT_BACKEND", "auto"))

@@ -59,12 +59,12 @@ class FoldedConv2d(nn.Module):
         self.stride, self.padding, self.relu = conv.stride, conv.padding, relu
         self.weight, self.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         self._packed: Tensor | None = None
-        self._panels: Tensor | None = None
+        self._panels: dict[int, Tensor] = {}  # the weight for tiles of m x m outputs, by m
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._onednn(x):
-            if residual is None and self._filters(x):
-                return self._filtered(x)
+            if residual is None and (tile := self._tile(x)):
+                return self._by_tiles(x, tile)
             return self._packed_forward(x, residual)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
         out = out if residual is None else out + residual
@@ -77,15 +77,15 @@ class FoldedConv2d(nn.Module):
             return False
         return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    def _filters(self, x: Tensor) -> bool:
-        """Whether the CPU kernel by minimal filtering takes it: 3x3, float32."""
+    def _tile(self, x: Tensor) -> int:
+        """m of the Winograd kernel F(m x m, 3x3) that the convolution takes (3x3, float32), or 0."""
         same = self.stride == (1, 1) and self.padding == (1, 1) and _backend.use_native(x)
-        return same and bool(torch.ops.ran_ext.conv3x3_supported(x, self.weight))
+        return int(torch.ops.ran_ext.conv3x3_tile(x, self.weight)) if same else 0
 
-    def _filtered(self, x: Tensor) -> Tensor:
-        if self._panels is None:
-            self._panels = torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x)
-        return torch.ops.ran_ext.conv3x3_packed(x, self._panels, self.bias, self.relu)  # type: ignore[no-any-return]
+    def _by_tiles(self, x: Tensor, tile: int) -> Tensor:
+        if tile not in self._panels:
+            self._panels[tile] = torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x)
+        return torch.ops.ran_ext.conv3x3_packed(x, self._panels[tile], self.bias, self.relu)  # type: ignore[no-any-return]
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """oneDNN's convolution with the ReLU or the addition inside, as Inductor's frozen graphs call it."""
@@ -101,15 +101,15 @@ class FoldedConv2d(nn.Module):
         )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._packed = self._panels = None
+        self._packed, self._panels = None, {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedConv2d:
-        self._packed = self._panels = None  # another device or dtype
+        self._packed, self._panels = None, {}  # another device or dtype
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None, "_panels": None}  # a packed weight can be neither copied nor saved
+        return {**self.__dict__, "_packed": None, "_panels": {}}  # a packed weight can be neither copied nor saved
 
 
 class FoldedResidualUnit(nn.Module):

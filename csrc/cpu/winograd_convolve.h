@@ -26,47 +26,12 @@ struct ConvolvePlan {
   ConvolvePlan(int points, int64_t tiles, int64_t terms, int64_t columns) {
     constexpr int64_t kFew = 160, kMany = 192;  // tiles; channels
     few = tiles <= kFew && terms * columns >= kMany * kMany;
-    blocks = {tiles, few ? tiles : std::min(tiles, round_up(12, kTileRows))};
+    const int64_t block = terms * columns > 256 * 256 ? 48 : 12;  // the larger, the less often the weight streams by
+    blocks = {tiles, few ? tiles : std::min(tiles, round_up(block, kTileRows))};
     const int64_t cached = second_level_cache() / 4 / int64_t(sizeof(float)) / points / blocks.block;
     group = few ? kPanel : std::clamp<int64_t>(cached / kPanel * kPanel, kPanel, round_up(columns, kPanel));
   }
 };
-
-// A tensor whose pixels at a tile's place, moved by `offset` along both axes, are used soon.
-template <typename T>
-struct Touched {
-  const T* data;
-  int64_t channels, offset;
-};
-
-// Assembly, since GCC 12 takes a function that does nothing but __builtin_prefetch for one without effect.
-template <bool kWrite>
-inline void prefetch_line(const void* p) {
-#if defined(__x86_64__)
-  if (kWrite)
-    asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
-  else
-    asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, kWrite, 2);
-#endif
-}
-
-// Asks the cache for part `part` of `parts` of the pixels of tiles [begin, end): waiting for them, the transforms take
-// three times as long.
-template <bool kWrite, int m, typename T>
-inline void prefetch_tiles(const Touched<T>& t, const TileGrid<m>& grid, int64_t begin,
-                                                          int64_t end, int64_t part, int64_t parts) {
-  const int64_t rows = (std::min(end, grid.count) - begin) * m;  // none or less where `begin` is past the end
-  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
-    const Place at = grid.at(begin + row / m);
-    const int64_t y = at.y + row % m + t.offset, x = at.x + t.offset;
-    if (y >= grid.height) continue;
-    const T* const pixel = t.data + ((at.image * grid.height + y) * grid.width + x) * t.channels;
-    const int64_t values = std::min<int64_t>(m, grid.width - x) * t.channels;
-    for (int64_t i = 0; i < values; i += 64 / int64_t(sizeof(T))) prefetch_line<kWrite>(pixel + i);
-  }
-}
 
 // finish(row of the block, place, outputs, first column, lanes, block) takes each tile's outputs, `lanes` channels of
 // them; the tiles of a block come in order for every column. prefetch(first tile, last, part, parts) asks the cache for
@@ -87,7 +52,8 @@ void convolve(const T* x, const Weight<T>& weight, const float* panels, const Co
   };
   // Of columns [from, to), the products with terms [begin, end), a panel of which has `panel_terms`.
   const auto multiply = [&](float* products, const float* values, const float* panel, int64_t panel_step,
-                            int64_t panel_terms, int64_t rows, int64_t from, int64_t to, int64_t begin, int64_t end, auto&& prefetch) {
+                            int64_t panel_terms, int64_t rows, int64_t from, int64_t to, int64_t begin, int64_t end,
+                            auto&& prefetch) {
     for (int point = 0; point < kPoints; ++point) {
       prefetch(point);
       for (int64_t column = from; column < to; column += kPanel)
@@ -147,11 +113,12 @@ void convolve(const T* x, const Weight<T>& weight, const float* panels, const Co
       for (int64_t tile = first; tile < first + rows; ++tile) transform(values.get(), first, tile);
       for (int64_t from = 0; from < columns; from += plan.group) {
         const int64_t to = std::min(columns, from + plan.group);
-        multiply(products.get(), values.get(), all + layout.at(from), layout.step(), terms, rows, from, to, 0, terms, [&](int point) {
-          prefetch_tiles<false>(Touched<T>{x, weight.terms(), 1}, grid, first + rows, first + rows + block, point,
-                                kPoints);
-          prefetch_outputs(first, first + rows, point, kPoints);
-        });
+        multiply(products.get(), values.get(), all + layout.at(from), layout.step(), terms, rows, from, to, 0, terms,
+                 [&](int point) {
+                   prefetch_tiles<false>(Touched<T>{x, weight.terms(), weight.terms(), 1}, grid, first + rows,
+                                         first + rows + block, point, kPoints);
+                   prefetch_outputs(first, first + rows, point, kPoints);
+                 });
         for (int64_t column = from; column < to; column += kPanel)
           output(products.get() + (column - from) * block, first, rows, column, panel_width(column, columns), index);
       }

@@ -12,8 +12,8 @@ namespace ran::cpu::RAN_ISA {
 namespace {
 
 template <class F>
-void data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
-                   const float* weight, const ConvShape& s, BatchNorm<float> bn) {
+void data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x, const float* weight,
+                   const ConvShape& s, BatchNorm<float> bn) {
   const TileGrid<F::m> grid(s);
   const ConvolvePlan plan(F::n * F::n, grid.count, s.co, s.ci);
   const ScaleShiftTable<float> table(bn, s.ci);
@@ -35,30 +35,30 @@ void data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* do
           s1 = fma(masked, value - mean, s1);
         }
     };
-    at.pixels() == F::m * F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
     store(sums, load(sums, lanes) + s0, lanes);
     store(sums + s.ci, load(sums + s.ci, lanes) + s1, lanes);
   };
   convolve<F>(dout, Weight<float>{weight, s.co, s.ci, true}, nullptr, s, plan, AsItIs(), output,
               [&](int64_t begin, int64_t end, int64_t part, int64_t parts) {
-                prefetch_tiles<true>(Touched<float>{dz, s.ci, 0}, grid, begin, end, part, parts);
-                prefetch_tiles<false>(Touched<float>{x, s.ci, 0}, grid, begin, end, part, parts);
+                prefetch_tiles<true>(Touched<float>{dz, s.ci, s.ci, 0}, grid, begin, end, part, parts);
+                prefetch_tiles<false>(Touched<float>{x, s.ci, s.ci, 0}, grid, begin, end, part, parts);
               });
   finish_sums(sum_dz, sum_dz_xhat, partial.data(), plan.blocks.count(), s.ci, bn);
 }
 
 }  // namespace
 
-void winograd_data_gradient(int m, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
-                            const float* weight, ConvShape s, BatchNorm<void> bn) {
-  (m == 4 ? data_gradient<Winograd<4>> : data_gradient<Winograd<2>>)(dz, sum_dz, sum_dz_xhat, dout, x, weight, s,
-                                                                     typed<float>(bn));
+void conv3x3_data_gradient(Conv3x3 tile, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout,
+                           const float* x, const float* weight, ConvShape s, BatchNorm<void> bn) {
+  (tile == Conv3x3::f4x4 ? data_gradient<Winograd<4>> : data_gradient<Winograd<2>>)(dz, sum_dz, sum_dz_xhat, dout, x,
+                                                                                    weight, s, typed<float>(bn));
 }
 
 #else
 
-void winograd_data_gradient(int, float*, float*, float*, const float*, const float*, const float*, ConvShape,
-                            BatchNorm<void>) {}
+void conv3x3_data_gradient(Conv3x3, float*, float*, float*, const float*, const float*, const float*, ConvShape,
+                           BatchNorm<void>) {}
 
 #endif
 

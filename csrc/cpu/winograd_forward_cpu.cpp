@@ -36,16 +36,16 @@ void forward(float* out, float* out_mean, float* out_var, const float* x, const 
           store(out + to, y[i][j], lanes);
         }
     };
-    at.pixels() == F::m * F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
     if (!out_mean) return;
     const int64_t tile = block * plan.blocks.block + row;
     moments.add(y, at, pixels_before(tile) - pixels_before(tile - row), c, lanes, block);
   };
   convolve<F>(x, Weight<float>{weight, s.co, s.ci, false}, panels, s, plan, activate, output,
               [&](int64_t begin, int64_t end, int64_t part, int64_t parts) {
-                prefetch_tiles<true>(Touched<float>{out, s.co, 0}, grid, begin, end, part, parts);
+                prefetch_tiles<true>(Touched<float>{out, s.co, s.co, 0}, grid, begin, end, part, parts);
                 if (residual)
-                  prefetch_tiles<false>(Touched<float>{residual, s.co, 0}, grid, begin, end, part, parts);
+                  prefetch_tiles<false>(Touched<float>{residual, s.co, s.co, 0}, grid, begin, end, part, parts);
               });
   if (out_mean)
     moments.finish(out_mean, out_var, [&](int64_t block) {
@@ -56,22 +56,24 @@ void forward(float* out, float* out_mean, float* out_var, const float* x, const 
 
 }  // namespace
 
-int64_t winograd_panels_size(int m, ConvShape s) {
-  return (m + 2) * (m + 2) * Panels(Weight<float>{nullptr, s.co, s.ci, false}).step();
+int64_t conv3x3_panels_size(Conv3x3 tile, ConvShape s) {
+  const int64_t n = int(tile) + 2;
+  return n * n * Panels(Weight<float>{nullptr, s.co, s.ci, false}).step();
 }
 
-void winograd_pack(int m, float* panels, const float* weight, ConvShape s) {
+void conv3x3_pack(Conv3x3 tile, float* panels, const float* weight, ConvShape s) {
   const Weight<float> w{weight, s.co, s.ci, false};
-  m == 4 ? pack_weight<Winograd<4>>(panels, w) : pack_weight<Winograd<2>>(panels, w);
+  tile == Conv3x3::f4x4 ? pack_weight<Winograd<4>>(panels, w) : pack_weight<Winograd<2>>(panels, w);
 }
 
-void winograd_forward(int m, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
-                      const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape s,
-                      const BatchNorm<void>* bn) {
+void conv3x3_forward(Conv3x3 tile, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
+                     const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape s,
+                     const BatchNorm<void>* bn) {
   const auto run = [&](const auto& activate) {
-    (m == 4 ? forward<Winograd<4>, std::decay_t<decltype(activate)>>
-            : forward<Winograd<2>, std::decay_t<decltype(activate)>>)(out, out_mean, out_var, x, weight, panels, bias,
-                                                                      residual, with_relu, s, activate);
+    (tile == Conv3x3::f4x4 ? forward<Winograd<4>, std::decay_t<decltype(activate)>>
+                           : forward<Winograd<2>, std::decay_t<decltype(activate)>>)(out, out_mean, out_var, x, weight,
+                                                                                     panels, bias, residual, with_relu,
+                                                                                     s, activate);
   };
   if (!bn) return run(AsItIs());
   const ScaleShiftTable<float> table(typed<float>(*bn), s.ci);
@@ -80,10 +82,10 @@ void winograd_forward(int m, float* out, float* out_mean, float* out_var, const 
 
 #else
 
-int64_t winograd_panels_size(int, ConvShape) { return 0; }
-void winograd_pack(int, float*, const float*, ConvShape) {}
-void winograd_forward(int, float*, float*, float*, const float*, const float*, const float*, const float*, const float*,
-                      bool, ConvShape, const BatchNorm<void>*) {}
+int64_t conv3x3_panels_size(Conv3x3, ConvShape) { return 0; }
+void conv3x3_pack(Conv3x3, float*, const float*, ConvShape) {}
+void conv3x3_forward(Conv3x3, float*, float*, float*, const float*, const float*, const float*, const float*,
+                     const float*, bool, ConvShape, const BatchNorm<void>*) {}
 
 #endif
 

@@ -12,18 +12,18 @@
 namespace ran::cpu::RAN_ISA {
 
 constexpr int kLanes = VecOf<float>::lanes;
-constexpr int kRun = 16;                                 // terms of a sum that stays in registers
-constexpr int kPanel = 2 * kLanes;                       // columns of a register tile
-constexpr int kTileRows = kBytes == 64 ? 14 : 6;         // with two vectors each, they fill 32 or 16 registers
-constexpr int64_t kStep = 4;                             // terms are a multiple of it, filled up with zeros
+constexpr int kRun = 16;                          // terms of a sum that stays in registers
+constexpr int kPanel = 2 * kLanes;                // columns of a register tile
+constexpr int kTileRows = kBytes == 64 ? 14 : 6;  // with two vectors each, they fill 32 or 16 registers
+constexpr int64_t kStep = 4;                      // terms are a multiple of it, filled up with zeros
 
 constexpr int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 // From one point's `count` values to the next one's: points a power of two apart would meet in one set of the cache.
 constexpr int64_t apart(int64_t count) { return round_up(count, 16) + 16; }
 
-// Columns [column, column + width) of `columns`, which is a multiple of kLanes: a panel of two vectors, the last perhaps
-// of one.
+// Columns [column, column + width) of `columns`, which is a multiple of kLanes: a panel of two vectors, the last
+// perhaps of one.
 constexpr int64_t panel_width(int64_t column, int64_t columns) { return std::min<int64_t>(kPanel, columns - column); }
 
 // m[row][column] += (add) or = the sum over `terms` of a(row, term) * b[term][column], for kRows rows and kVectors

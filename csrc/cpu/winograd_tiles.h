@@ -124,4 +124,40 @@ inline void outputs_of(Vec<float> (&y)[F::m][F::m], const float* points, int64_t
   RAN_UNROLL for (int i = 0; i < F::m; ++i) F::output(y[i], half[i]);
 }
 
+// A tensor whose pixels at a tile's place, moved by `offset` along both axes, are used soon.
+template <typename T>
+struct Touched {
+  const T* data;
+  int64_t channels, used, offset;  // `used` of the channels, from `data` on
+};
+
+// Assembly, since GCC 12 takes a function that does nothing but __builtin_prefetch for one without effect.
+template <bool kWrite>
+inline void prefetch_line(const void* p) {
+#if defined(__x86_64__)
+  if (kWrite)
+    asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
+  else
+    asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, kWrite, 2);
+#endif
+}
+
+// Asks the cache for part `part` of `parts` of the pixels of tiles [begin, end): waiting for them, the transforms take
+// three times as long.
+template <bool kWrite, int m, typename T>
+inline void prefetch_tiles(const Touched<T>& t, const TileGrid<m>& grid, int64_t begin, int64_t end, int64_t part,
+                           int64_t parts) {
+  const int64_t rows = (std::min(end, grid.count) - begin) * m;  // none or less where `begin` is past the end
+  for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row) {
+    const Place at = grid.at(begin + row / m);
+    const int64_t y = at.y + row % m + t.offset, x = at.x + t.offset;
+    if (y >= grid.height) continue;
+    const T* const pixel = t.data + ((at.image * grid.height + y) * grid.width + x) * t.channels;
+    for (int64_t j = 0; j < std::min<int64_t>(m, grid.width - x); ++j)
+      for (int64_t c = 0; c < t.used; c += 64 / int64_t(sizeof(T))) prefetch_line<kWrite>(pixel + j * t.channels + c);
+  }
+}
+
 }  // namespace ran::cpu::RAN_ISA

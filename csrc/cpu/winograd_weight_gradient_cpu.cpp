@@ -13,7 +13,7 @@ namespace ran::cpu::RAN_ISA {
 
 namespace {
 
-constexpr int64_t kTiles = 64;     // transformed in one go, a multiple of kRun
+constexpr int64_t kTiles = 64;      // transformed in one go, a multiple of kRun
 constexpr int64_t kChannels = 128;  // of a block of the weight, in and out: its sums stay near the core
 
 // A part of the work: for `rows` rows of the points, the sums of channels [k, k + ks) x [c, c + cs) over all tiles.
@@ -31,8 +31,8 @@ struct Parts {
   Parts(int n, const ConvShape& s, int64_t threads) {
     k_blocks = (s.co + kChannels - 1) / kChannels, c_blocks = (s.ci + kChannels - 1) / kChannels;
     splits = 1;
-    while (k_blocks * c_blocks * splits < threads && splits < n) do ++splits;
-      while (n % splits);
+    for (int more = 2; more <= n && k_blocks * c_blocks * splits < threads; ++more)
+      if (n % more == 0) splits = more;
     while (k_blocks * c_blocks * splits < threads && k_blocks * kRun < s.co) k_blocks *= 2;
     ks = round_up((s.co + k_blocks - 1) / k_blocks, kRun), cs = round_up((s.ci + c_blocks - 1) / c_blocks, kPanel);
     k_blocks = (s.co + ks - 1) / ks, c_blocks = (s.ci + cs - 1) / cs;
@@ -51,8 +51,15 @@ class WeightGradient {
  public:
   WeightGradient(float* dweight, float* dbias, const float* dout, const float* x, const ConvShape& s,
                  const ScaleShiftRelu& activate)
-      : dweight_(dweight), dbias_(dbias), dout_(dout), x_(x), s_(s), activate_(activate), grid_(s),
-        parts_(F::n, s, max_threads()), sums_step_(apart(parts_.ks * round_up(parts_.cs, kLanes))) {}
+      : dweight_(dweight),
+        dbias_(dbias),
+        dout_(dout),
+        x_(x),
+        s_(s),
+        activate_(activate),
+        grid_(s),
+        parts_(F::n, s, max_threads()),
+        sums_step_(apart(parts_.ks * round_up(parts_.cs, kLanes))) {}
 
   void run() const {
     // All parts of a block add to one set of sums; where there is but one part, a thread needs only its own.
@@ -104,14 +111,21 @@ class WeightGradient {
             std::fill_n(values.get() + point * values_step + c * kTiles + tile * width, width, 0.0f);
           }
         }
-      for (int point = 0; point < points; ++point)
+      for (int point = 0; point < points; ++point) {
+        if (part.cs + part.ks <= kChannels) {  // what wider parts multiply would push it out of the cache again
+          const int64_t next = first + kTiles;
+          prefetch_tiles<false>(Touched<float>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + kTiles, point,
+                                points);
+          prefetch_tiles<false>(Touched<float>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
+                                points);
+        }
         for (int64_t c = 0; c < columns; c += kPanel)
-          multiply_panel<true>(sums + (first_point + point) * sums_step_ + c * parts_.ks,
-                               gradient.get() + point * gradient_step, stride,
-                               values.get() + point * values_step + c * kTiles, part.ks, panel_width(c, columns), terms,
-                               first > 0);
+          multiply_panel<true>(
+              sums + (first_point + point) * sums_step_ + c * parts_.ks, gradient.get() + point * gradient_step, stride,
+              values.get() + point * values_step + c * kTiles, part.ks, panel_width(c, columns), terms, first > 0);
+      }
     }
-    std::copy(bias.begin(), bias.end(), dbias_ + part.k);
+    if (!bias.empty()) std::copy(bias.begin(), bias.end(), dbias_ + part.k);
   }
 
   // The points of a tile of dout, and its sums added to `bias`, or null.
@@ -163,11 +177,11 @@ class WeightGradient {
 
 }  // namespace
 
-void winograd_weight_gradient(int m, float* dweight, float* dbias, const float* dout, const float* x, ConvShape s,
-                              BatchNorm<void> bn) {
+void conv3x3_weight_gradient(Conv3x3 tile, float* dweight, float* dbias, const float* dout, const float* x, ConvShape s,
+                             BatchNorm<void> bn) {
   const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
   const ScaleShiftRelu activate{table.scale, table.shift};
-  if (m == 4)
+  if (tile == Conv3x3::f4x4)
     WeightGradient<Winograd<4>>(dweight, dbias, dout, x, s, activate).run();
   else
     WeightGradient<Winograd<2>>(dweight, dbias, dout, x, s, activate).run();
@@ -175,7 +189,7 @@ void winograd_weight_gradient(int m, float* dweight, float* dbias, const float* 
 
 #else
 
-void winograd_weight_gradient(int, float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
+void conv3x3_weight_gradient(Conv3x3, float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
 
 #endif
 
