@@ -39,7 +39,7 @@ def functions(channels: int, pixels: int, batch: int) -> dict[str, dict[str, Cal
     x, weight = drawn(batch, channels, pixels, pixels), drawn(channels, channels, 3, 3)
     dout = torch.randn_like(x)
     mean, var, one = torch.zeros(channels), torch.ones(channels), [1, 1]
-    no_statistics = (False, [], None)
+    no_statistics: tuple[bool, list[Tensor], None] = (False, [], None)
     return {
         "forward": {
             "PyTorch": lambda: aten.convolution(x, weight, None, one, one, one, False, [0, 0], 1),
