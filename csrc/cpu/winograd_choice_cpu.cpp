@@ -16,7 +16,7 @@ bool channels_suffice(ConvPass pass, const ConvShape& s) {
   if (s.n < 16 && s.n * s.h * s.w * terms <= 20480) return false;
   if (pixels <= 2) return false;  // zeros of the padding cost the library no rounding
   if (pixels <= 4) return terms >= 128;
-  return terms >= 36;
+  return terms >= (pass == ConvPass::forward ? 36 : 28);
 }
 
 // The weight gradient sums over tiles; oneDNN's for AVX-512 is the more accurate.
