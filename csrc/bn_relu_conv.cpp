@@ -29,9 +29,9 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
                         const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
                         const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                         at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                        std::optional<double> next_momentum, bool) {
+                        std::optional<double> next_momentum, bool, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding};
+  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
   check_convolution(x, weight, conv);
   check_bias(kOp, bias, weight);
   check_statistics(kOp, mean, var);
@@ -56,9 +56,9 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
 Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
                                  const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
-                                 std::array<bool, 3> wanted, const OptTensor& dfork) {
+                                 std::array<bool, 3> wanted, const OptTensor& dfork, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding};
+  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
   check_convolution(x, weight, conv);
   check_as(kOp, "dout", dout, out_sizes(x, weight, conv), x);
   const ConvGradients g =
@@ -81,13 +81,14 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight,
                                const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
                                const Statistics& stats, double eps, const Tensor& weight, const OptTensor& bias,
-                               const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding) {
+                               const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+                               int64_t conv3x3) {
     static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var, next_mean, next_var, none] =
         op.call(x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps,
                 weight, bias, residual, stride, padding, stats.next_stats, stats.next_running.tensors,
-                stats.next_running.momentum, stats.fork);
+                stats.next_running.momentum, stats.fork, conv3x3);
     stats.running.mark_changed();
     stats.next_running.mark_changed();
     const bool given = present(mean);
@@ -98,6 +99,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["conv3x3"] = conv3x3;
     variable_list flat{batch_mean, batch_var, next_mean, next_var};
     if (!stats.fork) flat.push_back(none);
     ctx->mark_non_differentiable(flat);
@@ -107,7 +109,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(bn_relu_conv2d_backward)>("ran_ext::bn_relu_conv2d_backward");
-    variable_list result(12);
+    variable_list result(13);
     const Tensor& dfork = grads[5];
     if (!grads[0].defined()) {
       result[0] = dfork;
@@ -132,7 +134,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
                                      weight.requires_grad(), bias.defined() && bias.requires_grad()};
     auto [dx, dbn_weight, dbn_bias, dweight, dbias] =
         op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted,
-                dfork.defined() ? OptTensor(dfork) : std::nullopt);
+                dfork.defined() ? OptTensor(dfork) : std::nullopt, ctx->saved_data["conv3x3"].toInt());
     if (wanted[0]) {
       result[0] = dx;
       if (bn_weight.defined()) result[1] = dbn_weight.to(bn_weight.scalar_type());
@@ -149,10 +151,10 @@ Tensors6 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, co
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork) {
+                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
   const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}, fork};
-  const variable_list out =
-      BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias, residual, stride, padding);
+  const variable_list out = BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias,
+                                                      residual, stride, padding, conv3x3);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
@@ -165,7 +167,7 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork) {
+                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
   static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const bool wide_x = x.scalar_type() != lower && x.scalar_type() != at::kDouble;
@@ -178,7 +180,7 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
   if (!wide_x && !wide_residual)
     return op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                   residual, stride, padding, next_stats, next_running, next_momentum, fork);
+                   residual, stride, padding, next_stats, next_running, next_momentum, fork, conv3x3);
   Tensor out, batch_mean, batch_var, next_mean, next_var, identity = x;
   if (wide_x) {
     static const auto norm = find_op<BnReluOp>("ran_ext::bn_relu");
@@ -189,7 +191,7 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
   } else {
     std::tie(out, batch_mean, batch_var, next_mean, next_var, identity) =
         op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                std::nullopt, stride, padding, false, {}, std::nullopt, fork);
+                std::nullopt, stride, padding, false, {}, std::nullopt, fork, conv3x3);
   }
   if (present(residual)) out = out + *residual;
   static const auto take = find_op<BatchNormStatsOp>("ran_ext::batch_norm_stats");
@@ -206,13 +208,12 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
       "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool batch_stats, "
       "Tensor(a!)[] running, float? momentum, float eps, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork) -> "
+      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork, int conv3x3=0) -> "
       "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var, Tensor identity)");
   m.def(
       "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, "
-      "Tensor "
-      "weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, "
-      "Tensor? dfork) -> "
+      "Tensor weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, Tensor? dfork, "
+      "int conv3x3=0) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {

@@ -34,16 +34,25 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast))
     return {false, "x is not channels_last: .to(memory_format=torch.channels_last) of the network and its input"};
   const cpu::ConvShape shape = cpu_shape(x, weight, conv);
-  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
-    // Packing the weight takes as long as the gain on so many 2x2 tiles (measured at 64 to 512 channels).
-    if (pass == ConvPass::forward && shape.pixels() / 4 < shape.ci * shape.co / 4096)
-      return {false, "so few pixels for so many channels: packing the weight would take longer"};
-    return {true, "minimal filtering (Winograd) in channels_last"};
+  const DType dtype = dtype_of(x, kOp, "x");
+  switch (conv3x3_kernel(pass, dtype, shape, conv.mode)) {
+    case cpu::Conv3x3::f4x4:
+      return {true, "Winograd F(4x4, 3x3)"};
+    case cpu::Conv3x3::f2x2:
+      return {true, "Winograd F(2x2, 3x3)"};
+    case cpu::Conv3x3::library:
+      break;
   }
-  if (!cpu_kernels().conv_supported(dtype_of(x, kOp, "x"), shape))
+  if (cpu_kernels().conv3x3_supported(dtype, shape)) {
+    if (conv.mode == Conv3x3Mode::library) return {false, "set_conv3x3('library') was chosen"};
+    if (pass != ConvPass::wgrad || conv.mode == Conv3x3Mode::strict || !cpu_kernels().conv_supported(dtype, shape))
+      return {false, "at this size PyTorch's 3x3 is faster, or set_conv3x3's rule of accuracy leaves it to PyTorch"};
+  }
+  if (!cpu_kernels().conv_supported(dtype, shape))
     return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
   if (pass != ConvPass::wgrad && !shape.is_pointwise())
-    return {false, "only 1x1 at stride 1, in float32 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
+    return {false,
+            "only 1x1 at stride 1, in float32 most 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
   return {true, "a matrix product in channels_last"};
 }
 
@@ -60,33 +69,37 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
   const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
   const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
   const float* const bias_data = bias32.defined() ? bias32.const_data_ptr<float>() : nullptr;
-  if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_forward(y.out.data_ptr<float>(), x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
-                                  nullptr, bias_data, added.defined() ? added.const_data_ptr<float>() : nullptr, false,
-                                  shape, &bn.kernel);
-    if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(y.out, next.running);
-    return;
-  }
   if (next.wanted) {
     y.next_mean = at::empty({shape.co}, bn.mean.options());
     y.next_var = at::empty_like(y.next_mean);
   }
-  std::vector<double> exact(next.wanted && next.running.kept() ? size_t(2 * shape.co) : 0);
-  cpu_kernels().conv1x1_forward(y.out.data_ptr(), next.wanted ? y.next_mean.data_ptr<float>() : nullptr,
-                                next.wanted ? y.next_var.data_ptr<float>() : nullptr,
-                                exact.empty() ? nullptr : exact.data(), x.const_data_ptr(), weight.const_data_ptr(),
-                                bias_data, added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"),
-                                shape, bn.kernel);
-  if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
+  float* const next_mean = next.wanted ? y.next_mean.data_ptr<float>() : nullptr;
+  float* const next_var = next.wanted ? y.next_var.data_ptr<float>() : nullptr;
+  const void* const added_data = added.defined() ? added.const_data_ptr() : nullptr;
+  const DType dtype = dtype_of(x, kOp, "x");
+  if (shape.is_pointwise()) {
+    std::vector<double> exact(next.wanted && next.running.kept() ? size_t(2 * shape.co) : 0);
+    cpu_kernels().conv1x1_forward(y.out.data_ptr(), next_mean, next_var, exact.empty() ? nullptr : exact.data(),
+                                  x.const_data_ptr(), weight.const_data_ptr(), bias_data, added_data, dtype, shape,
+                                  bn.kernel);
+    if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
+    return;
+  }
+  cpu_kernels().conv3x3_forward(conv3x3_kernel(ConvPass::forward, dtype, shape, conv.mode), y.out.data_ptr<float>(),
+                                next_mean, next_var, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), nullptr,
+                                bias_data, static_cast<const float*>(added_data), false, shape, &bn.kernel);
+  if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
 }
 
 void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
-                         const Tensor& weight, const cpu::ConvShape& shape, bool want_bias) {
+                         const Tensor& weight, const cpu::ConvShape& shape, Conv3x3Mode mode, bool want_bias) {
   g.dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
-  if (cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape)) {
-    cpu_kernels().conv3x3_weight_gradient(g.dweight.data_ptr<float>(), want_bias ? dbias.data_ptr<float>() : nullptr,
-                                          dy.const_data_ptr<float>(), x.const_data_ptr<float>(), shape, bn.kernel);
+  const cpu::Conv3x3 tile = conv3x3_kernel(ConvPass::wgrad, dtype_of(x, kOp, "x"), shape, mode);
+  if (tile != cpu::Conv3x3::library) {
+    cpu_kernels().conv3x3_weight_gradient(tile, g.dweight.data_ptr<float>(),
+                                          want_bias ? dbias.data_ptr<float>() : nullptr, dy.const_data_ptr<float>(),
+                                          x.const_data_ptr<float>(), shape, bn.kernel);
     if (want_bias) g.dbias = dbias;
     return;
   }
@@ -100,12 +113,13 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
 
 // dz, the gradient of bn(x), and its sums.
 void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
-                       const Tensor& weight_, const cpu::ConvShape& shape) {
+                       const Tensor& weight_, const cpu::ConvShape& shape, Conv3x3Mode mode) {
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   dz = at::empty_like(x);
   sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
   if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_data_gradient(dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
+    cpu_kernels().conv3x3_data_gradient(conv3x3_kernel(ConvPass::dgrad, dtype_of(x, kOp, "x"), shape, mode),
+                                        dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
                                         dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
                                         weight.const_data_ptr<float>(), shape, bn.kernel);
     return;
@@ -116,6 +130,16 @@ void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const T
 }
 
 }  // namespace
+
+Conv3x3Mode conv3x3_mode(const char* op, int64_t mode) {
+  RAN_CHECK_VALUE(0 <= mode && mode <= 2, op, "conv3x3 must be 0, 1 or 2 (fast, strict, library), got ", mode);
+  return Conv3x3Mode(mode);
+}
+
+cpu::Conv3x3 conv3x3_kernel(ConvPass pass, DType dtype, const cpu::ConvShape& shape, Conv3x3Mode mode) {
+  if (mode == Conv3x3Mode::library || !cpu_kernels().conv3x3_supported(dtype, shape)) return cpu::Conv3x3::library;
+  return cpu_kernels().conv3x3_choice(pass, shape, mode == Conv3x3Mode::strict);
+}
 
 void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv) {
   RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) > 0 && weight.size(3) > 0, kOp,
@@ -195,8 +219,8 @@ ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& r
     if (fused_dgrad) std::tie(dz, g.sums) = cuda_conv1x1_dgrad(dy, x, bn, weight);
 #endif
   } else {
-    if (fused_wgrad) cpu_weight_gradient(g, dy, x, bn, weight, cpu_shape(x, weight, conv), wanted[2]);
-    if (fused_dgrad) cpu_data_gradient(dz, g.sums, dy, x, bn, weight, cpu_shape(x, weight, conv));
+    if (fused_wgrad) cpu_weight_gradient(g, dy, x, bn, weight, cpu_shape(x, weight, conv), conv.mode, wanted[2]);
+    if (fused_dgrad) cpu_data_gradient(dz, g.sums, dy, x, bn, weight, cpu_shape(x, weight, conv), conv.mode);
   }
   const std::array<bool, 3> left{wanted[0] && !fused_dgrad, wanted[1] && !fused_wgrad, wanted[2] && !fused_wgrad};
   if (left[0] || left[1] || left[2]) {

@@ -17,10 +17,11 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
-from ._choice import Choose, chosen
+from ._choice import Choose, Setting
 from ._tracing import why_watched
 
 BACKENDS = ("auto", "native", "reference")
+CONV3X3_MODES = ("fast", "strict", "library")  # as in csrc/conv_paths.h
 
 
 def _is_beside(name: str) -> bool:
@@ -118,6 +119,9 @@ if _C is not None and _cuda_built:
 _why_no_cuda = getattr(built_for(), "WHY_NO_CUDA", "") or "built without CUDA"
 
 
+_backend = Setting("backend", "auto")
+
+
 class set_backend(Choose):
     """Choose the backend of every following call of the process; as a context manager, of the calls inside it.
 
@@ -137,6 +141,8 @@ class set_backend(Choose):
     'reference'
     """
 
+    setting = _backend
+
     def __init__(self, name: str):
         _require("set_backend: name", name)
         super().__init__(name)
@@ -152,7 +158,7 @@ def _require(asked: str, name: str) -> None:
 
 def get_backend() -> str:
     """The backend chosen here: ``"auto"``, ``"native"`` or ``"reference"``."""
-    return chosen()
+    return _backend.chosen()
 
 
 def cuda_built() -> bool:
@@ -178,7 +184,7 @@ def use_native(x: Tensor, *others: Tensor | None) -> bool:
     Raises:
         RuntimeError: ``"native"`` was chosen, and has no kernels for ``x``'s device.
     """
-    if _C is None or (name := chosen()) == "reference" or why_watched(x, *others):
+    if _C is None or (name := _backend.chosen()) == "reference" or why_watched(x, *others):
         return False
     missing = "" if x.is_cpu else why_not_native(x.device.type)  # a device's name takes long to ask for
     if missing and name == "native":
@@ -193,6 +199,49 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for ``x``'s device; asking torch about a device that has none, such as meta, fails."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+_conv3x3 = Setting("conv3x3", "fast")
+
+
+class set_conv3x3(Choose):
+    """Choose how accurate, and how fast, 3x3 convolutions in float32 are on the CPU; as a context manager, inside it.
+
+    It concerns stride 1 and padding 1 on channels_last tensors, forward and backward, both as chosen at the forward
+    call. Error below is the root of the mean square against float64, on dense inputs; ``explain`` prints what each pass
+    of a layer takes. A block holds in its own thread (or asyncio task); a call outside of blocks for the process.
+
+    Args:
+        mode: ``"fast"`` (the default: Winograd's F(4x4, 3x3) or F(2x2, 3x3), whichever is fastest at no more than twice
+            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times) or ``"library"``
+            (PyTorch's convolution).
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+
+    Source: Lavin and Gray 2016, arXiv:1509.09308.
+
+    >>> with set_conv3x3("strict"):
+    ...     get_conv3x3()
+    'strict'
+    """
+
+    setting = _conv3x3
+
+    def __init__(self, mode: str):
+        if mode not in CONV3X3_MODES:
+            raise ValueError(f"set_conv3x3: mode must be one of {', '.join(CONV3X3_MODES)}, got {mode!r}")
+        super().__init__(mode)
+
+
+def get_conv3x3() -> str:
+    """The mode of 3x3 convolutions chosen here: ``"fast"``, ``"strict"`` or ``"library"``."""
+    return _conv3x3.chosen()
+
+
+def conv3x3_mode() -> int:
+    """The same as the ops take it: its place in ``CONV3X3_MODES``."""
+    return CONV3X3_MODES.index(_conv3x3.chosen())
 
 
 _initial = os.environ.get("RAN_EXT_BACKEND") or "auto"

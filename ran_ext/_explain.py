@@ -148,8 +148,13 @@ def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
         why = f"x is wider than autocast's {torch.get_autocast_dtype(device)}: normalised as it is, rounded once"
         return dict.fromkeys(PASSES, (LIBRARY, why))
     kernels: Any = _backend._C
-    ways = zip(PASSES, kernels.conv_ways(x, conv.weight.to(x.dtype), conv.stride, conv.padding), strict=True)
-    return {one: (FUSED, "") if fused else (LIBRARY, why) for one, (fused, why) in ways}
+    weight, mode = conv.weight.to(x.dtype), _backend.conv3x3_mode()
+    ways = zip(PASSES, kernels.conv_ways(x, weight, conv.stride, conv.padding, mode), strict=True)
+    # Winograd's kernels differ in accuracy; of the others there is one.
+    return {
+        one: (FUSED, why if why.startswith("Winograd") else "") if fused else (LIBRARY, why)
+        for one, (fused, why) in ways
+    }
 
 
 def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:

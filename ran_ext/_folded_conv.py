@@ -29,12 +29,12 @@ class FoldedConv2d(Evaluation):
         self.stride, self.padding, self.relu = conv.stride, conv.padding, relu
         self.weight, self.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         self._packed: Kept[Tensor] = Kept()
-        self._panels: Kept[Tensor] = Kept()
+        self._panels: dict[int, Kept[Tensor]] = {2: Kept(), 4: Kept()}  # for tiles of m x m outputs, by m
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._onednn(x, residual):
-            if residual is None and self._filters(x):
-                return self._filtered(x)
+            if residual is None and (tile := self._tile(x)):
+                return self._by_tiles(x, tile)
             return self._packed_forward(x, residual)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
         out = out if residual is None else out + residual
@@ -61,13 +61,13 @@ class FoldedConv2d(Evaluation):
         size = ((x.shape[2 + i] + 2 * pads[i] - self.weight.shape[2 + i]) // self.stride[i] + 1 for i in (0, 1))
         return len(x), len(self.weight), *size
 
-    def _filters(self, x: Tensor) -> bool:
-        """Whether the CPU kernel by minimal filtering takes it: 3x3, float32."""
+    def _tile(self, x: Tensor) -> int:
+        """m of the Winograd kernel F(m x m, 3x3) that the convolution takes (3x3, float32), or 0."""
         same = self.stride == (1, 1) and self.padding == (1, 1) and _backend.use_native(x, self.weight)
-        return same and bool(torch.ops.ran_ext.conv3x3_supported(x, self.weight))
+        return int(torch.ops.ran_ext.conv3x3_tile(x, self.weight, _backend.conv3x3_mode())) if same else 0
 
-    def _filtered(self, x: Tensor) -> Tensor:
-        panels = self._panels(self.weight, lambda: torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x))
+    def _by_tiles(self, x: Tensor, tile: int) -> Tensor:
+        panels = self._panels[tile](self.weight, lambda: torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x, tile))
         return torch.ops.ran_ext.conv3x3_packed(x, panels, self.bias, self.relu)  # type: ignore[no-any-return]
 
     def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -65,6 +65,7 @@ def report() -> str:
     from . import __version__
 
     rows = [("ran_ext", __version__), *_built(), *_running(), ("backend", _backend.get_backend())]
+    rows.append(("3x3 on the CPU", f"{_backend.get_conv3x3()} (set_conv3x3)"))
     devices = ["cpu", *(["cuda"] if torch.version.cuda else [])]
     rows += [_taken(device) for device in devices]
     if any(_backend.why_not_native(device) for device in devices):

@@ -21,6 +21,10 @@ struct ConvShape {
   bool is_pointwise() const { return taps() == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0; }
 };
 
+// What a 3x3 convolution (stride 1, padding 1) runs on: the library, or Winograd's minimal filtering F(m x m, 3x3),
+// whose value is m.
+enum class Conv3x3 : int { library = 0, f2x2 = 2, f4x4 = 4 };
+
 struct Kernels {
   const char* name;
 
@@ -66,16 +70,19 @@ struct Kernels {
   // Whether those below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
   bool (*conv3x3_supported)(DType, ConvShape);
   // The weight as the forward pass takes it, and how many floats that is.
-  int64_t (*conv3x3_panels_size)(ConvShape);
-  void (*conv3x3_pack)(float* panels, const float* weight, ConvShape);
+  int64_t (*conv3x3_panels_size)(Conv3x3, ConvShape);
+  void (*conv3x3_pack)(Conv3x3, float* panels, const float* weight, ConvShape);
   // From panels, or, where they are null, from the weight. bn may be null (x as it is); a ReLU of the result where
   // `with_relu`
-  void (*conv3x3_forward)(float* out, const float* x, const float* weight, const float* panels, const float* bias,
-                          const float* residual, bool with_relu, ConvShape, const BatchNorm<void>* bn);
-  void (*conv3x3_data_gradient)(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
-                                const float* weight, ConvShape, BatchNorm<void>);
-  void (*conv3x3_weight_gradient)(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
+  void (*conv3x3_forward)(Conv3x3, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
+                          const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape,
+                          const BatchNorm<void>* bn);
+  void (*conv3x3_data_gradient)(Conv3x3, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout,
+                                const float* x, const float* weight, ConvShape, BatchNorm<void>);
+  void (*conv3x3_weight_gradient)(Conv3x3, float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
                                   BatchNorm<void>);
+  // What a pass of a supported one had best run on: the fastest that is accurate enough; `strict`, F(2x2) at most.
+  Conv3x3 (*conv3x3_choice)(ConvPass, ConvShape, bool strict);
 };
 
 }  // namespace ran::cpu

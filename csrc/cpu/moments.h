@@ -26,16 +26,6 @@ inline Sum sum_in_runs(int64_t count, Add&& add) {
   return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-// The same of vectors, values(i): short runs in their own precision, these in double.
-template <typename A, typename Values>
-inline WideSum<A> wide_sum(int64_t count, Values&& values) {
-  constexpr int64_t kShort = 32;
-  WideSum<A> total;
-  for (int64_t i = 0; i < count; i += kShort)
-    total += sum_in_runs<Vec<A>>(std::min(kShort, count - i), [&](Vec<A>& s, int64_t at) { s += values(i + at); });
-  return total;
-}
-
 // Two sums that grow together.
 template <typename V>
 struct Pair {
@@ -49,26 +39,30 @@ inline void add_deviation(Pair<V>& sums, V deviation) {
   sums.second = fma(deviation, deviation, sums.second);
 }
 
-// What the deviations of a tile of n values are taken from, a point near its mean; `share` is 1 / n.
+// What the deviations of a tile of `count` values are taken from.
 template <typename A>
-inline A centre(double sum, double share) {
-  return A(sum * share);
+inline A centre(double sum, int64_t count) {
+  return A(sum / double(count));
 }
 
-// tile [3][stride]: the sum, and the sums of the deviations from centre(sum) and of their squares; of columns
+// tile [3][stride]: the sum, and the sums of the deviations from centre(sum, rows) and of their squares; of columns
 // [c, c + channels) of x, whose rows are `stride` values apart, over rows [row, row + rows).
 template <typename T, typename A = Acc<T>>
 void tile_moments(double* tile, const T* x, int64_t stride, int64_t row, int64_t rows, int64_t c, int64_t channels) {
   for_lanes<A>(channels, [&](int64_t i, int n) {
     const T* const column = x + row * stride + c + i;
     double* const sums = tile + c + i;
-    const WideSum<A> total = wide_sum<A>(rows, [&](int64_t r) { return load(column + r * stride, n); });
-    const Vec<A> about = (total * (1.0 / double(rows))).rounded();  // centre() of each lane
+    sum_in_runs<WideSum<A>>(rows, [&](WideSum<A>& s, int64_t r) {
+      s += load(column + r * stride, n);
+    }).store_to(sums, n);
+    Vec<A> about{};
+    for (int lane = 0; lane < n; ++lane) about[lane] = centre<A>(sums[lane], rows);
     const auto left = sum_in_runs<Pair<Vec<A>>>(
         rows, [&](Pair<Vec<A>>& s, int64_t r) { add_deviation(s, load(column + r * stride, n) - about); });
-    total.store_to(sums, n);
-    WideSum<A>(left.first).store_to(sums + stride, n);
-    WideSum<A>(left.second).store_to(sums + 2 * stride, n);
+    for (int lane = 0; lane < n; ++lane) {
+      sums[stride + lane] = double(left.first[lane]);
+      sums[2 * stride + lane] = double(left.second[lane]);
+    }
   });
 }
 
@@ -78,22 +72,31 @@ void run_moments(double* sums, int64_t stride, const T* x, int64_t size) {
   constexpr int lanes = VecOf<A>::lanes;
   const int64_t whole = size / lanes;
   const int rest = int(size % lanes);
-  auto total = wide_sum<A>(whole, [&](int64_t i) { return load(x + i * lanes); });
+  auto total = sum_in_runs<WideSum<A>>(whole, [&](WideSum<A>& s, int64_t i) { s += load(x + i * lanes); });
   if (rest) total += load(x + whole * lanes, rest);
   sums[0] = total.total();
-  const Vec<A> about = splat(centre<A>(sums[0], 1.0 / double(size)));
-  auto left = sum_in_runs<Pair<Vec<A>>>(
-      whole, [&](Pair<Vec<A>>& s, int64_t i) { add_deviation(s, load(x + i * lanes) - about); });
-  if (rest) add_deviation(left, first(load(x + whole * lanes, rest) - about, rest));
-  sums[stride] = sum<A>(left.first);
-  sums[2 * stride] = sum<A>(left.second);
+  const Vec<A> about = splat(centre<A>(sums[0], size));
+  constexpr int64_t kShort = 64;  // vectors: squares are of one sign, and a long sum of them loses digits
+  WideSum<A> deviations, squares;
+  const auto add = [&](const Pair<Vec<A>>& part) { deviations += part.first, squares += part.second; };
+  for (int64_t begin = 0; begin < whole; begin += kShort)
+    add(sum_in_runs<Pair<Vec<A>>>(std::min(kShort, whole - begin), [&](Pair<Vec<A>>& s, int64_t i) {
+      add_deviation(s, load(x + (begin + i) * lanes) - about);
+    }));
+  if (rest) {
+    Pair<Vec<A>> last{};
+    add_deviation(last, first(load(x + whole * lanes, rest) - about, rest));
+    add(last);
+  }
+  sums[stride] = deviations.total();
+  sums[2 * stride] = squares.total();
 }
 
 // The moments of tiles [count][3][channels] as the two above leave them, tile t of size_of(t) values a channel; var is
 // biased. `exact`: both once more, in double, mean before var; or null.
 template <typename A, typename Size>
 void merge_tiles(A* mean, A* var, double* exact, const double* tiles, int64_t count, int64_t channels, Size&& size_of) {
-  std::vector<double> means(size_t(channels), 0.0), left(size_t(channels), 0.0), squares(size_t(channels), 0.0);
+  std::vector<double> means(size_t(channels), 0.0), squares(size_t(channels), 0.0);
   int64_t size = 0;
   for (int64_t tile = 0; tile < count; ++tile) {
     size += size_of(tile);
@@ -102,19 +105,14 @@ void merge_tiles(A* mean, A* var, double* exact, const double* tiles, int64_t co
   for (int64_t i = 0; i < channels; ++i) means[i] /= double(size);
   for (int64_t tile = 0; tile < count; ++tile) {
     const double* const p = tiles + tile * 3 * channels;
-    const double n = double(size_of(tile)), share = 1.0 / n;
     for (int64_t i = 0; i < channels; ++i) {
-      // About the whole's mean, from what is about a point near the tile's.
-      const double d = double(centre<A>(p[i], share)) - means[i];
-      left[i] += n * d + p[channels + i];
-      squares[i] += p[2 * channels + i] + 2 * d * p[channels + i] + n * d * d;
+      // The squares about the whole's mean, from those about a point near the tile's.
+      const double d = double(centre<A>(p[i], size_of(tile))) - means[i];
+      squares[i] += p[2 * channels + i] + 2 * d * p[channels + i] + double(size_of(tile)) * d * d;
     }
   }
   for (int64_t i = 0; i < channels; ++i) {
-    const double correction = left[i] / double(size), variance = squares[i] / double(size) - correction * correction;
-    const double kept = variance < 0 ? 0 : variance;  // NaN stays
-    // Of a mean of many deviations the sum has lost digits that the deviations know; else it is the more exact.
-    if (means[i] * means[i] > 64 * kept) means[i] += correction;
+    const double variance = squares[i] / double(size), kept = variance < 0 ? 0 : variance;  // NaN stays
     mean[i] = A(means[i]);
     var[i] = A(kept);
     if (exact) exact[i] = means[i], exact[channels + i] = kept;

@@ -272,15 +272,13 @@ inline V first(V v, int n) {
   return kept;
 }
 
-// The sum of vectors, each lane in double.
+// The sum of vectors, each lane in double: of whole numbers it is exact, and no sum of floats leaves its range.
 template <typename A>
 struct WideSum {
   static constexpr int parts = int(sizeof(double) / sizeof(A)), lanes = VecOf<double>::lanes;
   Vec<double> part[parts] = {};
 
   typedef A Part __attribute__((vector_size(kBytes / parts)));
-  WideSum() = default;
-  explicit WideSum(Vec<A> v) { *this += v; }
   void operator+=(Vec<A> v) {
     for (int i = 0; i < parts; ++i) {
       Part p;
@@ -288,10 +286,9 @@ struct WideSum {
       part[i] += __builtin_convertvector(p, Vec<double>);
     }
   }
-  WideSum operator*(double factor) const {
-    WideSum result;
-    for (int i = 0; i < parts; ++i) result.part[i] = part[i] * factor;
-    return result;
+  WideSum operator+(WideSum other) const {
+    for (int i = 0; i < parts; ++i) other.part[i] += part[i];
+    return other;
   }
   void store_to(double* p, int n) const { std::memcpy(p, part, size_t(n) * sizeof(double)); }
   double total() const {

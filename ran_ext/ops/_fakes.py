@@ -133,6 +133,7 @@ def _register() -> None:
         batch_stats: bool,
         wanted: list[bool],
         dfork: Tensor | None,
+        conv3x3: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
@@ -158,7 +159,7 @@ def _register() -> None:
     def _(
         dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> int:
-        wanted = args[-2]
+        wanted = args[4]
         return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
 
 

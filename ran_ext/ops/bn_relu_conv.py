@@ -106,7 +106,7 @@ def bn_relu_conv2d(
     mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
     norm = (bn_weight, bn_bias, mean, var, False, running, momentum, eps)
     out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, weight, bias, residual, stride, padding, False, [], None, False
+        x, *norm, weight, bias, residual, stride, padding, False, [], None, False, _backend.conv3x3_mode()
     )[0]
     return out
 
@@ -184,7 +184,7 @@ def chained_bn_relu_conv2d(
     # An output that is the input is autograd's alone: a traced graph could not say so.
     fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     out, _, _, next_mean, next_var, identity = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork
+        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork, _backend.conv3x3_mode()
     )
     return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 

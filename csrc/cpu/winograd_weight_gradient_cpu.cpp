@@ -1,0 +1,196 @@
+// The weight gradient of 3x3 convolutions by Winograd's method: at every point the products of the gradient's and the
+// input's transforms, summed over all tiles, then transformed to the nine taps. A NaN or infinity in a channel of x or
+// dout may reach all nine taps of that channel, those as well that meet it at no pixel.
+#include "kernels_isa.h"
+#include "parallel.h"
+#include "scratch.h"
+#include "tables.h"
+#include "winograd_tiles.h"
+
+namespace ran::cpu::RAN_ISA {
+
+#if defined(__FMA__)
+
+namespace {
+
+constexpr int64_t kTiles = 64;      // transformed in one go, a multiple of kRun
+constexpr int64_t kChannels = 128;  // of a block of the weight, in and out: its sums stay near the core
+
+// A part of the work: for `rows` rows of the points, the sums of channels [k, k + ks) x [c, c + cs) over all tiles.
+struct Part {
+  int64_t block, k, ks, c, cs;
+  int row, rows;
+};
+
+// The weight in blocks of channels, each in parts of whole rows of points, so that all threads have something to do.
+// Every sum is taken in one part, in the order of the tiles: the parts do not change it.
+struct Parts {
+  int64_t ks, cs, k_blocks, c_blocks;
+  int splits;  // of the rows of points
+
+  Parts(int n, const ConvShape& s, int64_t threads) {
+    k_blocks = (s.co + kChannels - 1) / kChannels, c_blocks = (s.ci + kChannels - 1) / kChannels;
+    splits = 1;
+    for (int more = 2; more <= n && k_blocks * c_blocks * splits < threads; ++more)
+      if (n % more == 0) splits = more;
+    while (k_blocks * c_blocks * splits < threads && k_blocks * kRun < s.co) k_blocks *= 2;
+    ks = round_up((s.co + k_blocks - 1) / k_blocks, kRun), cs = round_up((s.ci + c_blocks - 1) / c_blocks, kPanel);
+    k_blocks = (s.co + ks - 1) / ks, c_blocks = (s.ci + cs - 1) / cs;
+  }
+  int64_t blocks() const { return k_blocks * c_blocks; }
+  int64_t count() const { return blocks() * splits; }
+  Part at(int64_t index, int n, const ConvShape& s) const {
+    const int64_t block = index / splits, k = block / c_blocks * ks, c = block % c_blocks * cs;
+    const int rows = n / splits;
+    return {block, k, std::min(ks, s.co - k), c, std::min(cs, s.ci - c), int(index % splits) * rows, rows};
+  }
+};
+
+template <class F>
+class WeightGradient {
+ public:
+  WeightGradient(float* dweight, float* dbias, const float* dout, const float* x, const ConvShape& s,
+                 const ScaleShiftRelu& activate)
+      : dweight_(dweight),
+        dbias_(dbias),
+        dout_(dout),
+        x_(x),
+        s_(s),
+        activate_(activate),
+        grid_(s),
+        parts_(F::n, s, max_threads()),
+        sums_step_(apart(parts_.ks * round_up(parts_.cs, kLanes))) {}
+
+  void run() const {
+    // All parts of a block add to one set of sums; where there is but one part, a thread needs only its own.
+    const bool alone = parts_.splits == 1;
+    const int64_t size = F::n * F::n * sums_step_;
+    const Scratch<float> shared(alone ? 0 : parts_.blocks() * size);
+    parallel_for(0, parts_.count(), 1, [&](int64_t begin, int64_t end) {
+      const Scratch<float> own(alone ? size : 0);
+      for (int64_t index = begin; index < end; ++index) {
+        const Part part = parts_.at(index, F::n, s_);
+        float* const sums = alone ? own.get() : shared.get() + part.block * size;
+        add_up(sums, part);
+        if (alone) taps(sums, part, part.k, part.k + part.ks);
+      }
+    });
+    if (alone) return;
+    parallel_for(0, s_.co, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t block = 0; block < parts_.blocks(); ++block) {
+        const Part part = parts_.at(block * parts_.splits, F::n, s_);
+        taps(shared.get() + block * size, part, std::max(begin, part.k), std::min(end, part.k + part.ks));
+      }
+    });
+  }
+
+ private:
+  // sums [point][c / kPanel][k][kPanel], of a part's points.
+  void add_up(float* sums, const Part& part) const {
+    const int points = part.rows * F::n, first_point = part.row * F::n;
+    const int64_t columns = round_up(part.cs, kLanes), stride = part.ks + 16;
+    const int64_t values_step = apart(kTiles * columns), gradient_step = apart(kTiles * stride);
+    const Scratch<float> values(points * values_step), gradient(points * gradient_step);
+    std::vector<float> bias(size_t(dbias_ && part.row == 0 && part.c == 0 ? part.ks : 0));
+    for (int64_t first = 0; first < grid_.count; first += kTiles) {
+      const int64_t tiles = std::min(kTiles, grid_.count - first), terms = round_up(tiles, kStep);
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        input_points<F>(x_, s_, s_.ci, grid_.at(first + tile), part.c, part.cs, part.row, part.rows, values_step,
+                        activate_, [&](int64_t c) {
+                          const int64_t panel = c / kPanel * kPanel;
+                          return values.get() + panel * kTiles + tile * panel_width(panel, columns) + c - panel;
+                        });
+      for (int64_t tile = 0; tile < tiles; ++tile)
+        gradient_points(gradient.get() + tile * stride, gradient_step, grid_.at(first + tile), part,
+                        bias.empty() ? nullptr : bias.data());
+      for (int64_t tile = tiles; tile < terms; ++tile)  // filled up with zeros
+        for (int point = 0; point < points; ++point) {
+          std::fill_n(gradient.get() + point * gradient_step + tile * stride, part.ks, 0.0f);
+          for (int64_t c = 0; c < columns; c += kPanel) {
+            const int64_t width = panel_width(c, columns);
+            std::fill_n(values.get() + point * values_step + c * kTiles + tile * width, width, 0.0f);
+          }
+        }
+      for (int point = 0; point < points; ++point) {
+        if (part.cs + part.ks <= kChannels) {  // what wider parts multiply would push it out of the cache again
+          const int64_t next = first + kTiles;
+          prefetch_tiles<false>(Touched<float>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + kTiles, point,
+                                points);
+          prefetch_tiles<false>(Touched<float>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
+                                points);
+        }
+        for (int64_t c = 0; c < columns; c += kPanel)
+          multiply_panel<true>(
+              sums + (first_point + point) * sums_step_ + c * parts_.ks, gradient.get() + point * gradient_step, stride,
+              values.get() + point * values_step + c * kTiles, part.ks, panel_width(c, columns), terms, first > 0);
+      }
+    }
+    if (!bias.empty()) std::copy(bias.begin(), bias.end(), dbias_ + part.k);
+  }
+
+  // The points of a tile of dout, and its sums added to `bias`, or null.
+  void gradient_points(float* to, int64_t step, const Place& place, const Part& part, float* bias) const {
+    const Window<F::m, float> window(dout_ + place.image * s_.h * s_.w * s_.co, s_.h, s_.w, s_.co, place.y, place.x);
+    const auto run = [&](auto whole) {
+      for_lanes<float>(part.ks, [&](int64_t k, int lanes) {
+        points_of<F::m, F::n, decltype(whole)::value>(to + k, step, window, part.k + k, lanes, part.row, part.rows,
+                                                      F::gradient, [](Vec<float> v) { return v; });
+        if (!bias) return;
+        Vec<float> sum{};
+        for (int i = 0; i < place.rows; ++i)
+          for (int j = 0; j < place.columns; ++j) sum += load(window.at[i][j] + part.k + k, lanes);
+        store(bias + k, load(bias + k, lanes) + sum, lanes);
+      });
+    };
+    window.whole ? run(std::true_type()) : run(std::false_type());
+  }
+
+  // dweight of rows [begin, end) from a part's block of sums.
+  void taps(const float* sums, const Part& part, int64_t begin, int64_t end) const {
+    const int64_t columns = round_up(part.cs, kLanes);
+    for (int64_t k = begin; k < end; ++k)
+      for_lanes<float>(part.cs, [&](int64_t c, int lanes) {
+        const int64_t panel = c / kPanel * kPanel;
+        const float* const at = sums + panel * parts_.ks + (k - part.k) * panel_width(panel, columns) + c - panel;
+        Vec<float> half[3][F::n], points[F::n], out[3];
+        RAN_UNROLL for (int j = 0; j < F::n; ++j) {
+          RAN_UNROLL for (int i = 0; i < F::n; ++i) points[i] = load(at + (i * F::n + j) * sums_step_);
+          F::taps(out, points);
+          RAN_UNROLL for (int i = 0; i < 3; ++i) half[i][j] = out[i];
+        }
+        float* const to = dweight_ + k * 9 * s_.ci + part.c + c;
+        RAN_UNROLL for (int i = 0; i < 3; ++i) {
+          F::taps(out, half[i]);
+          RAN_UNROLL for (int j = 0; j < 3; ++j) store(to + (i * 3 + j) * s_.ci, out[j], lanes);
+        }
+      });
+  }
+
+  float *const dweight_, *const dbias_;
+  const float *const dout_, *const x_;
+  const ConvShape s_;
+  const ScaleShiftRelu activate_;
+  const TileGrid<F::m> grid_;
+  const Parts parts_;
+  const int64_t sums_step_;
+};
+
+}  // namespace
+
+void conv3x3_weight_gradient(Conv3x3 tile, float* dweight, float* dbias, const float* dout, const float* x, ConvShape s,
+                             BatchNorm<void> bn) {
+  const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
+  const ScaleShiftRelu activate{table.scale, table.shift};
+  if (tile == Conv3x3::f4x4)
+    WeightGradient<Winograd<4>>(dweight, dbias, dout, x, s, activate).run();
+  else
+    WeightGradient<Winograd<2>>(dweight, dbias, dout, x, s, activate).run();
+}
+
+#else
+
+void conv3x3_weight_gradient(Conv3x3, float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
+
+#endif
+
+}  // namespace ran::cpu::RAN_ISA
