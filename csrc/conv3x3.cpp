@@ -1,4 +1,4 @@
-// Torch side of the 3x3 convolution of a folded network on the CPU: its weight packed once, then float channels_last
+// Torch side of the 3x3 convolution of a folded network on the CPU: its weight packed once, then channels_last
 // tensors in, with bias and ReLU. No derivative: a folded network is not trained.
 #include <torch/library.h>
 
@@ -34,8 +34,8 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
                   " and weight ", weight_.sizes());
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = shape_of(x, weight.size(0));
-  Tensor panels = at::empty({cpu_kernels().conv3x3_panels_size(tile, shape)}, weight.options());
-  cpu_kernels().conv3x3_pack(tile, panels.data_ptr<float>(), weight.const_data_ptr<float>(), shape);
+  Tensor panels = at::empty({cpu_kernels().conv3x3_panels_size(tile, shape)}, weight.options().dtype(at::kFloat));
+  cpu_kernels().conv3x3_pack(tile, panels.data_ptr<float>(), weight.const_data_ptr(), dtype_of(x, kOp, "x"), shape);
   return panels;
 }
 
@@ -50,14 +50,15 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
     return panels.numel() == cpu_kernels().conv3x3_panels_size(tile, shape);
   };
   RAN_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast) && bias.is_contiguous() && panels.is_contiguous() &&
-                      bias.scalar_type() == x.scalar_type() && panels.scalar_type() == x.scalar_type() &&
+                      bias.scalar_type() == x.scalar_type() && panels.scalar_type() == at::kFloat &&
                       (is_for(cpu::Conv3x3::f4x4) || is_for(cpu::Conv3x3::f2x2)),
                   kOp, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",
                   panels.sizes(), ", ", bias.sizes(), " and ", x.sizes());
+  const Tensor bias32 = bias.to(at::kFloat);
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-  cpu_kernels().conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2,
-                                out.data_ptr<float>(), nullptr, nullptr, x.const_data_ptr<float>(), nullptr,
-                                panels.const_data_ptr<float>(), bias.const_data_ptr<float>(), nullptr, with_relu, shape,
+  cpu_kernels().conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2, out.data_ptr(),
+                                nullptr, nullptr, x.const_data_ptr(), nullptr, panels.const_data_ptr<float>(),
+                                bias32.const_data_ptr<float>(), nullptr, with_relu, dtype_of(x, kOp, "x"), shape,
                                 nullptr);
   return out;
 }

@@ -49,10 +49,9 @@ ConvWay cpu_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Conv
       return {false, "at this size PyTorch's 3x3 is faster, or set_conv3x3's rule of accuracy leaves it to PyTorch"};
   }
   if (!cpu_kernels().conv_supported(dtype, shape))
-    return {false, "the matrix products need AVX-512 (bfloat16: AVX-512 BF16) and channels in multiples of 32"};
+    return {false, "the kernels need AVX2, 16 channels or more on either side, and no float64"};
   if (pass != ConvPass::wgrad && !shape.is_pointwise())
-    return {false,
-            "only 1x1 at stride 1, in float32 most 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
+    return {false, "only 1x1 at stride 1, most 3x3 at stride 1 and padding 1, and weight gradients have kernels"};
   return {true, "a matrix product in channels_last"};
 }
 
@@ -85,9 +84,9 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
     if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
     return;
   }
-  cpu_kernels().conv3x3_forward(conv3x3_kernel(ConvPass::forward, dtype, shape, conv.mode), y.out.data_ptr<float>(),
-                                next_mean, next_var, x.const_data_ptr<float>(), weight.const_data_ptr<float>(), nullptr,
-                                bias_data, static_cast<const float*>(added_data), false, shape, &bn.kernel);
+  cpu_kernels().conv3x3_forward(conv3x3_kernel(ConvPass::forward, dtype, shape, conv.mode), y.out.data_ptr(), next_mean,
+                                next_var, x.const_data_ptr(), weight.const_data_ptr(), nullptr, bias_data, added_data,
+                                false, dtype, shape, &bn.kernel);
   if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
 }
 
@@ -95,19 +94,19 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
                          const Tensor& weight, const cpu::ConvShape& shape, Conv3x3Mode mode, bool want_bias) {
   g.dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({shape.co}, bn.mean.options()) : Tensor();
-  const cpu::Conv3x3 tile = conv3x3_kernel(ConvPass::wgrad, dtype_of(x, kOp, "x"), shape, mode);
+  const DType dtype = dtype_of(x, kOp, "x");
+  float* const dbias_data = want_bias ? dbias.data_ptr<float>() : nullptr;
+  const cpu::Conv3x3 tile = conv3x3_kernel(ConvPass::wgrad, dtype, shape, mode);
   if (tile != cpu::Conv3x3::library) {
-    cpu_kernels().conv3x3_weight_gradient(tile, g.dweight.data_ptr<float>(),
-                                          want_bias ? dbias.data_ptr<float>() : nullptr, dy.const_data_ptr<float>(),
-                                          x.const_data_ptr<float>(), shape, bn.kernel);
-    if (want_bias) g.dbias = dbias;
+    cpu_kernels().conv3x3_weight_gradient(tile, g.dweight.data_ptr(), dbias_data, dy.const_data_ptr(),
+                                          x.const_data_ptr(), dtype, shape, bn.kernel);
+    if (want_bias) g.dbias = dbias.to(x.scalar_type());
     return;
   }
   // A larger kernel reads each activation many times: it is written out once rather than computed again for every tap.
   const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, bn);
-  cpu_kernels().conv_weight_gradient(g.dweight.data_ptr(), want_bias ? dbias.data_ptr<float>() : nullptr,
-                                     dy.const_data_ptr(), a.const_data_ptr(), dtype_of(x, kOp, "x"), shape,
-                                     shape.taps() == 1 ? &bn.kernel : nullptr);
+  cpu_kernels().conv_weight_gradient(g.dweight.data_ptr(), dbias_data, dy.const_data_ptr(), a.const_data_ptr(), dtype,
+                                     shape, shape.taps() == 1 ? &bn.kernel : nullptr);
   if (want_bias) g.dbias = dbias.to(x.scalar_type());
 }
 
@@ -117,16 +116,16 @@ void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const T
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   dz = at::empty_like(x);
   sums = {at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  const DType dtype = dtype_of(x, kOp, "x");
   if (!shape.is_pointwise()) {
-    cpu_kernels().conv3x3_data_gradient(conv3x3_kernel(ConvPass::dgrad, dtype_of(x, kOp, "x"), shape, mode),
-                                        dz.data_ptr<float>(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
-                                        dy.const_data_ptr<float>(), x.const_data_ptr<float>(),
-                                        weight.const_data_ptr<float>(), shape, bn.kernel);
+    cpu_kernels().conv3x3_data_gradient(conv3x3_kernel(ConvPass::dgrad, dtype, shape, mode), dz.data_ptr(),
+                                        sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(), dy.const_data_ptr(),
+                                        x.const_data_ptr(), weight.const_data_ptr(), dtype, shape, bn.kernel);
     return;
   }
   cpu_kernels().conv1x1_data_gradient(dz.data_ptr(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
-                                      dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(),
-                                      dtype_of(x, kOp, "x"), shape, bn.kernel);
+                                      dy.const_data_ptr(), x.const_data_ptr(), weight.const_data_ptr(), dtype, shape,
+                                      bn.kernel);
 }
 
 }  // namespace
@@ -138,7 +137,7 @@ Conv3x3Mode conv3x3_mode(const char* op, int64_t mode) {
 
 cpu::Conv3x3 conv3x3_kernel(ConvPass pass, DType dtype, const cpu::ConvShape& shape, Conv3x3Mode mode) {
   if (mode == Conv3x3Mode::library || !cpu_kernels().conv3x3_supported(dtype, shape)) return cpu::Conv3x3::library;
-  return cpu_kernels().conv3x3_choice(pass, shape, mode == Conv3x3Mode::strict);
+  return cpu_kernels().conv3x3_choice(pass, dtype, shape, mode == Conv3x3Mode::strict);
 }
 
 void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv) {

@@ -67,22 +67,23 @@ struct Kernels {
   void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                                const BatchNorm<void>* bn);
 
-  // Whether those below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
+  // Whether those below, of the same meaning, take this convolution: 3x3, stride 1, padding 1. Points and products are
+  // float.
   bool (*conv3x3_supported)(DType, ConvShape);
   // The weight as the forward pass takes it, and how many floats that is.
   int64_t (*conv3x3_panels_size)(Conv3x3, ConvShape);
-  void (*conv3x3_pack)(Conv3x3, float* panels, const float* weight, ConvShape);
+  void (*conv3x3_pack)(Conv3x3, float* panels, const void* weight, DType, ConvShape);
   // From panels, or, where they are null, from the weight. bn may be null (x as it is); a ReLU of the result where
   // `with_relu`
-  void (*conv3x3_forward)(Conv3x3, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
-                          const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape,
-                          const BatchNorm<void>* bn);
-  void (*conv3x3_data_gradient)(Conv3x3, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout,
-                                const float* x, const float* weight, ConvShape, BatchNorm<void>);
-  void (*conv3x3_weight_gradient)(Conv3x3, float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
-                                  BatchNorm<void>);
+  void (*conv3x3_forward)(Conv3x3, void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+                          const float* panels, const float* bias, const void* residual, bool with_relu, DType,
+                          ConvShape, const BatchNorm<void>* bn);
+  void (*conv3x3_data_gradient)(Conv3x3, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                                const void* weight, DType, ConvShape, BatchNorm<void>);
+  void (*conv3x3_weight_gradient)(Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType,
+                                  ConvShape, BatchNorm<void>);
   // What a pass of a supported one had best run on: the fastest that is accurate enough; `strict`, F(2x2) at most.
-  Conv3x3 (*conv3x3_choice)(ConvPass, ConvShape, bool strict);
+  Conv3x3 (*conv3x3_choice)(ConvPass, DType, ConvShape, bool strict);
 };
 
 }  // namespace ran::cpu

@@ -28,15 +28,15 @@ void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const vo
                            const void* weight, DType, ConvShape, BatchNorm<void>);
 bool conv3x3_supported(DType, ConvShape);
 int64_t conv3x3_panels_size(Conv3x3, ConvShape);
-void conv3x3_pack(Conv3x3, float* panels, const float* weight, ConvShape);
-void conv3x3_forward(Conv3x3, float* out, float* out_mean, float* out_var, const float* x, const float* weight,
-                     const float* panels, const float* bias, const float* residual, bool with_relu, ConvShape,
+void conv3x3_pack(Conv3x3, float* panels, const void* weight, DType, ConvShape);
+void conv3x3_forward(Conv3x3, void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+                     const float* panels, const float* bias, const void* residual, bool with_relu, DType, ConvShape,
                      const BatchNorm<void>* bn);
-void conv3x3_data_gradient(Conv3x3, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
-                           const float* weight, ConvShape, BatchNorm<void>);
-void conv3x3_weight_gradient(Conv3x3, float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
+void conv3x3_data_gradient(Conv3x3, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                           const void* weight, DType, ConvShape, BatchNorm<void>);
+void conv3x3_weight_gradient(Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                              BatchNorm<void>);
-Conv3x3 conv3x3_choice(ConvPass, ConvShape, bool strict);
+Conv3x3 conv3x3_choice(ConvPass, DType, ConvShape, bool strict);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                           const BatchNorm<void>* bn);
 

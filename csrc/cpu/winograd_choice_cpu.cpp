@@ -45,20 +45,21 @@ int64_t cost(const ConvShape& s) {
 
 bool conv3x3_supported(DType dtype, ConvShape s) {
 #if defined(__FMA__)
-  return dtype == DType::f32 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 1 &&
+  return dtype != DType::f64 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 1 &&
          s.pad_w == 1 && s.pixels() > 0;
 #else
   return false;
 #endif
 }
 
-Conv3x3 conv3x3_choice(ConvPass pass, ConvShape s, bool strict) {
+Conv3x3 conv3x3_choice(ConvPass pass, DType dtype, ConvShape s, bool strict) {
   const int64_t channels = std::min(s.ci, s.co);
   if (channels < 16) return Conv3x3::library;
   // With fewer tiles the weight's transform takes longer than the multiplications that it saves.
   const bool f4x4_is_fast = TileGrid<4>(s).count >= 4, f2x2_is_fast = TileGrid<2>(s).count >= 16;
-  const bool f4x4 = !strict && f4x4_is_fast && f4x4_is_accurate(pass, s);
-  const bool f2x2 = f2x2_is_fast && f2x2_is_accurate(pass, s, strict) &&
+  const bool rounds = dtype != DType::f32;  // to 16 bits, beside which the transforms' error is nothing
+  const bool f4x4 = !strict && f4x4_is_fast && (rounds || f4x4_is_accurate(pass, s));
+  const bool f2x2 = f2x2_is_fast && (rounds || f2x2_is_accurate(pass, s, strict)) &&
                     (channels >= 32 || (s.ci % kLanes == 0 && s.co % kLanes == 0));
   if (f4x4 && (!f2x2 || cost<4>(s) < cost<2>(s))) return Conv3x3::f4x4;
   return f2x2 ? Conv3x3::f2x2 : Conv3x3::library;

@@ -11,8 +11,8 @@ namespace ran::cpu::RAN_ISA {
 
 namespace {
 
-template <class F>
-void data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x, const float* weight,
+template <class F, typename T>
+void data_gradient(T* dz, float* sum_dz, float* sum_dz_xhat, const T* dout, const T* x, const T* weight,
                    const ConvShape& s, BatchNorm<float> bn) {
   const TileGrid<F::m> grid(s);
   const ConvolvePlan plan(F::n * F::n, grid.count, s.co, s.ci);
@@ -31,33 +31,39 @@ void data_gradient(float* dz, float* sum_dz, float* sum_dz_xhat, const float* do
           const Vec<float> value = load(x + to, lanes);
           const Vec<float> masked = fma(value, scale, shift) <= Vec<float>{} ? Vec<float>{} : y[i][j];
           store(dz + to, masked, lanes);
-          s0 += masked;
-          s1 = fma(masked, value - mean, s1);
+          const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
+          s0 += stored;
+          s1 = fma(stored, value - mean, s1);
         }
     };
     at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
     store(sums, load(sums, lanes) + s0, lanes);
     store(sums + s.ci, load(sums + s.ci, lanes) + s1, lanes);
   };
-  convolve<F>(dout, Weight<float>{weight, s.co, s.ci, true}, nullptr, s, plan, AsItIs(), output,
+  convolve<F>(dout, Weight<T>{weight, s.co, s.ci, true}, nullptr, s, plan, AsItIs(), output,
               [&](int64_t begin, int64_t end, int64_t part, int64_t parts) {
-                prefetch_tiles<true>(Touched<float>{dz, s.ci, s.ci, 0}, grid, begin, end, part, parts);
-                prefetch_tiles<false>(Touched<float>{x, s.ci, s.ci, 0}, grid, begin, end, part, parts);
+                prefetch_tiles<true>(Touched<T>{dz, s.ci, s.ci, 0}, grid, begin, end, part, parts);
+                prefetch_tiles<false>(Touched<T>{x, s.ci, s.ci, 0}, grid, begin, end, part, parts);
               });
   finish_sums(sum_dz, sum_dz_xhat, partial.data(), plan.blocks.count(), s.ci, bn);
 }
 
 }  // namespace
 
-void conv3x3_data_gradient(Conv3x3 tile, float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout,
-                           const float* x, const float* weight, ConvShape s, BatchNorm<void> bn) {
-  (tile == Conv3x3::f4x4 ? data_gradient<Winograd<4>> : data_gradient<Winograd<2>>)(dz, sum_dz, sum_dz_xhat, dout, x,
-                                                                                    weight, s, typed<float>(bn));
+void conv3x3_data_gradient(Conv3x3 tile, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                           const void* weight, DType dtype, ConvShape s, BatchNorm<void> bn) {
+  with_float_acc(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    (tile == Conv3x3::f4x4 ? data_gradient<Winograd<4>, T>
+                           : data_gradient<Winograd<2>, T>)(static_cast<T*>(dz), sum_dz, sum_dz_xhat,
+                                                            static_cast<const T*>(dout), static_cast<const T*>(x),
+                                                            static_cast<const T*>(weight), s, typed<float>(bn));
+  });
 }
 
 #else
 
-void conv3x3_data_gradient(Conv3x3, float*, float*, float*, const float*, const float*, const float*, ConvShape,
+void conv3x3_data_gradient(Conv3x3, void*, float*, float*, const void*, const void*, const void*, DType, ConvShape,
                            BatchNorm<void>) {}
 
 #endif

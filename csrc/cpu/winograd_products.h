@@ -11,13 +11,10 @@
 
 namespace ran::cpu::RAN_ISA {
 
-constexpr int kLanes = VecOf<float>::lanes;
 constexpr int kRun = 16;                          // terms of a sum that stays in registers
 constexpr int kPanel = 2 * kLanes;                // columns of a register tile
 constexpr int kTileRows = kBytes == 64 ? 14 : 6;  // with two vectors each, they fill 32 or 16 registers
 constexpr int64_t kStep = 4;                      // terms are a multiple of it, filled up with zeros
-
-constexpr int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 // From one point's `count` values to the next one's: points a power of two apart would meet in one set of the cache.
 constexpr int64_t apart(int64_t count) { return round_up(count, 16) + 16; }

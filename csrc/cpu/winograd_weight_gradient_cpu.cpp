@@ -46,10 +46,10 @@ struct Parts {
   }
 };
 
-template <class F>
+template <class F, typename T>
 class WeightGradient {
  public:
-  WeightGradient(float* dweight, float* dbias, const float* dout, const float* x, const ConvShape& s,
+  WeightGradient(T* dweight, float* dbias, const T* dout, const T* x, const ConvShape& s,
                  const ScaleShiftRelu& activate)
       : dweight_(dweight),
         dbias_(dbias),
@@ -114,9 +114,8 @@ class WeightGradient {
       for (int point = 0; point < points; ++point) {
         if (part.cs + part.ks <= kChannels) {  // what wider parts multiply would push it out of the cache again
           const int64_t next = first + kTiles;
-          prefetch_tiles<false>(Touched<float>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + kTiles, point,
-                                points);
-          prefetch_tiles<false>(Touched<float>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
+          prefetch_tiles<false>(Touched<T>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + kTiles, point, points);
+          prefetch_tiles<false>(Touched<T>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
                                 points);
         }
         for (int64_t c = 0; c < columns; c += kPanel)
@@ -130,15 +129,15 @@ class WeightGradient {
 
   // The points of a tile of dout, and its sums added to `bias`, or null.
   void gradient_points(float* to, int64_t step, const Place& place, const Part& part, float* bias) const {
-    const Window<F::m, float> window(dout_ + place.image * s_.h * s_.w * s_.co, s_.h, s_.w, s_.co, place.y, place.x);
+    const Window<F::m, T> window(dout_ + place.image * s_.h * s_.w * s_.co, s_.h, s_.w, s_.co, place.y, place.x);
     const auto run = [&](auto whole) {
       for_lanes<float>(part.ks, [&](int64_t k, int lanes) {
         points_of<F::m, F::n, decltype(whole)::value>(to + k, step, window, part.k + k, lanes, part.row, part.rows,
                                                       F::gradient, [](Vec<float> v) { return v; });
         if (!bias) return;
         Vec<float> sum{};
-        for (int i = 0; i < place.rows; ++i)
-          for (int j = 0; j < place.columns; ++j) sum += load(window.at[i][j] + part.k + k, lanes);
+        for (int i = 0; i < std::min(place.rows, F::m); ++i)
+          for (int j = 0; j < std::min(place.columns, F::m); ++j) sum += load(window.at[i][j] + part.k + k, lanes);
         store(bias + k, load(bias + k, lanes) + sum, lanes);
       });
     };
@@ -158,7 +157,7 @@ class WeightGradient {
           F::taps(out, points);
           RAN_UNROLL for (int i = 0; i < 3; ++i) half[i][j] = out[i];
         }
-        float* const to = dweight_ + k * 9 * s_.ci + part.c + c;
+        T* const to = dweight_ + k * 9 * s_.ci + part.c + c;
         RAN_UNROLL for (int i = 0; i < 3; ++i) {
           F::taps(out, half[i]);
           RAN_UNROLL for (int j = 0; j < 3; ++j) store(to + (i * 3 + j) * s_.ci, out[j], lanes);
@@ -166,8 +165,9 @@ class WeightGradient {
       });
   }
 
-  float *const dweight_, *const dbias_;
-  const float *const dout_, *const x_;
+  T* const dweight_;
+  float* const dbias_;
+  const T *const dout_, *const x_;
   const ConvShape s_;
   const ScaleShiftRelu activate_;
   const TileGrid<F::m> grid_;
@@ -177,19 +177,24 @@ class WeightGradient {
 
 }  // namespace
 
-void conv3x3_weight_gradient(Conv3x3 tile, float* dweight, float* dbias, const float* dout, const float* x, ConvShape s,
-                             BatchNorm<void> bn) {
+void conv3x3_weight_gradient(Conv3x3 tile, void* dweight, float* dbias, const void* dout, const void* x, DType dtype,
+                             ConvShape s, BatchNorm<void> bn) {
   const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
-  const ScaleShiftRelu activate{table.scale, table.shift};
-  if (tile == Conv3x3::f4x4)
-    WeightGradient<Winograd<4>>(dweight, dbias, dout, x, s, activate).run();
-  else
-    WeightGradient<Winograd<2>>(dweight, dbias, dout, x, s, activate).run();
+  with_float_acc(dtype, [&](auto* t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const auto run = [&](auto* f) {
+      WeightGradient<std::remove_pointer_t<decltype(f)>, T>(static_cast<T*>(dweight), dbias,
+                                                            static_cast<const T*>(dout), static_cast<const T*>(x), s,
+                                                            ScaleShiftRelu{table.scale, table.shift})
+          .run();
+    };
+    tile == Conv3x3::f4x4 ? run(static_cast<Winograd<4>*>(nullptr)) : run(static_cast<Winograd<2>*>(nullptr));
+  });
 }
 
 #else
 
-void conv3x3_weight_gradient(Conv3x3, float*, float*, const float*, const float*, ConvShape, BatchNorm<void>) {}
+void conv3x3_weight_gradient(Conv3x3, void*, float*, const void*, const void*, DType, ConvShape, BatchNorm<void>) {}
 
 #endif
 
