@@ -29,7 +29,7 @@ std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const a
                                                     std::vector<int64_t> stride, std::vector<int64_t> padding,
                                                     int64_t conv3x3) {
   const ran::Convolution conv{stride, padding, ran::conv3x3_mode("conv_ways", conv3x3)};
-  ran::check_convolution(x, weight, conv);
+  ran::check_convolution("conv_ways", x, weight, conv);
   std::vector<std::pair<bool, std::string>> ways;
   for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
     const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, conv);

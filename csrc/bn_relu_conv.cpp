@@ -32,7 +32,7 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
                         std::optional<double> next_momentum, bool, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
-  check_convolution(x, weight, conv);
+  check_convolution(kOp, x, weight, conv);
   check_bias(kOp, bias, weight);
   check_statistics(kOp, mean, var);
   if (present(residual)) check_as(kOp, "residual", *residual, out_sizes(x, weight, conv), x);
@@ -59,7 +59,7 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
                                  std::array<bool, 3> wanted, const OptTensor& dfork, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
-  check_convolution(x, weight, conv);
+  check_convolution(kOp, x, weight, conv);
   check_as(kOp, "dout", dout, out_sizes(x, weight, conv), x);
   const ConvGradients g =
       conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),

@@ -99,7 +99,7 @@ void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, co
   const cpu::Conv3x3 tile = conv3x3_kernel(ConvPass::wgrad, dtype, shape, mode);
   if (tile != cpu::Conv3x3::library) {
     cpu_kernels().conv3x3_weight_gradient(tile, g.dweight.data_ptr(), dbias_data, dy.const_data_ptr(),
-                                          x.const_data_ptr(), dtype, shape, bn.kernel);
+                                          x.const_data_ptr(), dtype, shape, &bn.kernel);
     if (want_bias) g.dbias = dbias.to(x.scalar_type());
     return;
   }
@@ -120,7 +120,7 @@ void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const T
   if (!shape.is_pointwise()) {
     cpu_kernels().conv3x3_data_gradient(conv3x3_kernel(ConvPass::dgrad, dtype, shape, mode), dz.data_ptr(),
                                         sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(), dy.const_data_ptr(),
-                                        x.const_data_ptr(), weight.const_data_ptr(), dtype, shape, bn.kernel);
+                                        x.const_data_ptr(), weight.const_data_ptr(), dtype, shape, &bn.kernel);
     return;
   }
   cpu_kernels().conv1x1_data_gradient(dz.data_ptr(), sums.dz.data_ptr<float>(), sums.dz_xhat.data_ptr<float>(),
@@ -140,23 +140,23 @@ cpu::Conv3x3 conv3x3_kernel(ConvPass pass, DType dtype, const cpu::ConvShape& sh
   return cpu_kernels().conv3x3_choice(pass, dtype, shape, mode == Conv3x3Mode::strict);
 }
 
-void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) > 0 && weight.size(3) > 0, kOp,
+void check_convolution(const char* op, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) > 0 && weight.size(3) > 0, op,
                   "weight must be (C_out, ", x.size(1), ", kH, kW), got ", weight.sizes());
-  RAN_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, "weight must have x's dtype ", x.scalar_type(), ", got ",
+  RAN_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), op, "weight must have x's dtype ", x.scalar_type(), ", got ",
                  weight.scalar_type());
-  RAN_CHECK_VALUE(weight.device() == x.device(), kOp, "weight must be on x's device ", x.device(), ", got ",
+  RAN_CHECK_VALUE(weight.device() == x.device(), op, "weight must be on x's device ", x.device(), ", got ",
                   weight.device());
   // Below 2^31 no sum or product of sizes overflows.
-  const auto check_pair = [](const char* name, at::IntArrayRef pair, int64_t least) {
+  const auto check_pair = [op](const char* name, at::IntArrayRef pair, int64_t least) {
     constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
     const bool fits = pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= kMost;
-    RAN_CHECK_VALUE(fits, kOp, name, " must be a pair, each from ", least, " to 2**31 - 1, got ", pair);
+    RAN_CHECK_VALUE(fits, op, name, " must be a pair, each from ", least, " to 2**31 - 1, got ", pair);
   };
   check_pair("stride", conv.stride, 1);
   check_pair("padding", conv.padding, 0);
   for (const int i : {0, 1})
-    RAN_CHECK_VALUE(x.size(2 + i) + 2 * conv.padding[i] >= weight.size(2 + i), kOp, "x ", x.sizes(), " with padding ",
+    RAN_CHECK_VALUE(x.size(2 + i) + 2 * conv.padding[i] >= weight.size(2 + i), op, "x ", x.sizes(), " with padding ",
                     conv.padding, " is smaller than the kernel of weight ", weight.sizes());
 }
 
@@ -236,6 +236,57 @@ ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& r
   else
     g.sums = bn_relu_gradients(g.dx, dz, x, residual, bn, batch_stats);
   return g;
+}
+
+// The Winograd kernel that a pass of the convolution alone takes, or `library`.
+cpu::Conv3x3 plain_kernel(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (!x.is_cpu() || x.numel() == 0 || !x.is_contiguous(at::MemoryFormat::ChannelsLast)) return cpu::Conv3x3::library;
+  return conv3x3_kernel(pass, dtype_of(x, "conv2d", "x"), cpu_shape(x, weight, conv), conv.mode);
+}
+
+Tensor plain_conv_forward(const Tensor& x, const Tensor& weight_, const OptTensor& bias, const Convolution& conv) {
+  const cpu::Conv3x3 tile = plain_kernel(ConvPass::forward, x, weight_, conv);
+  if (tile == cpu::Conv3x3::library) return library::conv2d(x, weight_, bias, conv.stride, conv.padding);
+  const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
+  const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
+  Tensor out = at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  cpu_kernels().conv3x3_forward(tile, out.data_ptr(), nullptr, nullptr, x.const_data_ptr(), weight.const_data_ptr(),
+                                nullptr, bias32.defined() ? bias32.const_data_ptr<float>() : nullptr, nullptr, false,
+                                dtype_of(x, "conv2d", "x"), cpu_shape(x, weight, conv), nullptr);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> plain_conv_backward(const Tensor& dout, const Tensor& x, const Tensor& weight_,
+                                                       const Convolution& conv, std::array<bool, 3> wanted) {
+  const cpu::Conv3x3 dgrad = plain_kernel(ConvPass::dgrad, x, weight_, conv);
+  const cpu::Conv3x3 wgrad = plain_kernel(ConvPass::wgrad, x, weight_, conv);
+  const bool own_dx = wanted[0] && dgrad != cpu::Conv3x3::library;
+  const bool own_dweight = wanted[1] && wgrad != cpu::Conv3x3::library;
+  const Tensor dy = own_dx || own_dweight ? dout.contiguous(at::MemoryFormat::ChannelsLast) : dout;
+  Tensor dx, dweight, dbias;
+  if (own_dx) {
+    const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
+    dx = at::empty_like(x);
+    cpu_kernels().conv3x3_data_gradient(dgrad, dx.data_ptr(), nullptr, nullptr, dy.const_data_ptr(), nullptr,
+                                        weight.const_data_ptr(), dtype_of(x, "conv2d", "x"),
+                                        cpu_shape(x, weight, conv), nullptr);
+  }
+  if (own_dweight) {
+    dweight = at::empty(weight_.sizes(), weight_.options(), at::MemoryFormat::ChannelsLast);
+    const Tensor sums = wanted[2] ? at::empty({weight_.size(0)}, x.options().dtype(at::kFloat)) : Tensor();
+    cpu_kernels().conv3x3_weight_gradient(wgrad, dweight.data_ptr(), wanted[2] ? sums.data_ptr<float>() : nullptr,
+                                          dy.const_data_ptr(), x.const_data_ptr(), dtype_of(x, "conv2d", "x"),
+                                          cpu_shape(x, weight_, conv), nullptr);
+    if (wanted[2]) dbias = sums.to(x.scalar_type());
+  }
+  const std::array<bool, 3> left{wanted[0] && !own_dx, wanted[1] && !own_dweight, wanted[2] && !own_dweight};
+  if (left[0] || left[1] || left[2]) {
+    const auto [a, b, c] = library::conv2d_backward(dy, x, weight_, conv.stride, conv.padding, left);
+    if (left[0]) dx = a;
+    if (left[1]) dweight = b;
+    if (left[2]) dbias = c;
+  }
+  return {dx, dweight, dbias};
 }
 
 }  // namespace ran

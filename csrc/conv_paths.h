@@ -3,6 +3,7 @@
 
 #include <array>
 #include <string>
+#include <tuple>
 
 #include "bn_relu.h"
 
@@ -22,7 +23,7 @@ struct Convolution {
 };
 
 // Raises unless there is such a convolution of x, and its sizes can be computed.
-void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv);
+void check_convolution(const char* op, const Tensor& x, const Tensor& weight, const Convolution& conv);
 
 // What a pass runs on: "fused" (a kernel of this library's own) or "library" (ATen's convolution, with one fused pass
 // of BN-ReLU), and the reason in words.
@@ -65,5 +66,12 @@ struct ConvGradients {
 ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
                             bool batch_stats, const Tensor& weight, const Convolution& conv,
                             std::array<bool, 3> wanted);
+
+// A convolution alone: 3x3 ones of a channels_last tensor on the CPU by Winograd's method where that pays.
+cpu::Conv3x3 plain_kernel(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
+Tensor plain_conv_forward(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Convolution& conv);
+// dx, dweight and dbias where `wanted`, the others undefined.
+std::tuple<Tensor, Tensor, Tensor> plain_conv_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
+                                                       const Convolution& conv, std::array<bool, 3> wanted);
 
 }  // namespace ran

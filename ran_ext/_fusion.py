@@ -75,6 +75,14 @@ def bn_relu_conv2d(bn: Any, conv: Any, x: Tensor, residual: Tensor | None = None
     )
 
 
+def conv2d(conv: Any, x: Tensor) -> Tensor:
+    """``conv(x)``, by the fast kernels where ``conv`` is known."""
+    if why_conv("conv", conv) or why_watched(x):
+        out: Tensor = conv(x)
+        return out
+    return ops.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
 def chains(bn: Any, conv: Any) -> bool:
     """Whether ``bn`` can take its statistics from the op before, or ``conv`` give them to the op behind."""
     return type(bn) is BatchNorm2d and bn.training and type(conv) is Conv2d and not why_unfused(bn, conv)

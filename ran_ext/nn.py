@@ -187,7 +187,7 @@ class ResidualUnit(nn.Module):
             h, statistics, x = ops.chained_bn_relu_conv2d(x, bn1, conv1, next_bn=bn2)
         else:
             h = first(x)
-        identity = x if self.shortcut is None else self.shortcut(x)
+        identity = x if self.shortcut is None else _fusion.conv2d(self.shortcut, x)
         h = ops.chained_bn_relu_conv2d(h, bn2, conv2, statistics=statistics).out if chained else second(h)
         return third(h) + identity if called else third(h, identity)
 
@@ -224,10 +224,10 @@ class SoftMaskBranch(nn.Module):
             lower, upper = self.up[level](x), pyramid[level - 1]
             skip = self.skip[level - 1](upper) if len(self.skip) else None
             x = ops.upsample_add(lower, skip, upper.shape[2:])
-        return self.conv1(self.up[0](x))  # type: ignore[no-any-return]
+        return _fusion.conv2d(self.conv1, self.up[0](x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.features(x))
+        return _fusion.conv2d(self.conv2, self.features(x))
 
 
 class AttentionModule(nn.Module):

@@ -73,15 +73,15 @@ struct Kernels {
   // The weight as the forward pass takes it, and how many floats that is.
   int64_t (*conv3x3_panels_size)(Conv3x3, ConvShape);
   void (*conv3x3_pack)(Conv3x3, float* panels, const void* weight, DType, ConvShape);
-  // From panels, or, where they are null, from the weight. bn may be null (x as it is); a ReLU of the result where
-  // `with_relu`
+  // From panels, or, where they are null, from the weight; a ReLU of the result where `with_relu`. In all three bn may
+  // be null: x as it is, and the data gradient needs neither x nor the sums.
   void (*conv3x3_forward)(Conv3x3, void* out, float* out_mean, float* out_var, const void* x, const void* weight,
                           const float* panels, const float* bias, const void* residual, bool with_relu, DType,
                           ConvShape, const BatchNorm<void>* bn);
   void (*conv3x3_data_gradient)(Conv3x3, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
-                                const void* weight, DType, ConvShape, BatchNorm<void>);
+                                const void* weight, DType, ConvShape, const BatchNorm<void>* bn);
   void (*conv3x3_weight_gradient)(Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType,
-                                  ConvShape, BatchNorm<void>);
+                                  ConvShape, const BatchNorm<void>* bn);
   // What a pass of a supported one had best run on: the fastest that is accurate enough; `strict`, F(2x2) at most.
   Conv3x3 (*conv3x3_choice)(ConvPass, DType, ConvShape, bool strict);
 };

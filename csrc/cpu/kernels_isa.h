@@ -33,9 +33,9 @@ void conv3x3_forward(Conv3x3, void* out, float* out_mean, float* out_var, const 
                      const float* panels, const float* bias, const void* residual, bool with_relu, DType, ConvShape,
                      const BatchNorm<void>* bn);
 void conv3x3_data_gradient(Conv3x3, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
-                           const void* weight, DType, ConvShape, BatchNorm<void>);
+                           const void* weight, DType, ConvShape, const BatchNorm<void>* bn);
 void conv3x3_weight_gradient(Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
-                             BatchNorm<void>);
+                             const BatchNorm<void>* bn);
 Conv3x3 conv3x3_choice(ConvPass, DType, ConvShape, bool strict);
 void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                           const BatchNorm<void>* bn);

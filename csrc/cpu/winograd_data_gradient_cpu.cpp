@@ -11,6 +11,25 @@ namespace ran::cpu::RAN_ISA {
 
 namespace {
 
+// dx of the convolution alone.
+template <class F, typename T>
+void plain_gradient(T* dx, const T* dout, const T* weight, const ConvShape& s) {
+  const TileGrid<F::m> grid(s);
+  const ConvolvePlan plan(F::n * F::n, grid.count, s.co, s.ci);
+  const auto output = [&](int64_t, const Place& at, Vec<float>(&y)[F::m][F::m], int64_t c, int lanes, int64_t) {
+    T* const first = dx + ((at.image * s.h + at.y) * s.w + at.x) * s.ci + c;
+    const auto write = [&](int rows, int columns) {
+      for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) store(first + (i * s.w + j) * s.ci, y[i][j], lanes);
+    };
+    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+  };
+  convolve<F>(dout, Weight<T>{weight, s.co, s.ci, true}, nullptr, s, plan, AsItIs(), output,
+              [&](int64_t begin, int64_t end, int64_t part, int64_t parts) {
+                prefetch_tiles<true>(Touched<T>{dx, s.ci, s.ci, 0}, grid, begin, end, part, parts);
+              });
+}
+
 template <class F, typename T>
 void data_gradient(T* dz, float* sum_dz, float* sum_dz_xhat, const T* dout, const T* x, const T* weight,
                    const ConvShape& s, BatchNorm<float> bn) {
@@ -51,20 +70,23 @@ void data_gradient(T* dz, float* sum_dz, float* sum_dz_xhat, const T* dout, cons
 }  // namespace
 
 void conv3x3_data_gradient(Conv3x3 tile, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
-                           const void* weight, DType dtype, ConvShape s, BatchNorm<void> bn) {
+                           const void* weight, DType dtype, ConvShape s, const BatchNorm<void>* bn) {
   with_float_acc(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
+    if (!bn)
+      return (tile == Conv3x3::f4x4 ? plain_gradient<Winograd<4>, T> : plain_gradient<Winograd<2>, T>)(
+          static_cast<T*>(dz), static_cast<const T*>(dout), static_cast<const T*>(weight), s);
     (tile == Conv3x3::f4x4 ? data_gradient<Winograd<4>, T>
                            : data_gradient<Winograd<2>, T>)(static_cast<T*>(dz), sum_dz, sum_dz_xhat,
                                                             static_cast<const T*>(dout), static_cast<const T*>(x),
-                                                            static_cast<const T*>(weight), s, typed<float>(bn));
+                                                            static_cast<const T*>(weight), s, typed<float>(*bn));
   });
 }
 
 #else
 
 void conv3x3_data_gradient(Conv3x3, void*, float*, float*, const void*, const void*, const void*, DType, ConvShape,
-                           BatchNorm<void>) {}
+                           const BatchNorm<void>*) {}
 
 #endif
 

@@ -46,11 +46,11 @@ struct Parts {
   }
 };
 
-template <class F, typename T>
+template <class F, typename T, typename Activate>
 class WeightGradient {
  public:
   WeightGradient(T* dweight, float* dbias, const T* dout, const T* x, const ConvShape& s,
-                 const ScaleShiftRelu& activate)
+                 const Activate& activate)
       : dweight_(dweight),
         dbias_(dbias),
         dout_(dout),
@@ -169,7 +169,7 @@ class WeightGradient {
   float* const dbias_;
   const T *const dout_, *const x_;
   const ConvShape s_;
-  const ScaleShiftRelu activate_;
+  const Activate activate_;
   const TileGrid<F::m> grid_;
   const Parts parts_;
   const int64_t sums_step_;
@@ -178,23 +178,28 @@ class WeightGradient {
 }  // namespace
 
 void conv3x3_weight_gradient(Conv3x3 tile, void* dweight, float* dbias, const void* dout, const void* x, DType dtype,
-                             ConvShape s, BatchNorm<void> bn) {
-  const ScaleShiftTable<float> table(typed<float>(bn), s.ci);
-  with_float_acc(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    const auto run = [&](auto* f) {
-      WeightGradient<std::remove_pointer_t<decltype(f)>, T>(static_cast<T*>(dweight), dbias,
-                                                            static_cast<const T*>(dout), static_cast<const T*>(x), s,
-                                                            ScaleShiftRelu{table.scale, table.shift})
-          .run();
-    };
-    tile == Conv3x3::f4x4 ? run(static_cast<Winograd<4>*>(nullptr)) : run(static_cast<Winograd<2>*>(nullptr));
-  });
+                             ConvShape s, const BatchNorm<void>* bn) {
+  const auto run = [&](const auto& activate) {
+    with_float_acc(dtype, [&](auto* t) {
+      using T = std::remove_pointer_t<decltype(t)>;
+      using Activate = std::decay_t<decltype(activate)>;
+      T* const to = static_cast<T*>(dweight);
+      const T *const dy = static_cast<const T*>(dout), *const from = static_cast<const T*>(x);
+      if (tile == Conv3x3::f4x4)
+        WeightGradient<Winograd<4>, T, Activate>(to, dbias, dy, from, s, activate).run();
+      else
+        WeightGradient<Winograd<2>, T, Activate>(to, dbias, dy, from, s, activate).run();
+    });
+  };
+  if (!bn) return run(AsItIs());
+  const ScaleShiftTable<float> table(typed<float>(*bn), s.ci);
+  run(ScaleShiftRelu{table.scale, table.shift});
 }
 
 #else
 
-void conv3x3_weight_gradient(Conv3x3, void*, float*, const void*, const void*, DType, ConvShape, BatchNorm<void>) {}
+void conv3x3_weight_gradient(Conv3x3, void*, float*, const void*, const void*, DType, ConvShape,
+                             const BatchNorm<void>*) {}
 
 #endif
 

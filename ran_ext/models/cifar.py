@@ -87,7 +87,7 @@ class ResidualAttentionNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)`` of any size from 6x6."""
         require_images(x, self.in_channels, self.min_size)
-        x = self.conv1(x)
+        x = _fusion.conv2d(self.conv1, x)
         if self.bn1 is not None:
             x = _fusion.bn_relu(self.bn1, x)
         x = max_pool2d(x, ceil_mode=False) if self.stem_pool else x
