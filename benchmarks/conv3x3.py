@@ -9,7 +9,6 @@ ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.conv3x3   
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import ran_ext
+from ran_ext._command import Parser
 from ran_ext._explain import layers
 from ran_ext.nn import BNReLUConv2d
 
@@ -59,7 +59,7 @@ def functions(channels: int, pixels: int, batch: int) -> dict[str, dict[str, Cal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mode", choices=["fast", "strict", "library"], default="fast", help="of set_conv3x3")

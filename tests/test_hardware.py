@@ -108,6 +108,8 @@ def test_a_slow_dtype_is_said_with_what_it_costs(processor, monkeypatch):
     assert "takes 12.0 times as long as in float32 (measured just now)" in said
     assert "--dtype auto" in said
     assert dtype.slow_dtype("float32", CPU) == ""
+    monkeypatch.setattr(dtype, "conv_seconds", lambda kind, device: {torch.bfloat16: 0.05, torch.float32: 0.05}[kind])
+    assert dtype.slow_dtype("bfloat16", CPU) == ""
     processor(avx512_bf16=True)
     assert dtype.slow_dtype("bfloat16", CPU) == ""
 
@@ -140,6 +142,7 @@ def test_a_resumed_run_keeps_its_dtype_on_another_machine_and_says_so(processor,
     assert "emulated" not in capsys.readouterr().err
 
     processor()
+    monkeypatch.setattr(dtype, "conv_seconds", lambda kind, device: {torch.bfloat16: 0.6, torch.float32: 0.05}[kind])
     assert run(1, resume=True).config.dtype == "bfloat16"
     assert "dtype bfloat16 is emulated on this cpu" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "last.pt")["asked"] == {"dtype": "auto"}

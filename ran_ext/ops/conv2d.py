@@ -71,7 +71,8 @@ def conv2d(
             f"{list(weight.shape)} with groups={groups} and x {list(x.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: bias must be [{weight.shape[0]}] for weight {list(weight.shape)}, got {list(bias.shape)}")
+        rows = weight.shape[0]
+        raise ValueError(f"{op}: bias must be [{rows}] for weight {list(weight.shape)}, got {list(bias.shape)}")
     if isinstance(padding, str) or x.dim() == 3 or groups > 1 or dilation != (1, 1):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     for i in (0, 1):
