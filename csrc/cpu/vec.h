@@ -303,6 +303,12 @@ struct WideSum {
   Vec<double> part[parts] = {};
 
   typedef A Part __attribute__((vector_size(kBytes / parts)));
+  // Of a vector's sums, as store_to() left them.
+  static WideSum at(const double* p) {
+    WideSum sum;
+    std::memcpy(sum.part, p, sizeof sum.part);
+    return sum;
+  }
   void operator+=(Vec<A> v) {
     for (int i = 0; i < parts; ++i) {
       Part p;

@@ -49,8 +49,7 @@ struct Parts {
 template <class F, typename T, typename Activate>
 class WeightGradient {
  public:
-  WeightGradient(T* dweight, float* dbias, const T* dout, const T* x, const ConvShape& s,
-                 const Activate& activate)
+  WeightGradient(T* dweight, float* dbias, const T* dout, const T* x, const ConvShape& s, const Activate& activate)
       : dweight_(dweight),
         dbias_(dbias),
         dout_(dout),
@@ -65,12 +64,12 @@ class WeightGradient {
     // All parts of a block add to one set of sums; where there is but one part, a thread needs only its own.
     const bool alone = parts_.splits == 1;
     const int64_t size = F::n * F::n * sums_step_;
-    const Scratch<float> shared(alone ? 0 : parts_.blocks() * size);
+    const Scratch<double> shared(alone ? 0 : parts_.blocks() * size);
     parallel_for(0, parts_.count(), 1, [&](int64_t begin, int64_t end) {
-      const Scratch<float> own(alone ? size : 0);
+      const Scratch<double> own(alone ? size : 0);
       for (int64_t index = begin; index < end; ++index) {
         const Part part = parts_.at(index, F::n, s_);
-        float* const sums = alone ? own.get() : shared.get() + part.block * size;
+        double* const sums = alone ? own.get() : shared.get() + part.block * size;
         add_up(sums, part);
         if (alone) taps(sums, part, part.k, part.k + part.ks);
       }
@@ -85,12 +84,13 @@ class WeightGradient {
   }
 
  private:
-  // sums [point][c / kPanel][k][kPanel], of a part's points.
-  void add_up(float* sums, const Part& part) const {
+  // sums [point][c / kPanel][k][kPanel], of a part's points. Those of kTiles tiles are taken in float, then added up in
+  // double: a long sum of floats would round more than the library's, which is shared among its threads.
+  void add_up(double* sums, const Part& part) const {
     const int points = part.rows * F::n, first_point = part.row * F::n;
     const int64_t columns = round_up(part.cs, kLanes), stride = part.ks + 16;
     const int64_t values_step = apart(kTiles * columns), gradient_step = apart(kTiles * stride);
-    const Scratch<float> values(points * values_step), gradient(points * gradient_step);
+    const Scratch<float> values(points * values_step), gradient(points * gradient_step), products(part.ks * kPanel);
     std::vector<float> bias(size_t(dbias_ && part.row == 0 && part.c == 0 ? part.ks : 0));
     for (int64_t first = 0; first < grid_.count; first += kTiles) {
       const int64_t tiles = std::min(kTiles, grid_.count - first), terms = round_up(tiles, kStep);
@@ -118,10 +118,17 @@ class WeightGradient {
           prefetch_tiles<false>(Touched<T>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
                                 points);
         }
-        for (int64_t c = 0; c < columns; c += kPanel)
-          multiply_panel<true>(
-              sums + (first_point + point) * sums_step_ + c * parts_.ks, gradient.get() + point * gradient_step, stride,
-              values.get() + point * values_step + c * kTiles, part.ks, panel_width(c, columns), terms, first > 0);
+        for (int64_t c = 0; c < columns; c += kPanel) {
+          const int64_t width = panel_width(c, columns);
+          multiply_panel<true>(products.get(), gradient.get() + point * gradient_step, stride,
+                               values.get() + point * values_step + c * kTiles, part.ks, width, terms, false);
+          double* const to = sums + (first_point + point) * sums_step_ + c * parts_.ks;
+          for (int64_t i = 0; i < part.ks * width; i += kLanes) {
+            WideSum<float> sum = first ? WideSum<float>::at(to + i) : WideSum<float>();
+            sum += load(products.get() + i);
+            sum.store_to(to + i, kLanes);
+          }
+        }
       }
     }
     if (!bias.empty()) std::copy(bias.begin(), bias.end(), dbias_ + part.k);
@@ -145,15 +152,16 @@ class WeightGradient {
   }
 
   // dweight of rows [begin, end) from a part's block of sums.
-  void taps(const float* sums, const Part& part, int64_t begin, int64_t end) const {
+  void taps(const double* sums, const Part& part, int64_t begin, int64_t end) const {
     const int64_t columns = round_up(part.cs, kLanes);
     for (int64_t k = begin; k < end; ++k)
       for_lanes<float>(part.cs, [&](int64_t c, int lanes) {
         const int64_t panel = c / kPanel * kPanel;
-        const float* const at = sums + panel * parts_.ks + (k - part.k) * panel_width(panel, columns) + c - panel;
+        const double* const at = sums + panel * parts_.ks + (k - part.k) * panel_width(panel, columns) + c - panel;
         Vec<float> half[3][F::n], points[F::n], out[3];
         RAN_UNROLL for (int j = 0; j < F::n; ++j) {
-          RAN_UNROLL for (int i = 0; i < F::n; ++i) points[i] = load(at + (i * F::n + j) * sums_step_);
+          RAN_UNROLL for (int i = 0; i < F::n; ++i) points[i] =
+              WideSum<float>::at(at + (i * F::n + j) * sums_step_).rounded();
           F::taps(out, points);
           RAN_UNROLL for (int i = 0; i < 3; ++i) half[i][j] = out[i];
         }
