@@ -45,21 +45,27 @@ def train_once(unit: nn.Module, x: Tensor, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_residual_unit_chains_the_statistics(dtype, layout, channels, momentum):
     """conv2's batch normalisation takes what conv1 gave it: the same values, gradients and running statistics."""
-    unit = ResidualUnit(*channels, bias=False)  # before a batch normalisation a bias's gradient is rounding alone
-    for module in unit.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
-    x = (torch.randn(3, channels[0], 9, 7).to(dtype) + 1).to(memory_format=LAYOUTS[layout])
-    for module in unit.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype, memory_format=LAYOUTS[layout])
-    exact = train_once(copy.deepcopy(unit).double(), x.double(), "reference")
-    if dtype == torch.float64:
-        unit = unit.double()
-    results = zip(*(train_once(unit, x, backend) for backend in ("native", "reference")), exact, strict=True)
-    for i, (ours, eager, wanted) in enumerate(results):
+    rows = []
+    for _ in range(8 if dtype == torch.bfloat16 else 1):
+        unit = ResidualUnit(*channels, bias=False)  # before a batch normalisation a bias's gradient is rounding alone
+        for module in unit.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+        x = (torch.randn(3, channels[0], 9, 7).to(dtype) + 1).to(memory_format=LAYOUTS[layout])
+        for module in unit.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype, memory_format=LAYOUTS[layout])
+        exact = train_once(copy.deepcopy(unit).double(), x.double(), "reference")
+        if dtype == torch.float64:
+            unit = unit.double()
+        results = (train_once(unit, x, backend) for backend in ("native", "reference"))
+        rows.append(list(zip(*results, exact, strict=True)))
+    # A rounding that changes the sign of one value before a ReLU changes a gradient by more than all others do: of 16
+    # bits several units are taken together.
+    for i, each in enumerate(zip(*rows, strict=True)):
+        ours, eager, wanted = (torch.stack(of) for of in zip(*each, strict=True))
         if ours.is_floating_point():
-            assert_accurate(f"tensor {i}", ours, eager, wanted, times=4)
+            assert_accurate(f"tensor {i}", ours, eager, wanted, times=4 if len(rows) == 1 else 2)
         else:
             assert torch.equal(ours, wanted)
 

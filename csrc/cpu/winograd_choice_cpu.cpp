@@ -19,11 +19,9 @@ bool channels_suffice(ConvPass pass, const ConvShape& s) {
   return terms >= (pass == ConvPass::forward ? 36 : 28);
 }
 
-// The weight gradient sums over tiles; oneDNN's for AVX-512 is the more accurate.
-bool tiles_suffice(const ConvShape& s, int64_t tiles) {
-  if (kBytes < 64) return tiles >= 48;
-  return tiles >= 192 || (tiles >= 128 && s.n >= 32);
-}
+// The weight gradient sums over tiles. Measured against oneDNN's kernels for AVX-512, which are more accurate than
+// those for AVX2.
+bool tiles_suffice(const ConvShape& s, int64_t tiles) { return tiles >= 192 || (tiles >= 128 && s.n >= 32); }
 
 bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
   return pass == ConvPass::wgrad ? tiles_suffice(s, TileGrid<4>(s).count) : channels_suffice(pass, s);
@@ -32,7 +30,7 @@ bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
 bool f2x2_is_accurate(ConvPass pass, const ConvShape& s, bool strict) {
   const int64_t pixels = std::min(s.h, s.w), tiles = TileGrid<2>(s).count;
   if (pass != ConvPass::wgrad) return !strict || pixels > 1;
-  return strict ? pixels > 2 && tiles >= (kBytes < 64 ? 64 : 512) : tiles >= 32;
+  return strict ? pixels > 2 && tiles >= 512 : tiles >= 32;
 }
 
 // Multiplications, for one channel in and out.
