@@ -3,6 +3,7 @@
 
 python -m benchmarks.sample_scales                      the runs that results/cpu_sample_scales.json lacks
 python -m benchmarks.sample_scales --scale full --dtype float32 --seeds 1
+python -m benchmarks.sample_scales --scale short --dtype float32 --seeds 5 --conv3x3 library --out library.json
 
 Prints the table to copy into ran_ext/train/scales.py; the tests hold it to the file.
 """
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 
+from ran_ext import get_conv3x3, set_conv3x3
+from ran_ext._backend import CONV3X3_MODES
 from ran_ext._command import Parser
 from ran_ext.train import PRESETS, Config, Ranks, fit
 from ran_ext.train.arguments import SAMPLE
@@ -85,12 +88,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Measure what is missing, then print all."""
-    settings = {"recipe": PRESETS["sample"].to_dict(), "device": "cpu"}
+    settings: dict[str, Any] = {"recipe": PRESETS["sample"].to_dict(), "device": "cpu"}
+    if options.conv3x3 != get_conv3x3():
+        settings["conv3x3"] = options.conv3x3
     ledger = Ledger(options.out, settings, environment(CPU))
     for seed, scale, dtype in itertools.product(range(options.seeds), options.scale, options.dtype):
         if not ledger.find(scale=scale, dtype=dtype, seed=seed):
             print(f"{scale}, {dtype}, seed {seed}", flush=True)
-            ledger.add(measure(scale, dtype, seed))
+            with set_conv3x3(options.conv3x3):
+                ledger.add(measure(scale, dtype, seed))
     print(table(ledger.rows))
 
 
@@ -101,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--scale", choices=SCALES, nargs="+", default=list(SCALES), help="these alone")
     add("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="these alone")
     add("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
+    add("--conv3x3", choices=CONV3X3_MODES, default=get_conv3x3(), help="of set_conv3x3 (default: fast)")
     add("--out", type=Path, default=RESULTS, help="JSON (default: that of the repository)")
     options = parser.parse_args(argv)
     return run_command("sample_scales", lambda: run(options))
