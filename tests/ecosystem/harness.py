@@ -44,8 +44,8 @@ class Tool:
     ``needs``: the kind of child that it acts on. ``on``: the only subjects, where not all. ``plain``: what the twin
     does where that is not the same. ``says``: by subject, what the error says where the tool is refused. ``remark``:
     what to know where the cells are equal all the same, of every subject or by subject. ``tolerance``: of the values,
-    relative to the largest; None for what a few steps make of the dtype's rounding. ``slow``: subjects left out since they take long, and one of the same parts is tried.
-    ``single``: networks in float32 too, since the tool knows no other.
+    relative to the largest; None for what a few steps make of the dtype's rounding. ``slow``: subjects left out since
+    they take long, and one of the same parts is tried. ``single``: networks in float32 too, the tool knows no other.
     """
 
     name: str
