@@ -82,4 +82,4 @@ class Choose:
         if is_compiling():
             _traced.name = self.before
         else:
-            _entered.set(_process.here.outer)
+            _entered.set(_process.here.outer or _process)

@@ -46,11 +46,20 @@ class FoldedConv2d(Evaluation):
             return False
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return False
-        if any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors):
+        if not all(t.is_cpu and t.dtype == x.dtype for t in tensors):
             return False
-        if not torch.backends.mkldnn.is_available() or x.dim() != 4 or x.numel() == 0 or x.is_contiguous():
+        if x.dim() != 4 or x.shape[1] != self.weight.shape[1]:  # F.conv2d says what is wrong
+            return False
+        if residual is not None and residual.shape != self._out_shape(x):  # `+` broadcasts, or says what is wrong
+            return False
+        if not torch.backends.mkldnn.is_available() or x.numel() == 0 or x.is_contiguous():
             return False
         return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def _out_shape(self, x: Tensor) -> tuple[int, ...]:
+        pads: Any = self.padding
+        size = ((x.shape[2 + i] + 2 * pads[i] - self.weight.shape[2 + i]) // self.stride[i] + 1 for i in (0, 1))
+        return len(x), len(self.weight), *size
 
     def _filters(self, x: Tensor) -> bool:
         """Whether the CPU kernel by minimal filtering takes it: 3x3, float32."""

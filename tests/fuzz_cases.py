@@ -266,17 +266,18 @@ def chained(x, weight, bias, padding, weight2, momentum, gamma, beta, mean, var,
 
 
 def chained_plain(
-    x, weight, bias, padding, weight2, momentum, gamma, beta, mean, var, gamma2, beta2, mean2, var2
+    x, weight, bias, padding, weight2, momentum, gamma, beta, mean, var, gamma2, beta2, mean2, var2, noise=None
 ) -> Tensor:
+    """``noise(t)`` moves what lies between the two by a rounding."""
     batches = [torch.tensor(0), torch.tensor(0)]
     options: dict[str, Any] = {"training": True, "momentum": momentum}
-    h = ops.bn_relu_conv2d_ref(
-        x, gamma, beta, mean, var, weight, bias, padding=padding, num_batches_tracked=batches[0], **options
-    )
-    return (
-        ops.bn_relu_conv2d_ref(h, gamma2, beta2, mean2, var2, weight2, None, num_batches_tracked=batches[1], **options)
-        + x.mean()
-    )
+    first = {"padding": padding, "num_batches_tracked": batches[0], **options}
+    h = ops.bn_relu_conv2d_ref(x, gamma, beta, mean, var, weight, bias, **first)
+    if noise is not None:
+        h.register_hook(noise)
+        h = noise(h)
+    second = {"num_batches_tracked": batches[1], **options}
+    return ops.bn_relu_conv2d_ref(h, gamma2, beta2, mean2, var2, weight2, None, **second) + x.mean()
 
 
 MAKERS: dict[str, Callable[[Draw], Case]] = {

@@ -31,13 +31,14 @@ from torch import Tensor
 
 from ran_ext import _backend
 
-#: torch's own words for a result that no memory holds: neither a fault nor a wrong argument.
+#: torch's own words for a result that no memory holds; and of its up-sampling on the meta device where N is 0.
 NO_MEMORY = (
     "can't allocate memory",
     "Storage size calculation overflowed",
     "overflow when computing",
     "std::bad_alloc",
 )
+META = "cond must be a bool, but got"
 #: Batch normalisation's vectors, which PyTorch wants in one dtype.
 RUNNING = ("running_mean", "running_var")
 NORM = {"bn_relu": ("weight", "bias", *RUNNING), "bn_relu_conv2d": ("bn_weight", "bn_bias", *RUNNING)}
@@ -47,30 +48,39 @@ class Fault(Exception):
     """What a case found."""
 
 
-def rounded(t: Tensor, generator: torch.Generator) -> Tensor:
-    """``t`` in float64, every value moved by up to one rounding of the precision that ops compute in."""
-    eps = torch.finfo(torch.float64 if t.dtype == torch.float64 else torch.float32).eps
-    noise = torch.rand(t.shape, generator=generator, dtype=torch.float64) * 2 - 1
-    return t.double() * (1 + eps * noise)
+def eps_of(dtype: torch.dtype) -> float:
+    """Of the precision that ops compute in."""
+    return torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
 
 
-def moved_norm(case: Case, d: Draw) -> Case:
-    """``case`` with the rounding of each channel's mean, as whoever keeps it in the working precision must."""
+def rounded(t: Tensor, eps: float, d: Draw) -> Tensor:
+    """``t`` in float64, every value moved by up to ``eps`` of it."""
+    return t.double() * (1 + eps * (torch.rand(t.shape, generator=d.torch, dtype=torch.float64) * 2 - 1))
+
+
+def call_moved(case: Case, d: Draw) -> dict[str, Tensor]:
+    """The plain twin in float64, with a rounding of all that goes in, of each channel's mean, and between two ops.
+
+    What is normalised is moved by a rounding of the working precision, all else by one of the case's dtype.
+    """
+    wide, narrow = eps_of(d.dtype), torch.finfo(d.dtype).eps
     names = {"bn_relu": ("weight", "bias"), "bn_relu_conv2d": ("bn_weight", "bn_bias")}
-    weight, bias = names.get(case.op, ("gamma", "beta"))
-    x, given = case.arguments.get("x"), dict(case.arguments)
-    if case.op not in (*names, "chained_bn_relu_conv2d") or x.numel() == 0:
-        return case
-    own = given.get("training", True) or given["running_mean"] is None
-    values = x.double().nan_to_num(0, 0, 0)
-    var = values.var((0, 2, 3), correction=0) if own else given["running_var"].double()
-    mean = values.mean((0, 2, 3)) if own else given["running_mean"].double()
-    slope = (var + given.get("eps", 1e-5)).rsqrt() * (1 if given[weight] is None else given[weight].double())
-    eps = torch.finfo(torch.float64 if x.dtype == torch.float64 else torch.float32).eps
-    noise = torch.rand(len(var), generator=d.torch, dtype=torch.float64) * 2 - 1
-    shift = eps * noise * slope * mean
-    given[bias] = (0 if given[bias] is None else given[bias].double()) + shift
-    return dataclasses.replace(case, arguments=given)
+    given, x = dict(case.arguments), case.arguments.get("x")
+    normalises = case.op in names or case.op.startswith("chained")
+    if normalises and x.numel():
+        weight, bias = names.get(case.op, ("gamma", "beta"))
+        own = given.get("training", True) or given["running_mean"] is None
+        values = x.double().nan_to_num(0, 0, 0)
+        var = values.var((0, 2, 3), correction=0) if own else given["running_var"].double()
+        mean = values.mean((0, 2, 3)) if own else given["running_mean"].double()
+        slope = (var + given.get("eps", 1e-5)).rsqrt() * (1 if given[weight] is None else given[weight].double())
+        shift = rounded(slope * mean, wide, d) - slope * mean
+        given[bias] = (0 if given[bias] is None else given[bias].double()) + shift
+    if case.op.startswith("chained"):
+        given["noise"] = lambda t: rounded(t, narrow, d)
+    moved = dataclasses.replace(case, arguments=given, dout=rounded(case.dout, narrow, d))
+    exact = {"x"} if normalises else set()
+    return call(moved, case.plain, lambda name, t: rounded(t, wide if name in exact else narrow, d))
 
 
 def call(case: Case, fn: Any, convert: Any) -> dict[str, Tensor]:
@@ -122,43 +132,57 @@ def spreads(case: Case) -> bool:
 def judge(case: Case, d: Draw) -> None:
     """Raise Fault unless the op does what its plain twin does."""
     exact = call(case, case.plain, lambda _, t: t.double().contiguous())
-    moved = [call(moved_norm(case, d), case.plain, lambda _, t: rounded(t, d.torch)) for _ in range(3)]
     ours = call(case, case.ours, lambda _, t: t)
     try:
         eager = call(case, case.plain, lambda _, t: t)
     except RuntimeError:  # PyTorch takes fewer mixtures of dtypes than the ops
         eager = call(case, case.plain, lambda name, t: t.to(d.wide) if name in NORM[case.op] else t)
         eager = {name: value.to(ours[name].dtype) for name, value in eager.items()}
-    for name, value in ours.items():
-        other = eager[name]
-        if (value.shape, value.dtype) != (other.shape, other.dtype):
-            raise Fault(f"{name}: {value.dtype} {list(value.shape)}, PyTorch {other.dtype} {list(other.shape)}")
-        if not value.is_floating_point():
-            if not torch.equal(value, other):
-                raise Fault(f"{name}: {value}, PyTorch {other}")
-            continue
-        dtype, value, other = value.dtype, value.double(), other.double()
-        if case.special and spreads(case):
-            if (other.isnan() & ~value.isnan()).any():
-                raise Fault(f"{name}: a NaN is lost")
-            where = value.isfinite() & other.isfinite()
-        else:
-            same = (value.isnan() == other.isnan()) & ((value == other) | ~(value.isinf() | other.isinf()))
-            if not same.all():
-                at = (~same).nonzero()[0].tolist()
-                raise Fault(f"{name}{at}: {value[tuple(at)]:.4g}, PyTorch {other[tuple(at)]:.4g}")
-            where = other.isfinite()
-        where &= exact[name].isfinite() & moved[0][name].isfinite() & moved[1][name].isfinite()
-        error = distance(value, exact[name], where)
-        theirs = distance(other, exact[name], where)
-        floor = 4 * FLOOR[dtype] * exact[name].double()[where].norm().item()
-        change = max(distance(m[name], exact[name], where) for m in moved)
-        if dtype == torch.float64:  # which has no finer twin: rounding of what cancels is the twin's as well
-            largest = max(e.double().nan_to_num(0, 0, 0).norm().item() for e in exact.values())
-            floor += 6 * change + torch.finfo(dtype).eps * largest
-        floor += 2 * change
-        if error > 2 * theirs + floor:
-            raise Fault(f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, floor {floor:.3g}")
+    whole_tiles = case.special and spreads(case)
+    places = {name: compared(name, value, eager[name], whole_tiles) for name, value in ours.items()}
+    changes = dict.fromkeys(ours, 0.0)
+    # Rarely does one rounding carry a value over the ReLU's edge: where it may have, more are tried.
+    for draws in (3, 40):
+        for _ in range(draws):
+            moved = call_moved(case, d)
+            for name, where in places.items():
+                where &= exact[name].isfinite() & moved[name].isfinite()
+                changes[name] = max(changes[name], distance(moved[name], exact[name], where))
+        faults = [text for name in ours if (text := too_far(name, ours, eager, exact, places[name], changes[name]))]
+        if not faults:
+            return
+    raise Fault("; ".join(faults))
+
+
+def compared(name: str, value: Tensor, other: Tensor, whole_tiles: bool) -> Tensor:
+    """Where both are finite; Fault where dtype, shape, NaN and infinities are not PyTorch's."""
+    if (value.shape, value.dtype) != (other.shape, other.dtype):
+        raise Fault(f"{name}: {value.dtype} {list(value.shape)}, PyTorch {other.dtype} {list(other.shape)}")
+    if not value.is_floating_point() and not torch.equal(value, other):
+        raise Fault(f"{name}: {value}, PyTorch {other}")
+    if whole_tiles:
+        if (other.isnan() & ~value.isnan()).any():
+            raise Fault(f"{name}: a NaN is lost")
+        return value.isfinite() & other.isfinite()
+    same = (value.isnan() == other.isnan()) & ((value == other) | ~(value.isinf() | other.isinf()))
+    if not same.all():
+        at = (~same).nonzero()[0].tolist()
+        raise Fault(f"{name}{at}: {value[tuple(at)]:.4g}, PyTorch {other[tuple(at)]:.4g}")
+    return other.isfinite()
+
+
+def too_far(name: str, ours: Any, eager: Any, exact: Any, where: Tensor, change: float) -> str:
+    """What is wrong with a result by the rule, where both are finite; "" where it is right."""
+    dtype = ours[name].dtype
+    if not dtype.is_floating_point:
+        return ""
+    error, theirs = (distance(found[name], exact[name], where) for found in (ours, eager))
+    floor = 4 * FLOOR[dtype] * exact[name].double()[where].norm().item() + 2 * change
+    if dtype == torch.float64:  # which has no finer twin: rounding of what cancels is the twin's as well
+        largest = max(e.double().nan_to_num(0, 0, 0).norm().item() for e in exact.values())
+        floor += 6 * change + torch.finfo(dtype).eps * largest
+    right = error <= 2 * theirs + floor
+    return "" if right else f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, floor {floor:.3g}"
 
 
 def judge_wrong(case: Case, argument: str) -> str:
@@ -170,7 +194,9 @@ def judge_wrong(case: Case, argument: str) -> str:
             out.sum().backward()
     except (ValueError, TypeError) as error:
         text = str(error)
-        fits = isinstance(value, Tensor) or (isinstance(value, (int, np.integer)) and 1 <= value <= 2)
+        if META in text and getattr(value, "is_meta", False):
+            return "refused"
+        fits = isinstance(value, Tensor) or (isinstance(value, (int, np.integer)) and 1 <= value < 2**31)
         if not text.startswith(f"{case.op}: ") or not (argument in text or fits):  # 2 fits; then the mask does not
             raise Fault(f"{argument}={value!r:.80}: {type(error).__name__} names not both: {text[:200]}") from None
         return "refused"
@@ -237,7 +263,9 @@ def supervise(cases: int, seed: int) -> list[tuple[int, str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", metavar="SEED/NUMBER")

@@ -27,7 +27,7 @@ def package(tmp_path):
     """A copy of the package's files that choose the backend; given a module's bytes and notes, it imports."""
     folder = tmp_path / "ran_ext"
     folder.mkdir()
-    for name in ("_backend.py", "_choice.py", "_tracing.py", "_info.py", "info.py"):
+    for name in ("_backend.py", "_choice.py", "_hardware.py", "_tracing.py", "_info.py", "info.py"):
         shutil.copy(PACKAGE / name, folder)
     (folder / "__init__.py").write_text("from . import _backend\nfrom ._info import info\n__version__ = '1'\n")
 

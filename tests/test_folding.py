@@ -1,6 +1,7 @@
 """What folds, what is left as written, and what is refused; always the values of the module as written."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -308,3 +309,27 @@ def test_parts_of_a_network_that_were_exchanged():
 def test_attention_modules_of_odd_sizes(depth):
     folded = check(AttentionModule(8, depth, skip=True), 8, [(3, 3), (5, 8), (13, 9)])
     assert count(folded, FoldedResidualUnit) == count(AttentionModule(8, depth, skip=True), ResidualUnit)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 20, 20), (3, 20, 20), (2, 3, 5, 20)])
+def test_a_folded_network_refuses_what_the_network_refuses(shape):
+    network = models.create_model("ran_compact", width=0.125)
+    for refusing in (network, fold_for_inference(network)):
+        with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\) with H and W at least 6, got \["):
+            refusing(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_folded_convolution_is_as_plain_pytorch_for_odd_arguments(layout):
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    folded = FoldedConv2d(conv, conv.weight.double(), conv.bias.double(), False, torch.float32).requires_grad_(False)
+    x = torch.randn(2, 8, 9, 8).to(memory_format=layout)
+    for one in (x[..., ::2], x[:, :, 1:, ::3], x[::2], x[:1, :, :1, :1].expand(3, 8, 6, 5), x[0]):
+        assert_close(folded(one), conv(one))
+    for residual in (torch.randn(2, 8, 1, 1), torch.randn(8, 1, 8), torch.randn(2, 8, 9, 8)):
+        assert_close(folded(x, residual), conv(x) + residual)
+    for wrong in (x[:, :4], x[:, :, :, 0, None, None], x.double()):
+        with pytest.raises(RuntimeError) as expected:
+            conv(wrong)
+        with pytest.raises(RuntimeError, match=re.escape(expected.value.args[0][:30])):
+            folded(wrong)

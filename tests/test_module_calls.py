@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ran_ext import _fusion, explain
+from ran_ext import nn as ran_nn
 from ran_ext._explain import FUSED, layers
 from ran_ext._explain import PLAIN as RUNS_PLAIN
 from ran_ext.models import ran_compact
@@ -50,6 +54,7 @@ def test_a_hook_on_a_unit_sees_what_plain_modules_pass(names, training):
 @pytest.mark.parametrize("name", ["conv1", "conv2", "conv3", "shortcut"])
 @pytest.mark.parametrize("act", ["hook", "forward", "class", "compiled", "removed"])
 def test_what_acts_on_a_unit_acts(name, act):
+    torch._dynamo.reset()  # earlier tests used up how often one piece of code may be compiled
     unit = ResidualUnit(8, 12, 4).double()
     plain = plain_twin(unit)
     for network in (unit, plain):
@@ -107,6 +112,9 @@ def test_a_forward_replaced_on_a_class_is_taken(kind, monkeypatch):
     if kind in PLAIN:
         monkeypatch.setattr(PLAIN[kind], "forward", lambda self, *args: original(self, *args) * 2)
     torch.testing.assert_close(network(x), plain(x))
+    unit = network[0].conv1
+    known = _fusion.why_unfused(unit.bn, unit.conv) or _fusion.why_called("conv1", unit, ran_nn._UNITS)
+    assert known == (f"forward of {kind.__name__} was replaced" if kind is not AttentionGate else "")
 
 
 def test_classes_put_in_torch_nn_before_are_not_taken_for_the_known_ones(monkeypatch):
@@ -120,6 +128,10 @@ def test_classes_put_in_torch_nn_before_are_not_taken_for_the_known_ones(monkeyp
     unit = BNReLUConv2d(8, 8, 1)
     out = unit(torch.randn(2, 8, 4, 4))
     assert torch.equal(out, out.round())
+    spec = importlib.util.spec_from_file_location("ran_ext._fusion_imported_now", _fusion.__file__)
+    imported_now = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(imported_now)
+    assert imported_now.why_unfused(unit.bn, unit.conv) == "conv is a Quantised, not exactly a Conv2d"
 
 
 def test_a_convolution_compiled_by_itself_runs_compiled():
@@ -236,3 +248,39 @@ def test_explain_says_nothing_of_its_own_hooks_and_takes_a_pruned_network():
     assert found["stage1.0.conv1"] == (RUNS_PLAIN, "a forward pre-hook on conv: runs as written")
     assert found["stage1.0.conv2"][1] != found["stage1.0.conv1"][1]
     assert found["bn1"] == (FUSED, "")
+
+
+class Recorder(TorchDispatchMode):
+    """As counters of operations and selective checkpoints do: it sees every op."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen = [*getattr(self, "seen", []), function]
+        return function(*args, **(kwargs or {}))
+
+
+class Doubling(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        return out * 2 if function is F.conv2d else out
+
+
+def test_modes_see_pytorchs_own_ops():
+    network, x = nn.Sequential(ResidualUnit(8, 8, 8), AttentionModule(8, 1), BNReLU(8)).double(), image(2, 8, 6, 5)
+    plain = plain_twin(network)
+    with Recorder() as ours:
+        network(x)
+    with Recorder() as wanted:
+        plain(x)
+    convolution = torch.ops.aten.convolution.default
+    assert ours.seen.count(convolution) == wanted.seen.count(convolution) == 23
+    with Doubling():
+        torch.testing.assert_close(network(x), plain(x))
+
+
+def test_a_default_device_leaves_the_modules_fused():
+    unit, x = BNReLUConv2d(8, 8, 1), torch.randn(2, 8, 4, 4)
+    with torch.device("cpu"):
+        assert _fusion.why_watched(x) == ""
+        torch.testing.assert_close(unit(x), plain_twin(unit)(x))
+    with torch.device("cpu"), Doubling():
+        assert _fusion.why_watched(x) == "a TorchFunctionMode is on"

@@ -90,7 +90,7 @@ void forward(T* out, double* tiles, const T* x, const T* weight, const float* bi
         }
     });
     // The block is still in the cache.
-    if (tiles) tile_moments(tiles + first / kBlockRows * 2 * s.co, out, s.co, first, rows, 0, s.co);
+    if (tiles) tile_moments(tiles + first / kBlockRows * 3 * s.co, out, s.co, first, rows, 0, s.co);
   });
 }
 
@@ -272,7 +272,7 @@ bool conv_supported(DType dtype, ConvShape s) {
 void conv1x1_forward(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
                      const float* bias, const void* residual, DType dtype, ConvShape s, BatchNorm<void> bn) {
   const int64_t blocks = (s.pixels() + kBlockRows - 1) / kBlockRows;
-  std::vector<double> tiles(out_mean ? size_t(blocks * 2 * s.co) : 0);
+  std::vector<double> tiles(out_mean ? size_t(blocks * 3 * s.co) : 0);
   with_gemm_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     forward(static_cast<T*>(out), out_mean ? tiles.data() : nullptr, static_cast<const T*>(x),

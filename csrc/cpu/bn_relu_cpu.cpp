@@ -46,9 +46,9 @@ void for_row_tiles(ChannelView v, Body&& body) {
 template <typename T, typename A = Acc<T>>
 void stats_rows(A* mean, A* var, double* exact, const T* x, ChannelView v) {
   const int64_t count = tiles_of(v.outer, kTileRows);
-  std::vector<double> tiles(size_t(count * 2 * v.channels));
+  std::vector<double> tiles(size_t(count * 3 * v.channels));
   for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    tile_moments(tiles.data() + tile * 2 * v.channels, x, v.channels, row, rows, c, channels);
+    tile_moments(tiles.data() + tile * 3 * v.channels, x, v.channels, row, rows, c, channels);
   });
   merge_tiles(mean, var, exact, tiles.data(), count, v.channels,
               [&](int64_t tile) { return std::min(kTileRows, v.outer - tile * kTileRows); });
@@ -125,11 +125,11 @@ template <typename T, typename A = Acc<T>>
 void stats_planes(A* mean, A* var, double* exact, const T* x, ChannelView v) {
   const int64_t tiles_each = tiles_of(v.inner, kPlaneTile);
   const auto size_of = [&](int64_t tile) { return std::min(kPlaneTile, v.inner - tile % tiles_each * kPlaneTile); };
-  std::vector<double> tiles(size_t(v.outer * tiles_each * 2 * v.channels));
+  std::vector<double> tiles(size_t(v.outer * tiles_each * 3 * v.channels));
   for_planes(v, [&](int64_t plane, int64_t c, int64_t at) {
     for (int64_t i = 0; i < tiles_each; ++i) {
-      double* const to = tiles.data() + (plane / v.channels * tiles_each + i) * 2 * v.channels + c;
-      run_moments(to, to + v.channels, x + at + i * kPlaneTile, size_of(i));
+      double* const to = tiles.data() + (plane / v.channels * tiles_each + i) * 3 * v.channels + c;
+      run_moments(to, v.channels, x + at + i * kPlaneTile, size_of(i));
     }
   });
   merge_tiles(mean, var, exact, tiles.data(), v.outer * tiles_each, v.channels, size_of);

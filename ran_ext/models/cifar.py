@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from .. import _fusion, _tracing
@@ -39,10 +41,13 @@ class ResidualAttentionNetwork(nn.Module):
         stem_pool: bool = True,
     ):
         super().__init__()
-        if width <= 0 or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
+        for name, flag in (("conv_bias", conv_bias), ("attention", attention), ("stem_pool", stem_pool)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"ResidualAttentionNetwork: {name} must be true or false, got {flag!r}")
+        if not 0 < width < math.inf or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
             raise ValueError(
-                "ResidualAttentionNetwork: width, num_classes and in_channels must be positive and dropout in [0, 1), "
-                f"got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
+                "ResidualAttentionNetwork: width (finite), num_classes and in_channels must be positive and dropout in "
+                f"[0, 1), got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
             )
 
         def wide(channels: int) -> int:
@@ -81,11 +86,7 @@ class ResidualAttentionNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)`` of any size from 6x6."""
-        if not _tracing.is_symbolic(x) and not self._takes(x):
-            raise ValueError(
-                f"ResidualAttentionNetwork: images must be (N, {self.in_channels}, H, W) with H and W at least "
-                f"{self.min_size}, got {list(x.shape)}"
-            )
+        require_images(x, self.in_channels, self.min_size)
         x = self.conv1(x)
         if self.bn1 is not None:
             x = _fusion.bn_relu(self.bn1, x)
@@ -95,9 +96,6 @@ class ResidualAttentionNetwork(nn.Module):
             x = _fusion.bn_relu(self.bn2, x)
         return self.fc(self.dropout(x.mean((2, 3))))
 
-    def _takes(self, x: Tensor) -> bool:
-        return x.dim() == 4 and x.shape[1] == self.in_channels and min(x.shape[2:]) >= self.min_size
-
     def l2_penalty(self) -> Tensor:
         """Sum of squares of the dense layer's weight: the report's "L2 norm", to be scaled and added to the loss.
 
@@ -106,6 +104,15 @@ class ResidualAttentionNetwork(nn.Module):
         True
         """
         return self.fc.weight.square().sum()
+
+
+def require_images(x: Tensor, channels: int, least: int) -> None:
+    """Raise ValueError unless ``x`` is what a network takes: ``(N, channels, H, W)``, both sides ``least`` or more."""
+    if not _tracing.is_symbolic(x) and (x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < least):
+        raise ValueError(
+            f"ResidualAttentionNetwork: images must be (N, {channels}, H, W) with H and W at least {least}, got "
+            f"{list(x.shape)}"
+        )
 
 
 def trunk_module(channels: int, depth: int, bias: bool = True) -> nn.Sequential:

@@ -30,7 +30,7 @@ def shown(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def tensor(op: str, name: str, value: Tensor) -> None:
+def tensor(op: str, name: str, value: Tensor | None) -> None:
     """Raise TypeError unless ``value`` is a dense tensor of a floating-point type that the ops take."""
     if (
         not isinstance(value, Tensor)

@@ -222,6 +222,13 @@ def bn_relu_conv2d_ref(
     return out if residual is None else out + residual
 
 
+def _check_operand(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    checks.tensor(op, name, value)
+    checks.same_device(op, name, value, x)
+    if value.dtype != x.dtype and not _backend.autocasts(x):
+        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {value.dtype}")
+
+
 def _check_conv(
     x: Tensor,
     weight: Tensor,
@@ -231,13 +238,11 @@ def _check_conv(
     residual: Tensor | None,
 ) -> None:
     op = "bn_relu_conv2d"
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is None and name != "weight":
-            continue
-        checks.tensor(op, name, tensor)
-        checks.same_device(op, name, tensor, x)
-        if tensor.dtype != x.dtype and not _backend.autocasts(x):
-            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    _check_operand(op, "weight", weight, x)
+    if bias is not None:
+        _check_operand(op, "bias", bias, x)
+    if residual is not None:
+        _check_operand(op, "residual", residual, x)
     if weight.dim() != 4 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"{op}: weight must be (C_out, {x.shape[1]}, kH, kW) for x {list(x.shape)}, none of them 0, got "

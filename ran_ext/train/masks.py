@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .._wrappers import eagerly, unwrapped
 from ..nn import AttentionGate, AttentionModule
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,16 +69,13 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
     gates = _gates(model)
     if not gates:
         raise ValueError(f"attention_maps: model, a {type(model).__name__}, has no ran_ext.nn.AttentionGate to look at")
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates.items()]
     try:
-        with eagerly():
-            model.eval()(images)
+        with eagerly(), evaluating(model):
+            model(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     if not maps:
         raise ValueError(f"attention_maps: model, a {type(model).__name__}, calls none of its AttentionGate modules")
     return maps

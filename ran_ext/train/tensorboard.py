@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
@@ -36,6 +37,7 @@ class TensorBoardLogger(Callback):
 
     def on_start(self, state: TrainingState, step: int) -> None:
         self.config, self.steps = state.config, len(state.history.values)
+        _silence_the_writer()
         # what an interrupted run logged after its last checkpoint comes again, so it is purged
         self.writer = self._open(str(self.folder), purge_step=step or None)
 
@@ -71,6 +73,19 @@ class TensorBoardLogger(Callback):
 
     def on_end(self, result: Result) -> None:
         self.writer.close()
+
+
+def _silence_the_writer() -> None:
+    """Print no traceback of TensorBoard's own thread, which gives its error to the next call as well."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "all_but_the_writer":
+        return
+
+    def all_but_the_writer(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(failure)
+
+    threading.excepthook = all_but_the_writer
 
 
 def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:

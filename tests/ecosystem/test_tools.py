@@ -43,9 +43,7 @@ def test_the_twins_are_the_networks_that_the_package_is_measured_against(name):
     """Which up-sample before the mask's convolutions, and know even sizes only."""
     twin, reference = getattr(twins, name)(0.125).eval(), getattr(networks, name)(width=0.125).eval()
     subjects.randomise(twin)
-    reference.load_state_dict(
-        {key.replace("bn1.bn", "bn1").replace("bn2.bn", "bn2"): value for key, value in twin.state_dict().items()}
-    )
+    reference.load_state_dict(twin.state_dict())
     x = torch.randn(2, 3, 32, 32)
     agree(twin(x), reference(x), 1e-4)
 
