@@ -119,7 +119,11 @@ def step(case: Case, call: Callable[..., Tensor] | None = None, number: int = 0)
     inputs = [x.requires_grad_() for x in case.batch(number)]
     out = (call or case.model)(*inputs)
     loss_of(out).backward()
-    return {"out": out, "inputs": [x.grad for x in inputs], "parameters": [] if case.subject.folded else gradients(case.model)}
+    return {
+        "out": out,
+        "inputs": [x.grad for x in inputs],
+        "parameters": [] if case.subject.folded else gradients(case.model),
+    }
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
