@@ -117,7 +117,7 @@ def step(case: Case, call: Callable[..., Tensor] | None = None, number: int = 0)
     training(case)
     torch.manual_seed(number)
     inputs = [x.requires_grad_() for x in case.batch(number)]
-    out = (call or case.model)(*inputs)
+    out = (case.model if call is None else call)(*inputs)
     loss_of(out).backward()
     return {
         "out": out,
@@ -155,7 +155,7 @@ def train(
 def evaluated(case: Case, call: Callable[..., Tensor] | None = None) -> dict[str, Any]:
     case.model.eval()
     with torch.no_grad():
-        out = (call or case.model)(*case.batch(7))
+        out = (case.model if call is None else call)(*case.batch(7))
     state = [] if case.subject.folded else [t.detach() for t in (*case.model.parameters(), *case.model.buffers())]
     return {"evaluation": out, "state": state}
 

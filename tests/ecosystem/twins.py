@@ -50,8 +50,9 @@ class ResidualUnit(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
         identity = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3(self.conv2(self.conv1(x))) + identity
+        return self.conv3(self.conv2(h)) + identity
 
 
 def units(channels: int, count: int) -> nn.Sequential:

@@ -70,7 +70,10 @@ def autocast(case: Case) -> Any:
     return {"loss": loss, "norm": norm, **evaluated(case), "scale": scaler.get_scale()}
 
 
-@tool("`model.bfloat16()`", tolerance=6e-2, single=True)
+FOLD = "fold the trained model with fold_for_inference(model, dtype=torch.bfloat16)"
+
+
+@tool("`model.bfloat16()`", tolerance=6e-2, single=True, says={"folded": FOLD})
 def bfloat16(case: Case) -> Any:
     case.model.bfloat16().eval()
     with torch.no_grad():
