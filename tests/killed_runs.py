@@ -16,8 +16,10 @@ import random
 import signal
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
+import pytest
 import torch
 
 from ran_ext import _files
@@ -30,8 +32,9 @@ FLAGS = [
     *("--data", "sample", "--preset", "sample", "--model-option", "width=0.125", "--device", "cpu", "--quiet"),
     *("--epochs", "3", "--batch-size", "16", "--val-images", "20", "--dtype", "float32", "--no-tensorboard"),
 ]
-#: Seconds after which a run hangs; one takes three of processor time, on a busy machine a minute.
+#: Seconds after which a run hangs; one takes one of processor time, on a busy machine a minute.
 HANGS = 300
+WHAT_A_RUN_IMPORTS = ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
 #: The recipes that the runs take turns in.
 RECIPES = [
     [],
@@ -105,7 +108,10 @@ def command(out: Path, recipe: list[str], log: Path, kill_at: int | None, wait_f
 def start(out: Path, recipe: list[str], log: Path, kill_at: int | None = None, wait_for: Path | None = None):
     """The process, started."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_runs", "matplotlib.backends.backend_agg"])
+    context.set_forkserver_preload(["killed_runs", *WHAT_A_RUN_IMPORTS])
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))  # else it imports nothing beforehand
+        forkserver.ensure_running()
     process = context.Process(target=command, args=(out, recipe, log, kill_at, wait_for))
     process.start()
     return process

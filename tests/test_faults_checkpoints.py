@@ -169,6 +169,8 @@ CHANGES = {
     "a short generator": put("rng", [[torch.zeros(5, dtype=torch.uint8)]]),
     "a generator of floats": put("rng", 0, 0, lambda state: state.float()),
     "a generator out of order": put("rng", 0, 0, lambda state: torch.full_like(state, 255)),
+    "asked for nothing": put("asked", None),
+    "asked for a number": put("asked", "dtype", 16),
     "other images": put("images", 41),
     "images below 0": put("images", -1),
     "another seed": put("config", "seed", 1),

@@ -9,7 +9,7 @@ from ran_ext.data import CIFAR10
 from ran_ext.train import Config, fit
 
 #: Everything that has a state: momentum, average, dropout, running statistics.
-CONFIG = Config(dropout=0.3, batch_size=8, epochs=2, patience=0, ema=0.9, weight_decay_scope="all")
+CONFIG = Config(dropout=0.3, batch_size=8, epochs=2, patience=0, ema=0.9, weight_decay_scope="all", dtype="float32")
 
 
 def network() -> nn.Module:
