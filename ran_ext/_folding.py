@@ -79,10 +79,10 @@ class FoldedNetwork(Evaluation):
         return self.fc(self.dropout(x.mean((2, 3), dtype=at_least_float32(self.dtype))))
 
     def _apply(self, fn: Any, recurse: bool = True) -> FoldedNetwork:
-        wanted = fn(torch.empty(0, dtype=self.dtype)).dtype  # before anything is changed
+        wanted = fn(next(self.parameters()).new_empty(0, dtype=self.dtype)).dtype  # before anything is changed
         if wanted != self.dtype:
             raise TypeError(
-                f"a folded network stays {self.dtype}, its weights were rounded to it once: fold the trained model with "
+                f"a folded network stays {self.dtype}, to which its weights were rounded: fold the trained model with "
                 f"fold_for_inference(model, dtype={wanted})"
             )
         return super()._apply(fn, recurse)
