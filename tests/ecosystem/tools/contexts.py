@@ -55,6 +55,18 @@ def default_device(case: Case) -> Any:
     return train(case)
 
 
+@tool("`torch.set_default_device`: built, trained", on=trained)
+def default_device_everywhere(case: Case) -> Any:
+    torch.set_default_device("cpu")
+    try:
+        model = case.build().to(case.subject.dtype)
+        model.load_state_dict(case.model.state_dict())
+        case.model = model
+        return train(case)
+    finally:
+        torch.set_default_device(None)
+
+
 @tool("a forward pass on the meta device")
 def meta(case: Case) -> Any:
     training(case)
