@@ -44,8 +44,9 @@ class Tool:
     ``needs``: the kind of child that it acts on. ``on``: the only subjects, where not all. ``plain``: what the twin
     does where that is not the same. ``says``: by subject, what the error says where the tool is refused. ``remark``:
     what to know where the cells are equal all the same, of every subject or by subject. ``tolerance``: of the values,
-    relative to the largest; None for what a few steps make of the dtype's rounding. ``slow``: subjects left out since
-    they take long, and one of the same parts is tried. ``single``: networks in float32 too, the tool knows no other.
+    relative to the largest, likewise; None for what a few steps make of the dtype's rounding. ``slow``: subjects left
+    out since they take long, and one of the same parts is tried. ``single``: networks in float32 too, the tool knows
+    no other.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Tool:
     plain: Callable[[Case], Any] | None = None
     says: Mapping[str, str] = field(default_factory=dict)
     remark: str | Mapping[str, str] = ""
-    tolerance: float | None = None
+    tolerance: float | Mapping[str, float] | None = None
     slow: Sequence[str] = ()
     single: bool = False
 
@@ -222,7 +223,8 @@ def run(tool: Tool, subject: Subject, folder: Path) -> str:
             raise
         return f"refused: {sentence}"
     assert sentence is None, f"{tool.name} no longer refuses {subject.name}: take its sentence out"
-    agree(got, expected, tool.tolerance or (2e-3 if subject.dtype is torch.float32 else 1e-6))
+    tolerance = tool.tolerance.get(subject.name) if isinstance(tool.tolerance, Mapping) else tool.tolerance
+    agree(got, expected, tolerance or (2e-3 if subject.dtype is torch.float32 else 1e-6))
     remark = tool.remark if isinstance(tool.remark, str) else tool.remark.get(subject.name, "")
     return remark or EQUAL
 
