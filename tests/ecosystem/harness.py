@@ -8,7 +8,7 @@ nothing that the tool acts on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class Tool:
     says: Mapping[str, str] = field(default_factory=dict)
     remark: str | Mapping[str, str] = ""
     tolerance: float | Mapping[str, float] | None = None
-    slow: Sequence[str] = ()
+    slow: Collection[str] = ()
     single: bool = False
 
     def acts_on(self, subject: Subject) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ecosystem.harness import SUBJECTS, Case, group, step, train, trained
+from ecosystem.harness import NETWORKS, SUBJECTS, Case, group, step, train, trained
 
 tool = group("`torch.compile`")
 
@@ -19,7 +19,11 @@ def trained_plainly(case: Case) -> Any:
     return train(case)
 
 
-@tool("the graphs of a training step, `fullgraph=True` (`backend='aot_eager'`)", plain=trained_plainly)
+@tool(
+    "the graphs of a training step, `fullgraph=True` (`backend='aot_eager'`)",
+    plain=trained_plainly,
+    slow=("ran_base", "ran_paper"),
+)
 def graphs(case: Case) -> Any:
     return train(case, compiled(case, fullgraph=True, backend="aot_eager"))
 
@@ -37,7 +41,7 @@ def sizes(case: Case, model: Any) -> Any:
 @tool(
     "`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)",
     plain=sizes_plainly,
-    slow=("ran_base", "ran_paper"),
+    slow=("AttentionModule", "ran_base", "ran_paper"),
 )
 def dynamic(case: Case) -> Any:
     model = compiled(case, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -53,13 +57,10 @@ def all_but(*names: str) -> tuple[str, ...]:
     return tuple(name for name in SUBJECTS if name not in names)
 
 
-TINY = ("AttentionGate", "BNReLUConv2d")
-
-
 @tool(
     "Inductor, default mode: a training step",
     plain=stepped_plainly,
-    slow=all_but(*TINY, "ran_compact"),
+    slow=all_but("AttentionGate", "BNReLUConv2d", "ran_compact"),
     single=True,
 )
 def default(case: Case) -> Any:
@@ -67,12 +68,12 @@ def default(case: Case) -> Any:
         return step(case, compiled(case))
 
 
-@tool("Inductor, `mode='reduce-overhead'`", slow=all_but(*TINY), plain=stepped_plainly, single=True)
+@tool("Inductor, `mode='reduce-overhead'`", slow=all_but("BNReLUConv2d"), plain=stepped_plainly, single=True)
 def reduce_overhead(case: Case) -> Any:
     return step(case, compiled(case, mode="reduce-overhead"))
 
 
-@tool("Inductor, `mode='max-autotune'`", slow=all_but(*TINY), plain=stepped_plainly, single=True)
+@tool("Inductor, `mode='max-autotune'`", slow=all_but("BNReLUConv2d"), plain=stepped_plainly, single=True)
 def max_autotune(case: Case) -> Any:
     return step(case, compiled(case, mode="max-autotune"))
 
@@ -85,7 +86,7 @@ def folded(case: Case) -> Any:
         return [compiled(case)(*case.batch())]
 
 
-@tool("`model.compile()` in place, then `state_dict`", on=trained, slow=("ran_base", "ran_paper"))
+@tool("`model.compile()` in place, then `state_dict`", on=trained, slow=NETWORKS)
 def in_place(case: Case) -> Any:
     torch._dynamo.reset()
     case.model.compile(backend="aot_eager")
