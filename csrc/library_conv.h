@@ -1,9 +1,10 @@
 // ATen's convolution and its derivative, around two faults of the library below it: with a stride far larger than the
 // input oneDNN divides by 0, and the process ends.
 //
-// And oneDNN as torch 2.13 has it, on a processor with AVX2 and no AVX-512, writes beyond its workspace in the weight
-// gradient of a channels_last 1x1 convolution with a stride and fewer than 8 input channels: it copies the pixels that
-// the stride reaches in whole vectors of 8. Here these pixels are taken first, and a convolution of stride 1 follows.
+// And oneDNN as torch 2.13 and 2.14 have it, on a processor with AVX2 and no AVX-512, writes beyond its workspace in
+// the weight gradient of a channels_last 1x1 convolution with a stride and fewer than 8 input channels: it gathers the
+// pixels that the stride reaches into a workspace that has no room for 8. Here these pixels are taken first, and a
+// convolution of stride 1 follows. docs/upstream.md tells more.
 //
 // 16-bit tensors for which oneDNN has no kernels on this processor are convolved in float.
 #pragma once

@@ -78,6 +78,15 @@ class FoldedNetwork(Evaluation):
         x = x if self.bn2 is None else _fusion.bn_relu(self.bn2, x)
         return self.fc(self.dropout(x.mean((2, 3), dtype=at_least_float32(self.dtype))))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedNetwork:
+        wanted = fn(next(self.parameters()).new_empty(0, dtype=self.dtype)).dtype  # before anything is changed
+        if wanted != self.dtype:
+            raise TypeError(
+                f"a folded network stays {self.dtype}, to which its weights were rounded: fold the trained model with "
+                f"fold_for_inference(model, dtype={wanted})"
+            )
+        return super()._apply(fn, recurse)
+
 
 class Folding:
     """Folds modules in place, each once wherever it is used; ``count`` says how many found something to fold."""

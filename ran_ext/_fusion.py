@@ -54,7 +54,7 @@ def bn_relu_conv2d(bn: Any, conv: Any, x: Tensor, residual: Tensor | None = None
     """``conv(relu(bn(x))) + residual`` in one op where ``bn`` and ``conv`` are known, else as written."""
     if why_unfused(bn, conv) or why_watched(x) or (residual is not None and type(residual) not in PLAIN):
         out: Tensor = conv(F.relu(bn(x)))
-        return out if residual is None else out + residual
+        return out if residual is None else _tracing.plus(out, residual)
     if isinstance(bn, SyncBatchNorm) and _synchronises(bn):
         return sync_bn_relu_conv2d(x, bn, conv, residual)
     return ops.bn_relu_conv2d(

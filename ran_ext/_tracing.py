@@ -26,6 +26,18 @@ def is_symbolic(x: Any) -> bool:
     return _get_tracing_state() is not None or is_exporting()
 
 
+def plus(out: Tensor, residual: Any) -> Tensor:
+    """``out + residual``; an input of a graph of ``torch.fx`` may turn out to be None, and a graph has no branch."""
+    if isinstance(residual, Proxy) and residual.node.op == "placeholder":
+        return residual.tracer.create_proxy("call_function", plus_unless_none, (out, residual), {})  # type: ignore[return-value]
+    return out + residual  # type: ignore[no-any-return]
+
+
+def plus_unless_none(out: Tensor, residual: Tensor | None) -> Tensor:
+    """What :func:`plus` puts into a graph."""
+    return out if residual is None else out + residual
+
+
 def why_watched(*tensors: Any) -> str:
     """What looks into the ops on these tensors, so that they must be PyTorch's own; "" where nothing does.
 

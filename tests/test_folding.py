@@ -319,6 +319,17 @@ def test_a_folded_network_refuses_what_the_network_refuses(shape):
             refusing(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_folded_network_keeps_its_dtype(dtype):
+    folded, x = fold_for_inference(models.ran_compact(width=0.125)), torch.randn(1, 3, 8, 8)
+    expected = folded(x)
+    for change in (lambda: folded.to("cpu", dtype), lambda: folded.to(dtype)):
+        with pytest.raises(TypeError, match=re.escape(f"fold_for_inference(model, dtype={dtype})")):
+            change()
+    assert torch.equal(folded.float()(x), expected)
+    assert_close(folded.to(memory_format=torch.channels_last)(x), expected)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_folded_convolution_is_as_plain_pytorch_for_odd_arguments(layout):
     conv = nn.Conv2d(8, 8, 3, padding=1)

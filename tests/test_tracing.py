@@ -182,7 +182,9 @@ def test_fx_traces_to_plain_ops(name):
 def test_fx_traces_a_residual():
     module, x = made("BNReLUConv2d")
     residual = torch.randn_like(module(x))
-    assert_close(torch.fx.symbolic_trace(module)(x, residual), module(x, residual))
+    graph = torch.fx.symbolic_trace(module)
+    assert_close(graph(x, residual), module(x, residual))
+    assert_close(graph(x), module(x))  # the same graph, left without one
 
 
 def test_fx_keeps_the_modules_so_that_the_mode_can_change():

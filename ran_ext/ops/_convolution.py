@@ -17,8 +17,8 @@ def conv2d(
 ) -> Tensor:
     """``F.conv2d(x, weight, bias, stride, padding)``; where its derivative is faulty, of the pixels that it reads.
 
-    oneDNN in torch 2.13, on a processor with AVX2 and no AVX-512, writes beyond its workspace in the weight gradient of
-    a channels_last 1x1 convolution with a stride and fewer than 8 input channels.
+    oneDNN in torch 2.13 and 2.14, on a processor with AVX2 and no AVX-512, writes beyond its workspace in the weight
+    gradient of a channels_last 1x1 convolution with a stride and fewer than 8 input channels: docs/upstream.md.
     """
     if _tracing.is_symbolic(x):
         return F.conv2d(x, weight, bias, stride, padding)

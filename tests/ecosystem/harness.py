@@ -8,7 +8,7 @@ nothing that the tool acts on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,9 @@ class Tool:
     ``needs``: the kind of child that it acts on. ``on``: the only subjects, where not all. ``plain``: what the twin
     does where that is not the same. ``says``: by subject, what the error says where the tool is refused. ``remark``:
     what to know where the cells are equal all the same, of every subject or by subject. ``tolerance``: of the values,
-    relative to the largest; None for what a few steps make of the dtype's rounding. ``slow``: subjects left out, long
-    ones, made of the parts of one that is tried. ``single``: networks in float32 too, since the tool knows no other.
+    relative to the largest, likewise; None for what a few steps make of the dtype's rounding. ``slow``: subjects left
+    out since they take long, and one of the same parts is tried. ``single``: networks in float32 too, the tool knows
+    no other.
     """
 
     name: str
@@ -56,8 +57,8 @@ class Tool:
     plain: Callable[[Case], Any] | None = None
     says: Mapping[str, str] = field(default_factory=dict)
     remark: str | Mapping[str, str] = ""
-    tolerance: float | None = None
-    slow: Sequence[str] = ()
+    tolerance: float | Mapping[str, float] | None = None
+    slow: Collection[str] = ()
     single: bool = False
 
     def acts_on(self, subject: Subject) -> bool:
@@ -117,9 +118,13 @@ def step(case: Case, call: Callable[..., Tensor] | None = None, number: int = 0)
     training(case)
     torch.manual_seed(number)
     inputs = [x.requires_grad_() for x in case.batch(number)]
-    out = (call or case.model)(*inputs)
+    out = (case.model if call is None else call)(*inputs)
     loss_of(out).backward()
-    return {"out": out, "inputs": [x.grad for x in inputs], "parameters": gradients(case.model)}
+    return {
+        "out": out,
+        "inputs": [x.grad for x in inputs],
+        "parameters": [] if case.subject.folded else gradients(case.model),
+    }
 
 
 def gradients(model: nn.Module) -> list[Tensor | None]:
@@ -151,7 +156,7 @@ def train(
 def evaluated(case: Case, call: Callable[..., Tensor] | None = None) -> dict[str, Any]:
     case.model.eval()
     with torch.no_grad():
-        out = (call or case.model)(*case.batch(7))
+        out = (case.model if call is None else call)(*case.batch(7))
     state = [] if case.subject.folded else [t.detach() for t in (*case.model.parameters(), *case.model.buffers())]
     return {"evaluation": out, "state": state}
 
@@ -218,7 +223,8 @@ def run(tool: Tool, subject: Subject, folder: Path) -> str:
             raise
         return f"refused: {sentence}"
     assert sentence is None, f"{tool.name} no longer refuses {subject.name}: take its sentence out"
-    agree(got, expected, tool.tolerance or (2e-3 if subject.dtype is torch.float32 else 1e-6))
+    tolerance = tool.tolerance.get(subject.name) if isinstance(tool.tolerance, Mapping) else tool.tolerance
+    agree(got, expected, tolerance or (2e-3 if subject.dtype is torch.float32 else 1e-6))
     remark = tool.remark if isinstance(tool.remark, str) else tool.remark.get(subject.name, "")
     return remark or EQUAL
 

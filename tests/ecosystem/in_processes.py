@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 COUNT, SECONDS = 2, 120
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["ecosystem.tools"])
+CONTEXT.set_forkserver_preload(["ecosystem.tools", "torch._dynamo", "torch.distributed.fsdp", "lightning.pytorch"])
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
 
 

@@ -17,8 +17,8 @@ class AttentionGate(nn.Module):
         self.scale_factor = scale_factor
 
     def forward(self, trunk: Tensor, mask: Tensor) -> Tensor:
-        wide = F.interpolate(mask, scale_factor=float(self.scale_factor), mode="nearest")
-        return (1 + torch.sigmoid(wide[..., : trunk.shape[2], : trunk.shape[3]])) * trunk
+        wide = F.interpolate(mask, size=trunk.shape[2:], mode="nearest")
+        return (1 + torch.sigmoid(wide)) * trunk
 
 
 class BNReLU(nn.Module):
@@ -50,8 +50,9 @@ class ResidualUnit(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(x)
         identity = x if self.shortcut is None else self.shortcut(x)
-        return self.conv3(self.conv2(self.conv1(x))) + identity
+        return self.conv3(self.conv2(h)) + identity
 
 
 def units(channels: int, count: int) -> nn.Sequential:
@@ -74,8 +75,7 @@ class SoftMaskBranch(nn.Module):
             pyramid.append(x)
         for level in range(len(self.up) - 1, 0, -1):
             upper = pyramid[level - 1]
-            wide = F.interpolate(self.up[level](x), scale_factor=2.0, mode="nearest")
-            x = wide[..., : upper.shape[2], : upper.shape[3]]
+            x = F.interpolate(self.up[level](x), size=upper.shape[2:], mode="nearest")
             if len(self.skip):
                 x = x + self.skip[level - 1](upper)
         return self.conv2(self.conv1(self.up[0](x)))
@@ -98,7 +98,7 @@ class ResidualAttentionNetwork(nn.Module):
         super().__init__()
         c0, c1, c2, c3, mid = (max(8, round(c * width / 8) * 8) for c in (32, 128, 256, 1024, 64))
         self.conv1 = nn.Conv2d(3, c0, 5, padding=2)
-        self.bn1 = BNReLU(c0) if regularised else None
+        self.bn1 = nn.BatchNorm2d(c0) if regularised else None
         self.stage1 = nn.Sequential(
             ResidualUnit(c0, c1, c0), *(AttentionModule(c1, 2, skip) for _ in range(modules[0]))
         )
@@ -106,15 +106,15 @@ class ResidualAttentionNetwork(nn.Module):
             ResidualUnit(c1, c2, mid, 2), *(AttentionModule(c2, 1, skip) for _ in range(modules[1]))
         )
         self.stage3 = nn.Sequential(ResidualUnit(c2, c3, mid, 2), *(ResidualUnit(c3, c3, mid) for _ in range(2)))
-        self.bn2 = BNReLU(c3) if regularised else None
+        self.bn2 = nn.BatchNorm2d(c3) if regularised else None
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(c3, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(x)
-        x = x if self.bn1 is None else self.bn1(x)
+        x = x if self.bn1 is None else F.relu(self.bn1(x))
         x = self.stage3(self.stage2(self.stage1(F.max_pool2d(x, 2))))
-        x = x if self.bn2 is None else self.bn2(x)
+        x = x if self.bn2 is None else F.relu(self.bn2(x))
         return self.fc(self.dropout(x.mean((2, 3))))
 
 

@@ -48,11 +48,23 @@ def default_dtype(case: Case) -> Any:
 @tool("`with torch.device('meta')`: built there, `to_empty`, weights loaded", on=trained)
 def default_device(case: Case) -> Any:
     with torch.device("meta"):
-        model = case.build()
+        model = case.build().to(case.subject.dtype)
     assert all(p.is_meta for p in model.parameters())
     model.to_empty(device="cpu").load_state_dict(case.model.state_dict())
     case.model = model
     return train(case)
+
+
+@tool("`torch.set_default_device`: built, trained", on=trained)
+def default_device_everywhere(case: Case) -> Any:
+    torch.set_default_device("cpu")
+    try:
+        model = case.build().to(case.subject.dtype)
+        model.load_state_dict(case.model.state_dict())
+        case.model = model
+        return train(case)
+    finally:
+        torch.set_default_device(None)
 
 
 @tool("a forward pass on the meta device")

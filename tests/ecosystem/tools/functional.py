@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from ecosystem.harness import Case, group, loss_of, parametrised, training
+from ecosystem.harness import Case, gradients, group, loss_of, parametrised, training
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vjp, vmap
 
@@ -23,7 +23,8 @@ def weights(case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 def without_statistics(case: Case) -> None:
     """As torch asks: in training its transforms refuse running statistics, which are written in place."""
-    torch.func.replace_all_batch_norm_modules_(case.model)
+    if not case.subject.folded:
+        torch.func.replace_all_batch_norm_modules_(case.model)
     training(case)
 
 
@@ -130,7 +131,8 @@ def gradient_penalty(case: Case) -> Any:
     out = case.model(*inputs)
     slopes = torch.autograd.grad(loss_of(out), inputs, create_graph=True)
     sum(slope.square().sum() for slope in slopes).backward()  # type: ignore[union-attr]
-    return [slopes, [x.grad for x in inputs], [p.grad for p in case.model.parameters()]]
+    own = [] if case.subject.folded else gradients(case.model)
+    return [slopes, [x.grad for x in inputs], own]
 
 
 UNSEEN = "writes by way of `weight.data` go unseen by a folded network's packed weights: write in `torch.no_grad()`"
@@ -140,7 +142,7 @@ UNSEEN = "writes by way of `weight.data` go unseen by a folded network's packed 
 def written_in_place(case: Case) -> Any:
     case.model.eval()
     first = case.model(*case.batch())
-    if case.subject.folded and case.build is not case.subject.twin:
+    if case.subject.folded:
         with torch.no_grad():
             for p in case.model.parameters():
                 p.mul_(0.9)

@@ -59,13 +59,17 @@ def split_batch_norm(case: Case) -> Any:
 
 @tool("`nn.GroupNorm` in place of every `nn.BatchNorm2d`", needs=nn.BatchNorm2d, on=trained)
 def group_norm(case: Case) -> Any:
-    case.model = replace(case.model, nn.BatchNorm2d, lambda bn: nn.GroupNorm(4, bn.num_features))
+    case.model = replace(
+        case.model, nn.BatchNorm2d, lambda bn: nn.GroupNorm(4, bn.num_features, dtype=case.subject.dtype)
+    )
     return train(case)
 
 
 @tool("`nn.InstanceNorm2d` in place of every `nn.BatchNorm2d`", needs=nn.BatchNorm2d, on=trained)
 def instance_norm(case: Case) -> Any:
-    case.model = replace(case.model, nn.BatchNorm2d, lambda bn: nn.InstanceNorm2d(bn.num_features, affine=True))
+    case.model = replace(
+        case.model, nn.BatchNorm2d, lambda bn: nn.InstanceNorm2d(bn.num_features, affine=True, dtype=case.subject.dtype)
+    )
     return train(case) if case.subject.name in ("BNReLU", "BNReLUConv2d") else case.model.eval()(*case.batch())
 
 

@@ -84,10 +84,9 @@ def lora(case: Case) -> Any:
     return [adapted, evaluated(case)]
 
 
-@tool("convolutions and the affine parameters of `nn.BatchNorm2d` frozen (`requires_grad_(False)`)", on=parametrised)
+@tool("every second parameter frozen (`requires_grad_(False)`)", on=parametrised)
 def frozen(case: Case) -> Any:
-    half = list(case.model.parameters())[::2]
-    for parameter in half:
+    for parameter in list(case.model.parameters())[::2]:
         parameter.requires_grad_(False)
     return train(case)
 
