@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -75,8 +76,14 @@ cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, voi
                    Arguments... arguments) {
   emu::Launched& launched = emu::launches[reinterpret_cast<const void*>(kernel)];
   if (launched.name.empty()) launched.name = emu::kernel_name(name, __PRETTY_FUNCTION__);
-  emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
-           [=] { kernel(static_cast<Parameters>(arguments)...); });
+  const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
+  std::apply(
+      [&](const auto&... parameters) {
+        const emu::Kernel ours{reinterpret_cast<const void*>(kernel), [&] { kernel(parameters...); },
+                               {reinterpret_cast<const unsigned char*>(&parameters)...}};
+        emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative}, ours);
+      },
+      held);
   return cudaGetLastError();
 }
 #define RAN_LAUNCH(shape, stream, ...) ::ran::launch(#__VA_ARGS__, shape, stream, __VA_ARGS__)
