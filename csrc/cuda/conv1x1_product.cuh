@@ -66,7 +66,7 @@ class Product {
   __device__ void request_next() {
     if (next_tile_ < args_.row_tiles) {
       const int depth = next_chunk_ * kPanel;
-      copy_panel<Tile::kRows>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
+      copy_panel<Tile::kRows, !kTransposed>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
       if (!args_.resident || next_tile_ == static_cast<int>(blockIdx.x))
         request_weight(weight_slot(next_chunk_, next_slot_), depth);
       if (++next_chunk_ == chunks_) next_chunk_ = 0, next_tile_ += gridDim.x;
@@ -79,9 +79,9 @@ class Product {
     if constexpr (kTransposed) {
 #pragma unroll
       for (int panel = 0; panel < Tile::kColumns / kPanel; ++panel)
-        copy_panel<kPanel>(slot + panel * kPanel * kPanel, args_.weight, depth, first_column() + panel * kPanel);
+        copy_panel<kPanel, false>(slot + panel * kPanel * kPanel, args_.weight, depth, first_column() + panel * kPanel);
     } else {
-      copy_panel<Tile::kColumns>(slot, args_.weight, first_column(), depth);
+      copy_panel<Tile::kColumns, false>(slot, args_.weight, first_column(), depth);
     }
   }
 
@@ -143,6 +143,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
   constexpr int kRowsAPass = 32 / Tile::kVectors, kPasses = 8 / kRowsAPass;
   const int lane = thread_rank() % 32, warp = thread_rank() / 32;
   const Shared<float> mine = stage + warp * Tile::kStageFloats;
+  // The halves of vectors 4 .. 7 of every 8 are kept the other way round: lanes 4 apart would else meet on their banks.
+  const int swapped = threadIdx.x / 4 % 2 * 4;
   const int row0 = first_row + warp * Tile::kWarpRows + lane / Tile::kVectors;
   decltype(fetch(0)) fetched[kPasses], next[kPasses];
 #pragma unroll
@@ -153,7 +155,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
 #pragma unroll
     for (int tile = 0; tile < Tile::kColumns / 8; ++tile) {
       const float* pair = sums[half / 2][tile] + half % 2 * 2;
-      shared_cast<float2>(mine + lane / 4 * Tile::kStagePitch)[tile * 4 + lane % 4] = make_float2(pair[0], pair[1]);
+      const int column = tile * 8 + ((lane % 4 * 2) ^ (tile / 4 % 2 * 4));
+      shared_cast<float2>(mine + (lane / 4 * Tile::kStagePitch + column))[0] = make_float2(pair[0], pair[1]);
     }
     __syncwarp();
 #pragma unroll
@@ -165,8 +168,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
     for (int pass = 0; pass < kPasses; ++pass) {
       const auto row = mine + (pass * kRowsAPass + lane / Tile::kVectors) * Tile::kStagePitch + threadIdx.x * 8;
       float low[4], high[4];
-      load<4>(row, low);
-      load<4>(row + 4, high);
+      load<4>(row + swapped, low);
+      load<4>(row + (4 - swapped), high);
       float v[8] = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
       apply(row0 + 8 * half + pass * kRowsAPass, fetched[pass], v);
     }

@@ -339,7 +339,7 @@ def _load(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{{ {c_type} v[{count}]; ptx::load_{space}(v, {address}, sizeof v{number}); {' '.join(parts)} }}"
 
 
-@instruction(r"st(\.global|\.shared)?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
+@instruction(r"st(\.global|\.shared)?(?:\.cg)?(?:\.v([24]))?\.([busf](?:8|16|32|64))")
 def _store(m: re.Match[str], a: list[str], o: Operands) -> str:
     space, count, kind = (m[1] or ".generic")[1:], int(m[2] or 1), m[3]
     _, address = o.address(a[0])

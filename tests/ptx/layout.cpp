@@ -49,7 +49,7 @@ void ops(const Run& run) {
   measure([&] { streaming<T>(run, {8, 16, 1024}); });
   // The widest slab, and the narrowest of whole sectors.
   measure([&] { resident<T>(run, {2048, 64, 1}, 8, true, 128); });
-  measure([&] { resident<T>(run, {2048, 64, 1}, 2, false, 128); });
+  measure([&] { resident<T>(run, {2048, 64, 1}, 4, false, 128); });
   measure([&] { resident<T>(run, {2048, 64, 1}, 4, true, 32); });
 }
 

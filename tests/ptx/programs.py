@@ -115,7 +115,7 @@ def wrap(program: Path, kernels: dict[str, list[Kernel]], folder: Path, root: Pa
         native.run([*command, "-c", wrapper, "-o", to])
         wrapper.unlink()
 
-    return kept(folder, ".o", [*command, source, *_sources(root)], make)
+    return kept(folder, ".o", [*command, source, program.read_bytes(), *_sources(root)], make)
 
 
 def link(objects: Sequence[Path], folder: Path) -> Path:
