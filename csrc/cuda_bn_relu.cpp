@@ -40,13 +40,12 @@ std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
 bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
-  const Counters counters(cuda::bn_relu_counters(view));
-  const Tensor workspace = scratch(cuda::bn_relu_workspace_bytes(view));
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_statistics(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), x.const_data_ptr(),
                                dtype_of(x, kOp, "x"), view, kept.value_or(cuda::RunningStatistics{}),
-                               workspace.mutable_data_ptr(), counters.words(), current_stream()),
+                               scratch.workspace(), scratch.counters(), current_stream()),
       "batch_norm_stats");
   return kept.has_value();
 }
@@ -78,14 +77,14 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
   Tensor out = at::empty_like(x), mean = at::empty({view.channels}, x.options().dtype(at::kFloat));
   Tensor var = at::empty_like(mean);
   const BatchNormArgs bn(op, x, weight, bias, mean, var, eps);
-  const Counters counters(cuda::bn_relu_counters(view));
-  const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
+  const ScratchWithCounters scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan),
+                                    cuda::bn_relu_counters(view), op);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_resident_forward(out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
                                      var.mutable_data_ptr<float>(), x.const_data_ptr(), floats(bn.weight),
                                      floats(bn.bias), dtype, view, eps, kept.value_or(cuda::RunningStatistics{}), plan,
-                                     workspace.mutable_data_ptr(), counters.words(), current_stream()),
+                                     scratch.workspace(), scratch.counters(), current_stream()),
       op);
   if (running.kept() && !kept) running.update(mean, var, view.count());
   return std::tuple(out, mean, var);

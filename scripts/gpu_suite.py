@@ -3,6 +3,7 @@
 
 python scripts/gpu_suite.py --out runs/gpu --minutes 60 --data data       on a machine with a GPU
 python scripts/gpu_suite.py --out runs/gpu --minutes 9 --only ops model   some stages
+python scripts/gpu_suite.py --out runs/gpu --prebuilt DIR                 nothing is compiled: scripts/prebuilt.py has
 python scripts/gpu_suite.py --out runs/rehearsal --device cpu --quick     each stage rehearsed, without a GPU
 
 Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes on
@@ -23,6 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import prebuilt  # noqa: E402
 import targets  # noqa: E402
 from gpu_stages import stages  # noqa: E402
 from stages import Runner, Stage, limit, write_json  # noqa: E402
@@ -73,6 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="STAGE", default=[], help="these alone; ops takes ops-128-bfloat16 and so on")
     add("--again", action="store_true", help="also stages that have passed")
     add("--data", type=Path, default=None, help="folder or archive with CIFAR-10")
+    add("--prebuilt", type=Path, default=None, metavar="DIR", help="what scripts/prebuilt.py made for this machine")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--quick", action="store_true", help="rehearse: tiny sizes, whose figures mean nothing")
     options = parser.parse_args(argv)
@@ -80,6 +83,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cpu goes with --quick: without a GPU the stages can only be rehearsed")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data: there is no {options.data}")
+    if options.prebuilt is not None:
+        try:
+            prebuilt.check(options.prebuilt)
+        except ValueError as error:
+            parser.error(str(error))
     options.minutes = options.minutes or (10 if options.quick else 90)
     options.stages = stages(options)
     names = [stage.name for stage in options.stages]

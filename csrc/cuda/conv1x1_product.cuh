@@ -143,8 +143,6 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
   constexpr int kRowsAPass = 32 / Tile::kVectors, kPasses = 8 / kRowsAPass;
   const int lane = thread_rank() % 32, warp = thread_rank() / 32;
   const Shared<float> mine = stage + warp * Tile::kStageFloats;
-  // The halves of vectors 4 .. 7 of every 8 are kept the other way round: lanes 4 apart would else meet on their banks.
-  const int swapped = threadIdx.x / 4 % 2 * 4;
   const int row0 = first_row + warp * Tile::kWarpRows + lane / Tile::kVectors;
   decltype(fetch(0)) fetched[kPasses], next[kPasses];
 #pragma unroll
@@ -155,7 +153,7 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
 #pragma unroll
     for (int tile = 0; tile < Tile::kColumns / 8; ++tile) {
       const float* pair = sums[half / 2][tile] + half % 2 * 2;
-      const int column = tile * 8 + ((lane % 4 * 2) ^ (tile / 4 % 2 * 4));
+      const int column = tile * 8 + ((lane % 4 * 2) ^ swapped_at(tile * 8) % 8);  // so that it is one store
       shared_cast<float2>(mine + (lane / 4 * Tile::kStagePitch + column))[0] = make_float2(pair[0], pair[1]);
     }
     __syncwarp();
@@ -166,11 +164,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const auto row = mine + (pass * kRowsAPass + lane / Tile::kVectors) * Tile::kStagePitch + threadIdx.x * 8;
-      float low[4], high[4];
-      load<4>(row + swapped, low);
-      load<4>(row + (4 - swapped), high);
-      float v[8] = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+      float v[8];
+      load_swapped(mine + (pass * kRowsAPass + lane / Tile::kVectors) * Tile::kStagePitch, threadIdx.x, v);
       apply(row0 + 8 * half + pass * kRowsAPass, fetched[pass], v);
     }
   }

@@ -40,6 +40,19 @@ struct Operand {
 
 __device__ __forceinline__ int thread_rank() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
+// A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every 8
+// are kept the other way round, as lanes 4 apart would else meet on the same banks.
+__device__ __forceinline__ int swapped_at(int column) { return column ^ column / 32 % 2 * 4; }
+
+__device__ __forceinline__ void load_swapped(Shared<float> row, int vector, float (&v)[8]) {
+  const int swapped = vector / 4 % 2 * 4;
+  float low[4], high[4];
+  load<4>(row + (8 * vector + swapped), low);
+  load<4>(row + (8 * vector + 4 - swapped), high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = low[i], v[i + 4] = high[i];
+}
+
 __device__ __forceinline__ int panel_at(int row, int vector) { return row * kPanel + ((vector ^ (row & 7)) << 3); }
 
 // Asks for kRows x kPanel values from (row, column) on; zeros outside the matrix. Of a matrix whose rows are not

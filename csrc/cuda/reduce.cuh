@@ -8,7 +8,7 @@
 namespace ran {
 
 // What batch normalisation's backward pass sums over a channel.
-struct GradientSums {
+struct alignas(8) GradientSums {
   float dz, dz_xhat;
 };
 __device__ __forceinline__ GradientSums merge(GradientSums a, GradientSums b) {

@@ -12,7 +12,7 @@ namespace emu {
 
 struct Allocation {
   size_t bytes;
-  bool tensor;  // of so many values that it is no vector a channel, and no scratch (which is of char)
+  bool tensor;  // of so many values that it is no vector a channel; neither scratch nor indices, which are of bytes
 };
 inline std::map<const unsigned char*, Allocation> allocations;  // by their start
 
@@ -63,7 +63,7 @@ class Buffer {
     std::memset(base_, 0xff, pages * kPage);
     mprotect(base_ + pages * kPage, kPage, PROT_NONE);
     data_ = base_ + pages * kPage - rounded + offset;
-    allocations[data_] = {bytes, count >= kTensorValues && !std::is_same_v<T, char>};
+    allocations[data_] = {bytes, count >= kTensorValues && sizeof(T) > 1};
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() {

@@ -32,6 +32,8 @@ void copy_async(uint64_t to, uint64_t from, uint32_t bytes, int number);
 void copy_commit();
 void copy_wait(int groups);
 
+bool mutant(int number);  // whether this one is in force
+
 // Barriers, and what a warp does together.
 void barrier(int number);
 void warp_barrier(uint32_t mask, int number);

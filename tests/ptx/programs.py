@@ -101,12 +101,17 @@ def table(kernels: Sequence[Kernel]) -> str:
     return "\n".join([*lines, "  return true;", "}();", ""])
 
 
+def stems_of(program: Path) -> list[str]:
+    """Names of the .cu files that a program includes, or is."""
+    return [Path(file).stem for file in INCLUDED.findall(program.read_text())] or [program.stem] * (
+        program.suffix == ".cu"
+    )
+
+
 def wrap(program: Path, kernels: dict[str, list[Kernel]], folder: Path, root: Path = ROOT) -> Path:
     """The object of a C++ file that includes .cu files, for the emulation, with the table of their kernels behind it."""
-    text = program.read_text() if program.suffix == ".cpp" else ""
-    stems = [Path(file).stem for file in INCLUDED.findall(text)] if text else [program.stem]
-    source = f'#include "{HERE}/run_time.h"\n' if text else ""
-    source += f'#include "{program}"\n' + table([kernel for stem in stems for kernel in kernels[stem]])
+    source = f'#include "{HERE}/run_time.h"\n' if program.suffix == ".cpp" else ""
+    source += f'#include "{program}"\n' + table([kernel for stem in stems_of(program) for kernel in kernels[stem]])
     command = ["g++", *build.FLAGS, "-std=c++20", *build.EMULATE, *(f"-iquote{path}" for path in build.includes(root))]
 
     def make(to: Path) -> None:

@@ -123,6 +123,8 @@ void copy_async(uint64_t to, uint64_t from, uint32_t bytes, int number) {
 void copy_commit() { ran::cp_async_commit(); }
 void copy_wait(int groups) { emu::land(groups); }
 
+bool mutant(int number) { return emu::mutant == number; }
+
 void barrier(int number) { __syncthreads(number); }
 void warp_barrier(uint32_t mask, int number) { __syncwarp(mask, number); }
 void cluster_arrive(int number) {

@@ -19,7 +19,37 @@ SHARED = re.compile(r"\.shared \.align (?P<align>\d+) \.(?P<type>\w+) (?P<name>[
 ENTRY = re.compile(r"\.entry (?P<name>[\w$]+)\((?P<parameters>.*?)\)(?P<limits>[^{]*)\{(?P<body>.*?)\n\}", re.DOTALL)
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>;")
 LOCAL = re.compile(r"\.reg \.(\w+) %?(\w+);")
+MARK = re.compile(r"// mutant (begin|end)(.*)")
 LOCATION = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)(?:, function_name [^,]+, inlined_at (\d+) (\d+) (\d+))?")
+
+
+@dataclass
+class Marks:
+    """Statements that mutants.py has marked in the sources, as they are passed: which mutant is in force decides."""
+
+    numbers: list[str] = field(default_factory=list)  # of the statement's mutants: without it, and with a weaker one
+    weaker: str = ""
+    count: int = 0
+
+    def pass_by(self, side: str, words: list[str]) -> list[str]:
+        """The lines at the beginning or the end of a marked statement."""
+        if side == "end":
+            self.numbers = []
+            return [f" mutant{self.count}:;"]
+        self.count += 1
+        self.weaker, *self.numbers = words
+        skip = f"goto mutant{self.count};"
+        lines = [f"  if (ptx::mutant({self.numbers[0]})) {skip}"]
+        if self.weaker in ("warp", "block"):
+            instead = "ptx::warp_barrier(~0u, -1);" if self.weaker == "warp" else "ptx::barrier(-1);"
+            lines.append(f"  if (ptx::mutant({self.numbers[1]})) {{ {instead} {skip} }}")
+        return lines
+
+    def apply(self, line: str) -> str:
+        """A line of the statement; a weaker wait leaves one more group in flight."""
+        if self.numbers and self.weaker == "wait":
+            return line.replace("ptx::copy_wait(", f"ptx::copy_wait(ptx::mutant({self.numbers[1]}) + ")
+        return line
 
 
 @dataclass(frozen=True)
@@ -133,15 +163,19 @@ def _kernel(text: str, entry: re.Match[str], name: str, files: dict[str, str]) -
     operands = Operands(registers, {p: i for i, p in enumerate(parameters)}, shared)
     locations: dict[tuple[str, ...], tuple[str, ...]] = {}
     here: tuple[str, ...] = ()
+    marks = Marks()
     for line in body.split("\n"):
         if location := LOCATION.search(line):
             here = location.groups()[:3]
             if location[4]:
                 locations[here] = location.groups()[3:]
             continue
+        if mark := MARK.search(line):
+            kernel.body += marks.pass_by(mark[1], mark[2].split())
+            continue
         for text_of_one in _statements(line):
             operands.number = len(kernel.places)
-            kernel.body.append(_translate(text_of_one, operands))
+            kernel.body.append(marks.apply(_translate(text_of_one, operands)))
             if operands.numbered:
                 kernel.places.append(str(_place(here, locations, files)))
     return kernel
