@@ -16,9 +16,9 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
+from _build import native
+
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "_build"))
-import native  # noqa: E402
 
 
 def switch(name: str) -> bool:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from contenders import Subject
 from torch import Tensor
+
+from .contenders import Subject
 
 #: Relative difference to the float64 oracle, in the Euclidean norm, that always passes; float32 leaves room for TF32.
 FLOORS = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 1e-2}

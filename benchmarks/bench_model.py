@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import Contender, model_subject
-from suites import grid, timed
+
+from .contenders import Contender, model_subject
+from .suites import grid, timed
 
 
 @pytest.mark.parametrize(("device", "batch", "task", "dtype", "contender"), grid(("training step", "inference")))

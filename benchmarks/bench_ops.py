@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, op_cases
-from contenders import Contender, op_subject
-from suites import grid, timed
+
+from .cases import Case, op_cases
+from .contenders import Contender, op_subject
+from .suites import grid, timed
 
 NAMES = [case.name.replace(" 1x", " ", 1).replace(" ", "_") for case in op_cases(1)]
 

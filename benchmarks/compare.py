@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measures ran_ext against plain PyTorch and torch.compile, interleaved in one run; prints ratios of medians.
 
-python benchmarks/compare.py --suite model --out benchmarks/results/cpu_model.json     tables, JSON and a chart
-python benchmarks/compare.py --suite model --against benchmarks/results/cpu_model.json a gate: 1 where a ratio got worse
+python -m benchmarks.compare --suite model --out benchmarks/results/cpu_model.json     tables, JSON and a chart
+python -m benchmarks.compare --suite model --against benchmarks/results/cpu_model.json a gate: 1 where a ratio got worse
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import cudnn_graphs
 import torch
-from agreement import admit
-from cases import Case, large_gates, op_cases
-from contenders import (
+from torch import Tensor
+
+from ran_ext import _backend
+
+from . import cudnn_graphs
+from .agreement import admit
+from .cases import Case, large_gates, op_cases
+from .contenders import (
     BASELINES,
     Contender,
     Subject,
@@ -32,12 +36,9 @@ from contenders import (
     op_oracle,
     op_subject,
 )
-from memory import saved_bytes
-from report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
-from timing import Spread, environment, interleave, peaks, ratios
-from torch import Tensor
-
-from ran_ext import _backend
+from .memory import saved_bytes
+from .report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
+from .timing import Spread, environment, interleave, peaks, ratios
 
 SUITES = ["ops", "model", "memory"]
 OP_TASKS, MODEL_TASKS = ("forward", "forward + backward"), ("training step", "inference")

@@ -1,23 +1,25 @@
 #!/usr/bin/env python
 """Measures what the time model needs of a machine: launch, copies, matrix products, the library's convolutions and BN.
 
-python benchmarks/constants.py --out constants.json          then: python benchmarks/time_model.py constants.json
+python -m benchmarks.constants --out constants.json          then: python -m benchmarks.time_model constants.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BNReLUConv, units
-from contenders import captured
-from timing import Spread, copy_rate, environment, interleave, matmul_rate
 from torch.nn import functional as F
+
+from ran_ext import _json
+
+from .cases import BNReLUConv, units
+from .contenders import captured
+from .timing import Spread, copy_rate, environment, interleave, matmul_rate
 
 #: Sizes of the network's activations at batch 128 and 1024, MiB.
 COPIES = (4, 8, 64)
@@ -105,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{row['unit']}, {row['dtype']}, us: {times}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(json.dumps(found, indent=1) + "\n")
+    partial.write_text(_json.dumps(found) + "\n")
     partial.replace(options.out)
     return 0
 

@@ -8,13 +8,14 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from cases import Case, draw
-from reference import networks as plain_networks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ran_ext import fold_for_inference, models, set_backend
 from ran_ext.train import CudaGraph
+
+from .cases import Case, draw
+from .reference import networks as plain_networks
 
 #: Ratios are given to the first, and to the second where it is there.
 BASELINES = ("eager channels_last", "torch.compile")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train.checkpoint import write_atomically
+from ran_ext.train.png import png
 
 #: The two networks, of which the first is said to be the more robust; and their colours.
 ATTENTION, TRUNK = "attention", "trunk only"
@@ -149,9 +149,7 @@ def draw(path: Path, seeds: Sequence[Seed], title: str) -> None:
     figure.axes[0].set_ylabel("test accuracy")
     figure.axes[0].legend(fontsize=8)
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, png(figure))
 
 
 def _deviation(sample: Sequence[float]) -> float:

@@ -10,9 +10,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from cases import BNReLU, BNReLUConv, Case, draw
-from contenders import GRADIENT_SEED, Subject, captured
 from torch import Tensor
+
+from .cases import BNReLU, BNReLUConv, Case, draw
+from .contenders import GRADIENT_SEED, Subject, captured
 
 NAME = "cuDNN graph API"
 #: Those of F.batch_norm, as host scalars: cuDNN takes them by value.

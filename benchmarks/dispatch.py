@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measures the fused 1x1 convolutions against the library's, pass by pass, and writes what the choice rests on.
 
-python benchmarks/dispatch.py --out FILE --install             on a GPU; also makes it the package's own table
-python benchmarks/dispatch.py --out FILE --device cpu --quick  a rehearsal, whose times say nothing
+python -m benchmarks.dispatch --out FILE --install             on a GPU; also makes it the package's own table
+python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal, whose times say nothing
 
 Rows of other architectures are kept. ``csrc/cuda_dispatch.h`` says how a row is used, ``ran_ext.explain`` shows it.
 """
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import BNReLUConv, ConvGate, conv_gates, units
-from timing import Spread, environment, interleave
 
-from ran_ext import _backend
+from ran_ext import _backend, _json
+
+from .cases import BNReLUConv, ConvGate, conv_gates, units
+from .timing import Spread, environment, interleave
 
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
 
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     table |= {"measured": kept + found, f"environment {arch}": environment(device)}
     for path in (options.out, *([_backend.DISPATCH_FILE] if options.install else [])):
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(table, indent=1) + "\n")
+        partial.write_text(_json.dumps(table) + "\n")
         partial.replace(path)
     faster = sum(row["fused_us"] < row["library_us"] for row in found)
     print(f"fused is faster in {faster} of {len(found)} passes; {options.out}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains ``ran_compact`` in ran_ext and in plain PyTorch, from the same weights on the same batches; compares losses.
 
-python benchmarks/loss_curves.py --data data --out benchmarks/results/loss_curves.json     5,000 images, 3 epochs
+python -m benchmarks.loss_curves --data data --out benchmarks/results/loss_curves.json     5,000 images, 3 epochs
 
 Rounding alone drives two trainings apart, faster the longer they run. The yardstick is therefore a third training:
 plain PyTorch again, in NCHW instead of channels_last, the same mathematics in another order of summation. The extension
@@ -11,20 +11,22 @@ is right where its distance from plain PyTorch is of the size of that yardstick.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from reference import networks as plain_networks
-from timing import environment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ran_ext import models, set_backend
+from ran_ext import _json, models, set_backend
 from ran_ext.data import CIFAR10, Normalize
+from ran_ext.train.checkpoint import write_atomically
+from ran_ext.train.png import png
+
+from .reference import networks as plain_networks
+from .timing import environment
 
 OURS, PLAIN, YARDSTICK = "ran_ext", "plain PyTorch", "plain PyTorch, NCHW"
 
@@ -124,7 +126,7 @@ def draw(path: Path, runs: dict[str, Run], title: str) -> None:
     for axis in (above, below):
         axis.grid(alpha=0.3)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    write_atomically(path, png(figure))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": {name: {"seconds": run.seconds, "losses": run.losses} for name, run in runs.items()},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    options.out.write_text(_json.dumps(content) + "\n")
     figure = options.out.with_suffix(".png")
     draw(figure, runs, f"ran_compact, {len(data)} images, batch {options.batch}, {options.dtype}")
     print(f"{figure}\n{options.out}")

@@ -10,7 +10,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from timing import Spread
+from ran_ext import _json
+from ran_ext.train.checkpoint import write_atomically
+from ran_ext.train.png import png
+
+from .timing import Spread
 
 #: Colours of a chart's bars, the same in every chart: plain PyTorch grey, compiled orange, cuDNN green, ran_ext blue.
 COLOURS = {
@@ -28,6 +32,9 @@ COLOURS = {
     "ran_ext, torch.compile": "#5b97d6",
     "ran_ext, CUDA graph": "#3f2fa8",
 }
+
+#: Characters of a line of results, so that a row stands on one.
+ROW = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +102,17 @@ def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
     """The rows and what they must be read with; a missing value is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [dataclasses.asdict(row) | ({"value": None} if row.missing else {}) for row in rows]
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"environment": environment, "rows": written}, indent=1) + "\n")
-    partial.replace(path)
+    content = {"environment": environment, "rows": [_rounded(row) for row in written]}
+    write_atomically(path, (_json.dumps(content, room=ROW) + "\n").encode())
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of every number, which is more than any of them is sure of."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def read_json(path: Path) -> tuple[dict[str, Any], list[Row]]:
@@ -155,7 +170,7 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
         _panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.remove()
-    figure.savefig(path, dpi=110)
+    write_atomically(path, png(figure))
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

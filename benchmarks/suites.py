@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from contenders import Contender, contenders
 
 from ran_ext import _backend
+
+from .contenders import Contender, contenders
 
 #: Batches and dtypes by device.
 GRID: dict[str, tuple[list[int], list[torch.dtype]]] = {

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Predicts the time of one BN-ReLU-convolution, forward + backward inside CUDA graphs, for each way to run it.
 
-python benchmarks/time_model.py                     with assumed constants
-python benchmarks/time_model.py constants.json      with those that constants.py measured
+python -m benchmarks.time_model                     with assumed constants
+python -m benchmarks.time_model constants.json      with those that constants.py measured
 
 A kernel takes its launch, and the longer of its traffic over the bandwidth and its arithmetic over the rate it reaches.
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cases import BNReLUConv, units
+from .cases import BNReLUConv, units
 
 BYTES = 2  # of one value in 16 bits
 BATCHES = (128, 1024)

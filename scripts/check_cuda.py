@@ -1,8 +1,8 @@
 """Compile every CUDA kernel for several chips and hold it to its budget: registers, shared memory, no spills.
 
-    python scripts/check_cuda.py                 # against csrc/cuda/budgets.json
-    python scripts/check_cuda.py --update        # write what was found as the new budget
-    python scripts/check_cuda.py --archs 9.0a --files conv1x1_forward
+    python -m scripts.check_cuda                 # against csrc/cuda/budgets.json
+    python -m scripts.check_cuda --update        # write what was found as the new budget
+    python -m scripts.check_cuda --archs 9.0a --files conv1x1_forward
 
 Needs nvcc; neither a GPU nor torch. Where cuobjdump is at hand (``pip install nvidia-cuda-cuobjdump
 nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory; each pattern under "sass" in
@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from _build import native
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "_build"))
-import native  # noqa: E402
 
 BUDGETS = native.CSRC / "cuda" / "budgets.json"
 ARCHS = ["8.0", "9.0a", "10.0", "12.0"]

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from check_cuda import find_tool
-from native import find_toolkit
-from stages import Stage
+from _build.native import find_toolkit
+
+from .check_cuda import find_tool
+from .stages import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Makes a stage from its name, minutes and arguments.
@@ -53,17 +54,17 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         return script(name, minutes, *arguments, "--out", found, *device, *quick, found=found)
 
     def compared(name: str, minutes: float, suite: str, *arguments: str) -> Stage:
-        return measured(name, minutes, "benchmarks/compare.py", "--suite", suite, *arguments)
+        return measured(name, minutes, "-m", "benchmarks.compare", "--suite", suite, *arguments)
 
     return [
         _environment(python, gpu),
-        _constants(measured("constants", 2, "benchmarks/constants.py"), python),
+        _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
         _build(options, python, gpu),
         _tests(python, gpu),
         script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu, options),
                found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
-        measured("dispatch", 2, "benchmarks/dispatch.py", *(["--install"] if gpu and not options.quick else [])),
+        measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
         *_op_benchmarks(compared, options.quick),
         *_step_benchmarks(compared, options.quick),
         _unpack(options, python, out),
@@ -93,7 +94,7 @@ def _capability() -> str:
 def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
     info = [python, "-m", "ran_ext.info"]
     if options.prebuilt is not None:
-        return Stage("build", 1, [[python, "scripts/prebuilt.py", "--install", str(options.prebuilt.resolve())], info])
+        return Stage("build", 1, [[python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())], info])
     build = [python, "setup.py", "build_ext", "--inplace"]
     if not gpu:
         return Stage("build", 4, [build, info])
@@ -118,7 +119,7 @@ def _environment(python: str, gpu: bool) -> Stage:
 
 def _constants(stage: Stage, python: str) -> Stage:
     """The constants, and the time model with them."""
-    model = [python, "benchmarks/time_model.py", str(stage.results)]
+    model = [python, "-m", "benchmarks.time_model", str(stage.results)]
     return dataclasses.replace(stage, commands=[*stage.commands, model])
 
 
@@ -187,11 +188,11 @@ def _experiments(
     """Training: the record, the report's experiment, robustness."""
     out, quick = options.out.resolve(), options.quick
     folder = out / "record"
-    record = ["scripts/record.py", "--out", folder, *common]
+    record = ["-m", "scripts.record", "--out", folder, *common]
     short = [*record, "--target", "0.893", "--seeds", "1" if quick else "5"]
     best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
-    report = ["scripts/reproduce_report.py", "--out", out / "report", "--minutes", "{minutes}", *data]
-    robust = ["scripts/robustness.py", "--out", out / "robustness", *data]
+    report = ["-m", "scripts.reproduce_report", "--out", out / "report", "--minutes", "{minutes}", *data]
+    robust = ["-m", "scripts.robustness", "--out", out / "robustness", *data]
     return [
         script("record-time", 4, *short, found=folder / "0.893.json", skip=skip),
         script("record-best", 8, *best, found=folder / "best.json", skip=skip),

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Everything that a GPU can tell, in one command: build, tests, sanitizer, benchmarks, record, the report's experiment.
 
-python scripts/gpu_suite.py --out runs/gpu --minutes 60 --data data       on a machine with a GPU
-python scripts/gpu_suite.py --out runs/gpu --minutes 9 --only ops model   some stages
-python scripts/gpu_suite.py --out runs/gpu --prebuilt DIR                 nothing is compiled: scripts/prebuilt.py has
-python scripts/gpu_suite.py --out runs/rehearsal --device cpu --quick     each stage rehearsed, without a GPU
+python -m scripts.gpu_suite --out runs/gpu --minutes 60 --data data       on a machine with a GPU
+python -m scripts.gpu_suite --out runs/gpu --minutes 9 --only ops model   some stages
+python -m scripts.gpu_suite --out runs/gpu --prebuilt DIR                 nothing is compiled: scripts.prebuilt has
+python -m scripts.gpu_suite --out runs/rehearsal --device cpu --quick     each stage rehearsed, without a GPU
 
 Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes on
 where the minutes ended. --data takes CIFAR-10 in any layout that get_cifar10.py takes, lossless atlases among them.
@@ -22,12 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import targets
+
+from . import prebuilt
+from .gpu_stages import stages
+from .stages import Runner, Stage, limit, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import prebuilt  # noqa: E402
-import targets  # noqa: E402
-from gpu_stages import stages  # noqa: E402
-from stages import Runner, Stage, limit, write_json  # noqa: E402
 
 
 def run(chosen: Sequence[Stage], runner: Runner, minutes: float, again: bool) -> None:
@@ -75,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="STAGE", default=[], help="these alone; ops takes ops-128-bfloat16 and so on")
     add("--again", action="store_true", help="also stages that have passed")
     add("--data", type=Path, default=None, help="folder or archive with CIFAR-10")
-    add("--prebuilt", type=Path, default=None, metavar="DIR", help="what scripts/prebuilt.py made for this machine")
+    add("--prebuilt", type=Path, default=None, metavar="DIR", help="what scripts.prebuilt made for this machine")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--quick", action="store_true", help="rehearse: tiny sizes, whose figures mean nothing")
     options = parser.parse_args(argv)

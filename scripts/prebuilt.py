@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What the GPU suite compiles, made beforehand on a machine without a GPU.
 
-python scripts/prebuilt.py --out DIR --archs 9.0      build; with the Python and the torch of the machine with the GPU
-python scripts/prebuilt.py --install DIR              put the extension into this checkout
-python scripts/gpu_suite.py --prebuilt DIR ...        does that, and compiles nothing
+python -m scripts.prebuilt --out DIR --archs 9.0      build; with the Python and the torch of the machine with the GPU
+python -m scripts.prebuilt --install DIR              put the extension into this checkout
+python -m scripts.gpu_suite --prebuilt DIR ...        does that, and compiles nothing
 
 Holds the extension, the program of tests/emulation/compare_gpu.py, and what its emulation computes for the chip. Needs
 a torch with CUDA and its nvcc. It fits one Python, one torch and one state of csrc, and says so where they differ.
@@ -45,7 +45,7 @@ def check(folder: Path) -> dict[str, Any]:
     """
     path = folder / "prebuilt.json"
     if not path.exists():
-        raise ValueError(f"--prebuilt: {folder} holds no prebuilt.json: scripts/prebuilt.py --out makes such a folder")
+        raise ValueError(f"--prebuilt: {folder} holds no prebuilt.json: python -m scripts.prebuilt --out makes such a folder")
     import torch
 
     made, here = json.loads(path.read_text()), state(torch.__version__)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Test accuracy on CIFAR-10 against the clock, by the rules of the public speed records.
 
-python scripts/record.py --target 0.893 --data data --seeds 5 --reference
-python scripts/record.py --target best --data data --seeds 3
-python scripts/record.py --target 0.893 --quick --device cpu        a rehearsal, whose figures mean nothing
+python -m scripts.record --target 0.893 --data data --seeds 5 --reference
+python -m scripts.record --target best --data data --seeds 3
+python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal, whose figures mean nothing
 
 Claims. Not measured yet: the first two commands, on a GPU, print what belongs here, and write it to --out.
     0.893   ran_compact, 10 epochs: not measured yet. Predicted: 0.90, as 6 epochs gave 0.873 on a CPU (n = 1).
@@ -34,12 +34,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from command import run_command
-from ledger import Ledger
-from reference import training as reference_training
-from timing import environment
-
+from benchmarks.command import run_command
+from benchmarks.ledger import Ledger
+from benchmarks.reference import training as reference_training
+from benchmarks.timing import environment
 from ran_ext.data import CIFAR10
 from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint
 from ran_ext.train.arguments import SAMPLE

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """The report's experiment, in ran_ext and in a plain reference side by side: figures 4 to 7, Table 1, the claims.
 
-python scripts/reproduce_report.py --out runs/report --scale smoke      the embedded images, about a minute
-python scripts/reproduce_report.py --out runs/report                    narrow networks, 40 minutes on 2 CPU cores
-python scripts/reproduce_report.py --out runs/report --scale full       as the report did, on a GPU
+python -m scripts.reproduce_report --out runs/report --scale smoke      the embedded images, about a minute
+python -m scripts.reproduce_report --out runs/report                    narrow networks, 40 minutes on 2 CPU cores
+python -m scripts.reproduce_report --out runs/report --scale full       as the report did, on a GPU
 
-Leaves report.html, report.md and the figures in --out. The same command again continues where it was stopped.
+Leaves report.html, report.md, the figures, runs.csv and epochs.csv in --out. The same command again continues where it
+was stopped.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from command import run_command
-from experiments.outcomes import Study
-from experiments.page import write_page
-from experiments.plan import SCALES
-from experiments.runs import Deadline, Runner, Stopped, load_images
-from experiments.sections import build
-from timing import environment
-
+from benchmarks.command import run_command
+from benchmarks.experiments.outcomes import Study
+from benchmarks.experiments.page import write_page
+from benchmarks.experiments.plan import SCALES
+from benchmarks.experiments.runs import Deadline, Runner, Stopped, load_images
+from benchmarks.experiments.sections import build
+from benchmarks.experiments.tables import write_tables
+from benchmarks.timing import environment
 from ran_ext.train.distributed import choose_device
 
 
@@ -54,6 +54,7 @@ def reproduce(options: argparse.Namespace) -> int:
         print(f"reproduce_report: {reason}; {len(study.missing)} of {len(study.plan)} runs remain; "
               f"{how_to_continue(options)}", file=sys.stderr)  # fmt: skip
     if study.outcomes:
+        write_tables(study.outcomes, options.out)
         for path in write_page(build(study, images), options.out):
             print(path)
     return 0

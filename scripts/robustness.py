@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Does attention help with corrupted images? ran_compact against the same network without masks, at equal parameters.
 
-python scripts/robustness.py --out runs/robustness                     narrow networks, 12 minutes on 2 CPU cores
-python scripts/robustness.py --out runs/robustness --scale full        the whole CIFAR-10, on a GPU
-python scripts/robustness.py --out runs/robustness --quick             a rehearsal, whose figures mean nothing
-python scripts/robustness.py --out runs/robustness --scale full --checkpoint runs/*/model.pt    networks trained before
+python -m scripts.robustness --out runs/robustness                     narrow networks, 12 minutes on 2 CPU cores
+python -m scripts.robustness --out runs/robustness --scale full        the whole CIFAR-10, on a GPU
+python -m scripts.robustness --out runs/robustness --quick             a rehearsal, whose figures mean nothing
+python -m scripts.robustness --out runs/robustness --scale full --checkpoint runs/*/model.pt    networks trained before
 
 Without its masks the network has their parameters, to 0.1 %, in a longer trunk, which takes half as much work again.
 Both are trained by the same recipe, and tested on the same images under Gaussian noise, blur, contrast and shift at
@@ -23,12 +23,10 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from command import run_command
-from corrupted import ATTENTION, TRUNK, Seed, draw, table
-from ledger import Ledger
-from timing import environment
-
+from benchmarks.command import run_command
+from benchmarks.corrupted import ATTENTION, TRUNK, Seed, draw, table
+from benchmarks.ledger import Ledger
+from benchmarks.timing import environment
 from ran_ext.data import CIFAR10, CORRUPTIONS, corrupt
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train import (

@@ -9,6 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import compare, cudnn_graphs, loss_curves
+from benchmarks.agreement import admit, limits, verify
+from benchmarks.cases import BNReLUConv, op_cases
+from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
+from benchmarks.cudnn_graphs import offers
+from benchmarks.memory import saved_bytes
+from benchmarks.report import COLOURS, Row, read_json, regressions, tables, write_json
+from benchmarks.timing import Spread, interleave, ratios
 from ran_ext import _backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,17 +24,10 @@ FOLDER = ROOT / "benchmarks"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
 needs_kernels = pytest.mark.skipif(bool(_backend.why_not_native("cpu")), reason="needs the compiled CPU kernels")
 
 
 def test_rounds_interleave_and_rotate():
-    from timing import interleave
-
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = interleave(functions, 3, CPU, warm_up=0)
@@ -36,8 +37,6 @@ def test_rounds_interleave_and_rotate():
 
 
 def test_ratio_is_taken_within_each_round():
-    from timing import Spread, ratios
-
     found = ratios({"base": [1.0, 10.0, 100.0], "own": [0.5, 5.0, 50.0]}, "base")
     assert found["own"] == Spread(2.0, 2.0, 2.0)
     assert found["base"] == Spread(1.0, 1.0, 1.0)
@@ -47,10 +46,6 @@ def test_ratio_is_taken_within_each_round():
 @pytest.mark.parametrize("task", ["forward", "forward + backward"])
 @pytest.mark.parametrize("index", range(19))
 def test_contenders_of_ops_agree(index, task):
-    from agreement import limits, verify
-    from cases import op_cases
-    from contenders import contenders, op_oracle, op_subject
-
     case = op_cases(2)[index]
     for dtype in (torch.float32, torch.bfloat16):
         oracle = op_oracle(case, task, CPU)
@@ -62,9 +57,6 @@ def test_contenders_of_ops_agree(index, task):
 
 @pytest.mark.parametrize("wrong", [lambda x: 1.01 * x, torch.zeros_like, lambda x: x * float("nan")])
 def test_wrong_results_are_not_timed(wrong):
-    from agreement import admit
-    from contenders import Subject
-
     truth = (torch.randn(50).double(),)
     right = Subject(lambda: None, lambda: (truth[0].float(),))
     other = Subject(lambda: None, lambda: (wrong(truth[0].float()),))
@@ -75,9 +67,6 @@ def test_wrong_results_are_not_timed(wrong):
 
 
 def test_a_baseline_that_fails_is_an_error():
-    from agreement import admit
-    from contenders import Subject
-
     def broken():
         raise OSError("out of order")
 
@@ -90,12 +79,6 @@ def test_a_baseline_that_fails_is_an_error():
 
 
 def test_cudnn_without_its_package_is_a_row_with_the_reason(monkeypatch):
-    import cudnn_graphs
-    from agreement import admit
-    from cases import op_cases
-    from contenders import contenders, op_oracle, op_subject
-    from report import Row, tables
-
     monkeypatch.setitem(sys.modules, "cudnn", None)
     cudnn_graphs._library.cache_clear()
     case = next(case for case in op_cases(2) if cudnn_graphs.offers(case, "forward", torch.bfloat16))
@@ -111,9 +94,6 @@ def test_cudnn_without_its_package_is_a_row_with_the_reason(monkeypatch):
 
 
 def test_cudnn_is_offered_where_it_has_an_engine():
-    from cases import op_cases
-    from cudnn_graphs import offers
-
     for dtype, task, wanted in [
         (torch.bfloat16, "forward + backward", {"bn_relu": 4}),
         (torch.float16, "forward", {"bn_relu": 4, "bn_relu_conv2d": 7}),
@@ -124,8 +104,6 @@ def test_cudnn_is_offered_where_it_has_an_engine():
 
 
 def test_missing_values_survive_the_file(tmp_path):
-    from report import Row, read_json, write_json
-
     row = Row("ops", "gate", "forward", "float32", "ran_ext", float("nan"), "ms", {}, missing="no kernels")
     write_json(tmp_path / "rows.json", {}, [row])
     assert "NaN" not in (tmp_path / "rows.json").read_text()
@@ -134,9 +112,6 @@ def test_missing_values_survive_the_file(tmp_path):
 
 @needs_kernels
 def test_saved_bytes_are_those_of_the_tensors_kept():
-    from cases import BNReLUConv
-    from memory import saved_bytes
-
     case = BNReLUConv((2, 8, 4, 4), 4, 3)
     inputs = case.inputs(torch.float32, torch.channels_last, CPU)
     activation, vector = 2 * 8 * 4 * 4 * 4, 8 * 4
@@ -146,9 +121,6 @@ def test_saved_bytes_are_those_of_the_tensors_kept():
 
 
 def rows_of(median, unit="ms", contender="ran_ext"):
-    from report import Row
-    from timing import Spread
-
     spread = Spread(median, median - 0.01, median + 0.01)
     return [Row("ops", "gate", "forward", "float32", contender, 1.0, unit, {"eager channels_last": spread})]
 
@@ -158,22 +130,16 @@ def rows_of(median, unit="ms", contender="ran_ext"):
     [(2.0, 1.95, "ms", 0), (2.0, 1.8, "ms", 1), (2.0, 3.0, "ms", 0), (0.5, 0.6, "MB", 1), (0.5, 0.4, "MB", 0)],
 )
 def test_gate_sees_a_worse_ratio(old, new, unit, lines):
-    from report import regressions
-
     assert len(regressions(rows_of(new, unit), rows_of(old, unit), 0.05)) == lines
 
 
 def test_gate_refuses_to_compare_nothing():
-    from report import regressions
-
     with pytest.raises(ValueError, match="no ratio of ran_ext's is in both runs"):
         regressions(rows_of(2.0), rows_of(2.0, contender="torch.compile"), 0.05)
 
 
 @needs_kernels
 def test_compare_writes_what_it_prints_and_gates(tmp_path, capsys):
-    import compare
-
     out = tmp_path / "results" / "quick.json"
     common = ["--quick", "--suite", "memory", "--device", "cpu", "--dtype", "float32"]
     assert compare.main([*common, "--out", str(out)]) == 0
@@ -197,8 +163,6 @@ def test_compare_writes_what_it_prints_and_gates(tmp_path, capsys):
 @needs_kernels
 @pytest.mark.parametrize(("suite", "least"), [("ops", 24), ("model", 9)])
 def test_compare_times_ops_and_the_network(tmp_path, suite, least):
-    import compare
-
     out = tmp_path / "quick.json"
     options = ["--quick", "--rounds", "2", "--device", "cpu", "--dtype", "float32", "--suite", suite]
     assert compare.main([*options, "--out", str(out)]) == 0
@@ -211,8 +175,6 @@ def test_compare_times_ops_and_the_network(tmp_path, suite, least):
 
 @needs_kernels
 def test_loss_curves_start_together(tmp_path):
-    import loss_curves
-
     out = tmp_path / "curves.json"
     options = ["--images", "8", "--epochs", "1", "--batch", "4", "--device", "cpu"]
     assert loss_curves.main([*options, "--out", str(out)]) == 0
@@ -225,9 +187,8 @@ def test_loss_curves_start_together(tmp_path):
 
 @needs_kernels
 def test_compare_is_a_command():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(FOLDER / "compare.py"), "--against", "missing.json", "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-m", "benchmarks.compare", "--against", "missing.json", "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2
     assert "--against: there is no file missing.json" in done.stderr
 
@@ -246,11 +207,15 @@ def test_suites_are_collected_and_a_missing_gpu_is_named():
     assert "needs a CUDA GPU" in done.stdout
 
 
-def test_every_contender_has_a_colour():
-    import cudnn_graphs
-    from contenders import contenders
-    from report import COLOURS
+def test_results_stay_small():
+    """git keeps every version of them."""
+    files = [path for path in (FOLDER / "results").rglob("*") if path.is_file()]
+    texts = [path for path in files if path.suffix in (".json", ".csv", ".md")]
+    assert sum(len(path.read_text().splitlines()) for path in texts) <= 3000
+    assert sum(path.stat().st_size for path in files if path not in texts) <= 1.5e6
 
+
+def test_every_contender_has_a_colour():
     assert cudnn_graphs.NAME in COLOURS
     for device in (CPU, torch.device("cuda")):
         for task in ("forward + backward", "training step", "inference"):

@@ -1,17 +1,13 @@
 """scripts/check_cuda.py: what it reads from the tools' output, and when it finds fault."""
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
+from scripts import check_cuda as check
+
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("check_cuda", ROOT / "scripts" / "check_cuda.py")
-check = importlib.util.module_from_spec(spec)
-sys.modules["check_cuda"] = check  # dataclasses look their module up
-spec.loader.exec_module(check)
 
 PTXAS = """ptxas info    : Compiling entry function '_ZN3ran4cuda4gateIfLi4EEEvPfl' for 'sm_80'
 ptxas info    : Function properties for _ZN3ran4cuda4gateIfLi4EEEvPfl

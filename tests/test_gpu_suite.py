@@ -1,5 +1,6 @@
 """The GPU suite: budgets, going on after an interruption, failures, time limits; and what its stages would run."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compare
+from scripts import gpu_suite, stages
+from scripts.gpu_stages import pytest_counts, sanitizer_errors
+from scripts.gpu_suite import parse, run, summarize
+from scripts.stages import Runner, Stage, limit
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _scripts_on_the_path(monkeypatch):
-    for folder in ("_build", "benchmarks", "scripts"):
-        monkeypatch.syspath_prepend(str(ROOT / folder))
 
 
 def python(code):
@@ -22,20 +23,14 @@ def python(code):
 
 
 def a_stage(name, *codes, minutes=0.5, **options):
-    from stages import Stage
-
     return Stage(name, minutes, [python(code) for code in codes], **options)
 
 
 def a_runner(out, **settings):
-    from stages import Runner
-
     return Runner(out, ROOT, settings, lambda text: None)
 
 
 def test_a_small_budget_goes_to_the_first_and_a_large_one_to_all():
-    from stages import limit
-
     pending = [a_stage("a", minutes=1), a_stage("b", minutes=4)]
     assert limit(pending, 600.0) == 120  # 10 minutes for 5
     assert limit(pending, 90.0) == 60
@@ -44,8 +39,6 @@ def test_a_small_budget_goes_to_the_first_and_a_large_one_to_all():
 
 
 def test_a_failing_stage_is_told_and_the_others_run(tmp_path):
-    from gpu_suite import run, summarize
-
     ran = tmp_path / "ran"
     chosen = [
         a_stage("one", "print('fine')"),
@@ -70,8 +63,6 @@ def test_a_failing_stage_is_told_and_the_others_run(tmp_path):
 
 
 def test_what_passed_is_not_repeated_unless_asked_or_changed(tmp_path):
-    from gpu_suite import run
-
     count = tmp_path / "count"
     append = f"open({str(count)!r}, 'a').write('x')"
     good, bad = a_stage("good", append), a_stage("bad", append, "raise SystemExit(1)")
@@ -95,8 +86,6 @@ def alive(pid):
 
 
 def test_a_time_limit_ends_the_whole_group_and_keeps_what_was_measured(tmp_path, monkeypatch):
-    import stages
-
     monkeypatch.setattr(stages, "GRACE", 0.5)
     pids, results = tmp_path / "pids", tmp_path / "results.json"
     results.write_text('{"rows": [1]}')
@@ -115,16 +104,12 @@ def test_a_time_limit_ends_the_whole_group_and_keeps_what_was_measured(tmp_path,
 
 
 def test_a_command_that_is_missing_fails(tmp_path):
-    from stages import Stage
-
     outcome = a_runner(tmp_path).run(Stage("none", 1, [["no-such-command-here"]]), 10.0, "")
     assert outcome["status"] == "failed"
     assert "no-such-command-here" in outcome["tail"]
 
 
 def test_a_log_without_passed_tests_fails_the_stage(tmp_path):
-    from gpu_stages import pytest_counts, sanitizer_errors
-
     skipped = a_stage("tests", "print('== 611 skipped in 3.21s ==')", read=pytest_counts)
     outcome = a_runner(tmp_path).run(skipped, 10.0, "")
     assert outcome["status"] == "failed"
@@ -135,8 +120,6 @@ def test_a_log_without_passed_tests_fails_the_stage(tmp_path):
 
 
 def options_of(tmp_path, *arguments):
-    from gpu_suite import parse
-
     return parse(["--out", str(tmp_path), *arguments])
 
 
@@ -149,20 +132,20 @@ def test_every_stage_names_files_that_are_there_and_a_rehearsal_goes_through_all
         assert len(set(names)) == len(names)
         assert {name.split("-")[0] for name in names} == {stage.name.split("-")[0] for stage in rehearsal}
     commands = [command for stage in [*full, *rehearsal] for command in stage.commands]
-    scripts = {part for command in commands for part in command if part.endswith(".py") and "/" in part}
-    assert {"benchmarks/compare.py", "scripts/record.py", "tests/test_cuda.py"} <= scripts
-    missing = {script for script in scripts if not (ROOT / script).exists()}
-    assert not missing
+    modules = {command[command.index("-m") + 1] for command in commands if "-m" in command}
+    assert {"benchmarks.compare", "scripts.record"} <= modules
+    assert not {name for name in modules if importlib.util.find_spec(name) is None}
+    files = {part for command in commands for part in command if part.endswith(".py") and "/" in part}
+    assert "tests/test_cuda.py" in files
+    assert not {name for name in files if not (ROOT / name).exists()}
 
 
 def test_compare_takes_the_options_that_the_stages_give(tmp_path):
-    import compare
-
     rehearsal = options_of(tmp_path, "--device", "cpu", "--quick").stages
-    commands = [command for stage in rehearsal for command in stage.commands if "benchmarks/compare.py" in command]
+    commands = [command for stage in rehearsal for command in stage.commands if "benchmarks.compare" in command]
     assert len(commands) >= 5
     for command in commands:
-        assert compare.parse(command[2:]).quick
+        assert compare.parse(command[3:]).quick
 
 
 @pytest.mark.parametrize(
@@ -180,8 +163,6 @@ def test_options_that_make_no_sense(tmp_path, arguments, text, capsys):
 
 
 def test_only_takes_a_group_and_the_exit_status_tells(tmp_path, monkeypatch, capsys):
-    import gpu_suite
-
     made = [a_stage("ops-1", "print('fine')"), a_stage("ops-2", "raise SystemExit(1)"), a_stage("opsx", minutes=1)]
     monkeypatch.setattr(gpu_suite, "stages", lambda options: made)
     common = ["--out", str(tmp_path), "--device", "cpu", "--quick"]

@@ -2,16 +2,13 @@
 
 import doctest
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from reference import networks
+from benchmarks.reference import networks
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +18,7 @@ def twin(tmp_path_factory):
         patch.setenv("KERAS_BACKEND", "torch")
         patch.setenv("KERAS_HOME", str(tmp_path_factory.mktemp("keras")))
         pytest.importorskip("keras", minversion="3", reason="the Keras twin needs Keras 3: pip install keras")
-        from reference import keras_compact
+        from benchmarks.reference import keras_compact
 
         yield keras_compact
 

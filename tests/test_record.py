@@ -1,10 +1,8 @@
 """scripts/record.py: the rules of the record, seeds that are not repeated, the rehearsal; benchmarks/ledger.py."""
 
 import dataclasses
-import importlib.util
 import json
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,12 +10,9 @@ import torch
 
 from ran_ext.data import sample
 from ran_ext.train import Callback, load_checkpoint, load_model
+from scripts import record
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("record", ROOT / "scripts" / "record.py")
-record = importlib.util.module_from_spec(spec)
-sys.modules["record"] = record
-spec.loader.exec_module(record)
 
 CPU = torch.device("cpu")
 CONFIG = dataclasses.replace(record.rehearsal(record.RECIPES["0.893"]), batch_size=32, dtype="float32")

@@ -4,8 +4,6 @@ import copy
 import dataclasses
 import doctest
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +11,11 @@ from accuracy import error
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector
 
+from benchmarks.reference import data, training
+from benchmarks.reference.training import NETWORKS, Recipe, predict, train
 from ran_ext import models
 from ran_ext.data import CIFAR10, Augment, Normalize
 from ran_ext.train import Config, TrainStep, build_optimizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from reference import data, training
-from reference.training import NETWORKS, Recipe, predict, train
 
 #: A training in which dropout, augmentation and the order draw numbers.
 SMALL = Recipe(width=0.125, epochs=2, batch_size=16, patience=0)
@@ -44,7 +40,7 @@ def twins(name, width):
 
 @pytest.mark.parametrize("module", ["data", "networks", "training"])
 def test_examples(module):
-    assert doctest.testmod(importlib.import_module(f"reference.{module}")).failed == 0
+    assert doctest.testmod(importlib.import_module(f"benchmarks.reference.{module}")).failed == 0
 
 
 @pytest.mark.parametrize("to_reference", [True, False], ids=["to the reference", "to ran_ext"])

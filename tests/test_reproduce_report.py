@@ -1,5 +1,6 @@
 """The report's experiment: its plan, its verdicts, how it is stopped and continued, and its page."""
 
+import csv
 import dataclasses
 import doctest
 import importlib
@@ -10,22 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.experiments import figures, runs
+from benchmarks.experiments.claims import CLAIMS, Claim, Sample, claim_rows, joint_verdict
+from benchmarks.experiments.outcomes import Outcome, Study
+from benchmarks.experiments.plan import SCALES, VARIANTS, Run, plan
+from benchmarks.experiments.runs import Deadline, Runner, Stopped, load_images
+from scripts import reproduce_report
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _on_the_path():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        yield
-
-
 @pytest.fixture(scope="module")
-def tiny(_on_the_path):
-    from experiments.plan import SCALES
-
+def tiny():
     scale = dataclasses.replace(SCALES["smoke"], seeds=1, train_images=40, batch_size=20, val_images=20, test_images=20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCALES, "smoke", scale)
@@ -35,24 +33,19 @@ def tiny(_on_the_path):
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A folder in which the whole experiment ran, at its tiniest."""
-    import reproduce_report
-
     out = tmp_path_factory.mktemp("report")
     assert reproduce_report.main(["--out", str(out), "--scale", "smoke", "--device", "cpu"]) == 0
     return out
 
 
-@pytest.mark.parametrize("name", ["claims", "outcomes", "page", "plan"])
+@pytest.mark.parametrize("name", ["claims", "outcomes", "page", "plan", "tables"])
 def test_examples(name):
-    failed, tried = doctest.testmod(importlib.import_module(f"experiments.{name}"))
+    failed, tried = doctest.testmod(importlib.import_module(f"benchmarks.experiments.{name}"))
     assert (failed, tried > 0) == (0, True)
 
 
 @pytest.mark.parametrize("name", ["full", "subset", "smoke"])
 def test_both_implementations_train_by_the_same_recipe(name):
-    from experiments.claims import CLAIMS
-    from experiments.plan import SCALES, VARIANTS, plan
-
     scale = SCALES[name]
     runs = plan(scale)
     assert len({run.name for run in runs}) == len(runs) == 2 * len(VARIANTS) * scale.seeds
@@ -79,8 +72,6 @@ def test_both_implementations_train_by_the_same_recipe(name):
     ],
 )
 def test_verdict_follows_from_the_interval(values, verdict):
-    from experiments.claims import Claim, Sample
-
     claim = Claim("5", "gain", "+0.024", ("compact", "base-adam"), max, low=0)
     assert claim.judge(Sample(values) if values else None) == verdict
     mirrored = dataclasses.replace(claim, low=-float("inf"), high=0)
@@ -89,18 +80,12 @@ def test_verdict_follows_from_the_interval(values, verdict):
 
 
 def test_implementations_must_agree_on_a_verdict():
-    from experiments.claims import joint_verdict
-
     assert joint_verdict(["refuted", "refuted"]) == "refuted"
     assert joint_verdict(["reproduced", "refuted"]) == "not decided"
     assert joint_verdict(["reproduced", "not decided"]) == "not decided"
 
 
 def test_claims_are_measured_seed_by_seed(tiny, tmp_path):
-    from experiments.claims import CLAIMS, claim_rows
-    from experiments.outcomes import Outcome, Study
-    from experiments.plan import Run
-
     study = Study("subset", dataclasses.replace(tiny, sample=False), tmp_path, "cpu")
     for seed in range(3):
         for variant, right in (("base-adam", 50 + seed), ("base-nesterov", 20), ("compact", 53), ("paper", 54)):
@@ -142,10 +127,18 @@ def test_markdown_says_the_same(finished):
     assert "| reproduced |" in text  # the parameters
 
 
-def test_finished_runs_are_not_repeated(finished, tiny, monkeypatch):
-    from experiments import runs
-    from experiments.outcomes import Study
+def test_tables_hold_a_row_a_run_and_a_row_an_epoch(finished):
+    rows = list(csv.DictReader((finished / "runs.csv").open()))
+    epochs = list(csv.DictReader((finished / "epochs.csv").open()))
+    trained = [row for row in rows if not row["diverged"]]
+    assert (len(rows), len(epochs)) == (10, 2 * len(trained))
+    assert all(0 <= float(row["test_accuracy"]) <= 1 for row in trained)
+    name = ("implementation", "variant", "seed")
+    last = {tuple(row[key] for key in name): float(row["seconds"]) for row in epochs}
+    assert last == {tuple(row[key] for key in name): float(row["seconds"]) for row in trained}
 
+
+def test_finished_runs_are_not_repeated(finished, tiny, monkeypatch):
     monkeypatch.setattr(runs, "fit", None)
     monkeypatch.setattr(runs.training, "train", None)
     study = Study("smoke", tiny, finished, "cpu")
@@ -154,9 +147,6 @@ def test_finished_runs_are_not_repeated(finished, tiny, monkeypatch):
 
 
 def test_results_of_other_settings_are_refused(finished, tiny, monkeypatch, capsys):
-    import reproduce_report
-    from experiments.plan import SCALES
-
     monkeypatch.setitem(SCALES, "smoke", dataclasses.replace(tiny, epochs=5))
     assert reproduce_report.main(["--out", str(finished), "--scale", "smoke", "--device", "cpu"]) == 1
     error = capsys.readouterr().err
@@ -166,10 +156,6 @@ def test_results_of_other_settings_are_refused(finished, tiny, monkeypatch, caps
 
 
 def test_interrupted_run_continues(finished, tiny, tmp_path, monkeypatch, capsys):
-    import reproduce_report
-    from experiments import figures
-    from experiments.outcomes import Outcome
-
     monkeypatch.setattr(figures, "render", lambda draw, dark: repr(draw()).encode())  # built, not painted
     command = ["--out", str(tmp_path), "--scale", "smoke", "--device", "cpu", "--minutes", "0"]
     first = tmp_path / "runs" / "ran_ext-base-adam-seed0"
@@ -186,9 +172,6 @@ def test_interrupted_run_continues(finished, tiny, tmp_path, monkeypatch, capsys
 
 
 def test_a_run_of_the_reference_that_would_be_lost_is_not_begun(finished, tiny, monkeypatch):
-    from experiments.outcomes import Study
-    from experiments.runs import Deadline, Runner, Stopped
-
     study = Study("smoke", tiny, finished, "cpu")
     run = next(run for run in study.plan if run.implementation == "reference")
     runner = Runner(study, None, CPU, Deadline(0))
@@ -198,10 +181,6 @@ def test_a_run_of_the_reference_that_would_be_lost_is_not_begun(finished, tiny, 
 
 @pytest.mark.parametrize("implementation", ["ran_ext", "reference"])
 def test_a_diverging_run_is_recorded(implementation, tiny, tmp_path, monkeypatch):
-    from experiments.outcomes import Study
-    from experiments.plan import VARIANTS, Run
-    from experiments.runs import Deadline, Runner, load_images
-
     monkeypatch.setitem(VARIANTS, "base-adam", dataclasses.replace(VARIANTS["base-adam"], lr=1e30))
     study, run = Study("smoke", tiny, tmp_path, "cpu"), Run(implementation, "base-adam", 0)
     monkeypatch.setattr(study, "plan", [run])
@@ -212,9 +191,6 @@ def test_a_diverging_run_is_recorded(implementation, tiny, tmp_path, monkeypatch
 
 
 def test_ctrl_c_says_how_to_continue(tiny, tmp_path, monkeypatch, capsys):
-    import reproduce_report
-    from experiments import runs
-
     def interrupted(*args):
         raise KeyboardInterrupt
 
@@ -224,8 +200,6 @@ def test_ctrl_c_says_how_to_continue(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_missing_images_are_named(tmp_path, capsys):
-    import reproduce_report
-
     missing = str(tmp_path / "nothing")
     assert reproduce_report.main(["--out", str(tmp_path / "out"), "--data", missing]) == 1
     assert f"to get it: python -m ran_ext.data.get_cifar10 --out {missing}" in capsys.readouterr().err

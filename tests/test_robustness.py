@@ -1,6 +1,5 @@
 """scripts/robustness.py and benchmarks/corrupted.py: the rehearsal, checkpoints given, differences and verdicts."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -10,15 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.corrupted import ALL, ATTENTION, LESS_CLEAN, TRUNK, Difference, Seed, conclusion, differences, table
 from ran_ext.data import CORRUPTIONS, corrupt, sample
 from ran_ext.train import evaluate, load_model, load_normalize
+from scripts import robustness
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("robustness", ROOT / "scripts" / "robustness.py")
-robustness = importlib.util.module_from_spec(spec)
-sys.modules["robustness"] = robustness
-spec.loader.exec_module(robustness)
-from corrupted import ALL, ATTENTION, LESS_CLEAN, TRUNK, Difference, Seed, conclusion, differences, table  # noqa: E402
 
 
 @pytest.fixture(scope="module")

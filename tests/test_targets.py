@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.cases import op_cases
+from benchmarks.targets import TARGETS, check, table
+from benchmarks.time_model import Constants, main, unit_seconds, units
+
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ["16x16 1x1", "16x16 3x3", "8x8 1x1", "8x8 3x3", "4x4 1x1", "4x4 3x3", "2x2 1x1"]
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def row(case, contender, value, task="forward + backward", dtype="bfloat16", percent=None):
@@ -20,14 +19,10 @@ def row(case, contender, value, task="forward + backward", dtype="bfloat16", per
 
 
 def measured(figures, name):
-    from targets import check
-
     return next(found["measured"] for found in check(figures) if found["target"] == name)
 
 
 def test_nothing_is_met_where_nothing_was_measured():
-    from targets import TARGETS, check, table
-
     rows = check({"environment": {}, "ops-128-bfloat16": {"rows": []}})
     assert len(rows) == len(TARGETS)
     assert all(found["measured"] is None and found["met"] is None for found in rows)
@@ -63,8 +58,6 @@ def test_bn_relu_is_a_geometric_mean_over_seven_shapes_against_torchs_faster_dty
 
 
 def test_the_sum_is_of_the_networks_seven_convolutions():
-    from cases import op_cases
-
     names = [case.name for case in op_cases(128) if case.flops(False)]  # what compare.py adds up
     assert len(names) == 7
     assert all(name.startswith("bn_relu_conv2d") for name in names)
@@ -87,8 +80,6 @@ def test_the_sanitizer_counts_when_all_four_tools_have_run():
 
 
 def test_a_rehearsed_record_is_no_record():
-    from targets import check
-
     rows = [
         {"accuracy": 0.9, "seconds": 10, "epoch_seconds": 0.7},
         {"accuracy": 0.88, "seconds": 14, "epoch_seconds": 0.9},
@@ -105,8 +96,6 @@ def test_a_rehearsed_record_is_no_record():
 
 
 def test_the_model_predicts_what_the_plan_was_made_with():
-    from time_model import Constants, unit_seconds, units
-
     sums = {}
     for batch in (128, 1024):
         for unit in units(batch):
@@ -126,8 +115,6 @@ def constants_file(folder, unit, **passes):
 
 
 def test_measured_constants_take_the_place_of_the_assumed(tmp_path, capsys):
-    from time_model import Constants, main, unit_seconds, units
-
     unit = units(128)[0]
     path = constants_file(tmp_path, unit.name, forward=100e-6)
     constants = Constants.read(path, "bfloat16")

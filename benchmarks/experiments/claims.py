@@ -12,10 +12,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from reference.training import NETWORKS
-
 from ran_ext.models import create_model
 
+from ..reference.training import NETWORKS
 from .outcomes import Outcome, Study
 from .plan import RAN_EXT, REFERENCE
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from ran_ext.data import CIFAR10, CLASSES
 from ran_ext.train import load_model, load_normalize
 from ran_ext.train.masks import attention_maps, depths, draw_attention
+from ran_ext.train.png import png
 from ran_ext.train.run import SELECTED
 
 from .claims import Sample
@@ -46,9 +46,7 @@ def render(draw: Callable[[], Figure], dark: bool) -> bytes:
         "font.size": 9,
     }
     with matplotlib.rc_context(style):
-        buffer = io.BytesIO()
-        draw().savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+        return png(draw())
 
 
 def curve(axis: Axes, runs: Sequence[Outcome], x: str, y: str, **look: Any) -> None:

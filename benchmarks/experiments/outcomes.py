@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ran_ext import _json
 from ran_ext.train.checkpoint import write_atomically
 
 from .plan import VARIANTS, Run, Scale, plan
@@ -76,7 +77,7 @@ class Outcome:
 
     def save(self, folder: Path) -> None:
         """Write ``result.json``, whole or not at all."""
-        write_atomically(folder / RESULT, (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode())
+        write_atomically(folder / RESULT, (_json.dumps(dataclasses.asdict(self)) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:

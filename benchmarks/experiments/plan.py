@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from reference.training import Recipe
-
 from ran_ext.train import Config
+
+from ..reference.training import Recipe
 
 #: The two implementations, by the names they have on the page.
 RAN_EXT, REFERENCE = "ran_ext", "reference"

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import training
-from timing import environment
 from torch import Tensor, nn
 
 from ran_ext.data import CIFAR10, split_validation
@@ -20,6 +18,8 @@ from ran_ext.train import Callback, NonFiniteError, Progress, Ranks, fit
 from ran_ext.train.progress import duration
 from ran_ext.train.run import LAST
 
+from ..reference import training
+from ..timing import environment
 from .outcomes import Outcome, Study
 from .plan import RAN_EXT, Run, Scale
 

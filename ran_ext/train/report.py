@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import _json
 from ..data import CLASSES
 from .checkpoint import write_atomically
 from .errors import TrainingError, write_failure
+from .png import png
 from .progress import duration
 from .results import EpochFigures, Result
 
@@ -51,7 +51,7 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: it cannot be written.
     """
-    _write(path, (json.dumps(values, indent=1) + "\n").encode())
+    _write(path, (_json.dumps(values) + "\n").encode())
 
 
 def write_curves(path: Path, result: Result) -> None:
@@ -91,9 +91,7 @@ def write_curves(path: Path, result: Result) -> None:
     figure.suptitle(
         f"{config.model}, {config.optimizer}, batch {config.batch_size}, {config.dtype}, seed {config.seed}"
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    _write(path, buffer.getvalue())
+    _write(path, png(figure))
 
 
 def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path) -> str:

@@ -1,0 +1,1 @@
+"""The build: the PEP 517 backend, and how each kernel is compiled."""

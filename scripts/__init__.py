@@ -1,0 +1,1 @@
+"""Commands beside the package. Those that use ``benchmarks`` run as ``python -m scripts.NAME``."""
