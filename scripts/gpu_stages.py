@@ -61,8 +61,8 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
         _build(options, python, gpu),
         _tests(python, gpu),
-        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu, options),
-               found=results / "emulation.json"),
+        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json",
+               *_on(gpu, options), found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
         measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
         *_op_benchmarks(compared, options.quick),
@@ -94,7 +94,8 @@ def _capability() -> str:
 def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
     info = [python, "-m", "ran_ext.info"]
     if options.prebuilt is not None:
-        return Stage("build", 1, [[python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())], info])
+        install = [python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())]
+        return Stage("build", 1, [install, info])
     build = [python, "setup.py", "build_ext", "--inplace"]
     if not gpu:
         return Stage("build", 4, [build, info])

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "ran_ext"
 #: What the emulation has to know of a chip: capability, processors, shared bytes a block and a processor.
 CHIPS = {"h100": ["90", "132", str(227 << 10), str(228 << 10)], "a100": ["80", "108", str(163 << 10), str(164 << 10)]}
 
@@ -45,13 +46,13 @@ def check(folder: Path) -> dict[str, Any]:
     """
     path = folder / "prebuilt.json"
     if not path.exists():
-        raise ValueError(f"--prebuilt: {folder} holds no prebuilt.json: python -m scripts.prebuilt --out makes such a folder")
+        raise ValueError(f"--prebuilt: {folder} holds no prebuilt.json; python -m scripts.prebuilt --out makes one")
     import torch
 
     made, here = json.loads(path.read_text()), state(torch.__version__)
     for name, value in here.items():
         if made[name] != value:
-            raise ValueError(f"--prebuilt: {folder} was made for {name} {made[name]}, and here it is {value}: build anew")
+            raise ValueError(f"--prebuilt: {folder} was made for {name} {made[name]}, here it is {value}; make it anew")
     return dict(made)
 
 
@@ -59,7 +60,7 @@ def install(folder: Path) -> None:
     """Put the extension into this checkout."""
     check(folder)
     for path in [*folder.glob("_C*.so"), folder / "_built_for.py"]:
-        shutil.copy2(path, ROOT / "ran_ext" / path.name)
+        shutil.copy2(path, PACKAGE / path.name)
 
 
 def make(folder: Path, archs: str, chip: str) -> None:
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="build, into this folder")
     parser.add_argument("--archs", default="9.0", help="as TORCH_CUDA_ARCH_LIST has them (default: 9.0)")
     parser.add_argument("--chip", choices=sorted(CHIPS), default="h100", help="whose emulation is computed")
-    parser.add_argument("--install", type=Path, metavar="DIR", help="put the extension of this folder into the checkout")
+    parser.add_argument("--install", type=Path, metavar="DIR", help="put its extension into the checkout")
     options = parser.parse_args(argv)
     if (options.out is None) == (options.install is None):
         parser.error("give --out to build, or --install to use what was built")

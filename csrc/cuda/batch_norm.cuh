@@ -113,8 +113,7 @@ __device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspac
     if (channel < channels)
       for (int tile = threadIdx.y; tile < tiles; tile += blockDim.y)
 #pragma unroll
-        for (int i = 0; i < V; ++i)
-          state[i] = merge(state[i], read(__ldcg(slot(tile, i)), tile));
+        for (int i = 0; i < V; ++i) state[i] = merge(state[i], read(__ldcg(slot(tile, i)), tile));
     merge_rows<V>(state, scratch);
   }
   if (mine)

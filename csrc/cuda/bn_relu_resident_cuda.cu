@@ -41,11 +41,11 @@ __device__ __forceinline__ void for_each_vector(const Slab& slab, Body&& body) {
 // Shared memory after the tensors: a flag, coefficients, what the group reads of this block, and scratch. All of it is
 // dynamic, so that what a plan counts is what a launch takes.
 constexpr int kCoefficients = 3;
-constexpr size_t kFlagBytes = 16, kChannelBytes = kCoefficients * sizeof(float) + sizeof(float2) +
-                                                  kWarps * sizeof(GradientSums);
+constexpr size_t kFlagBytes = 16,
+                 kChannelBytes = kCoefficients * sizeof(float) + sizeof(float2) + kWarps * sizeof(GradientSums);
 
-// Where a column's coefficient lies. A lane loads those of its V columns, 16 bytes at a time; of vectors that are 8 apart
-// the second pair changes places, or lanes 4 apart would meet on the same banks.
+// Where a column's coefficient lies. A lane loads those of its V columns, 16 bytes at a time; of vectors that are 8
+// apart the second pair changes places, or lanes 4 apart would meet on the same banks.
 __device__ __forceinline__ int coefficient_at(int column) {
   const int vector = column / 4;
   return (vector ^ (vector >> 3 & 1)) * 4 + column % 4;

@@ -40,8 +40,8 @@ struct Operand {
 
 __device__ __forceinline__ int thread_rank() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
-// A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every 8
-// are kept the other way round, as lanes 4 apart would else meet on the same banks.
+// A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every
+// 8 are kept the other way round, as lanes 4 apart would else meet on the same banks.
 __device__ __forceinline__ int swapped_at(int column) { return column ^ column / 32 % 2 * 4; }
 
 __device__ __forceinline__ void load_swapped(Shared<float> row, int vector, float (&v)[8]) {

@@ -81,11 +81,12 @@ class Chunks {
       const Shared<T> x = shared_ + next_slot_ * Tile::kStageValues, dy = x + Tile::kRows * kPanel;
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kPanel; ++i)
-        copy_panel<kPanel, true>(x + i * kPanel * kPanel, args_.x, chunk_ * kPanel, blockIdx.x * Tile::kRows + i * kPanel);
+        copy_panel<kPanel, true>(x + i * kPanel * kPanel, args_.x, chunk_ * kPanel,
+                                 blockIdx.x * Tile::kRows + i * kPanel);
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / kPanel; ++i)
         copy_panel<kPanel, false>(dy + i * kPanel * kPanel, args_.dy, chunk_ * kPanel,
-                           blockIdx.y * Tile::kColumns + i * kPanel);
+                                  blockIdx.y * Tile::kColumns + i * kPanel);
       ++chunk_;
       if (++next_slot_ == Tile::kStages) next_slot_ = 0;
     }

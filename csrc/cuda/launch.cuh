@@ -81,7 +81,8 @@ cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, voi
   const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
   std::apply(
       [&](const auto&... parameters) {
-        const emu::Kernel ours{reinterpret_cast<const void*>(kernel), [&] { kernel(parameters...); },
+        const emu::Kernel ours{reinterpret_cast<const void*>(kernel),
+                               [&] { kernel(parameters...); },
                                {reinterpret_cast<const unsigned char*>(&parameters)...}};
         emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative}, ours);
       },

@@ -10,9 +10,9 @@
 
 namespace ran {
 
-// Lets `kernel` have `bytes` on the current device. Beyond 48 KiB that must be asked for, and what is asked for last holds
-// for the launches of all host threads: so it is never lowered again, or one thread would take from another what it has
-// just asked for.
+// Lets `kernel` have `bytes` on the current device. Beyond 48 KiB that must be asked for, and what is asked for last
+// holds for the launches of all host threads: so it is never lowered again, or one thread would take from another what
+// it has just asked for.
 inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
   constexpr size_t kAlwaysAllowed = 48 << 10;
   if (bytes <= kAlwaysAllowed) return cudaSuccess;

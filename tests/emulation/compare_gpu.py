@@ -211,7 +211,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="results, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--archs", default="9.0", help="what to compile for, as TORCH_CUDA_ARCH_LIST has it")
-    parser.add_argument("--objects", type=Path, metavar="DIR", help="where setup.py has compiled the kernels for --archs")
+    parser.add_argument("--objects", type=Path, metavar="DIR", help="where setup.py has compiled for --archs")
     parser.add_argument("--prebuilt", type=Path, metavar="DIR", help="what --prepare left there is used")
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="compile and emulate into DIR; runs on no GPU")
     parser.add_argument("--limits", nargs=4, default=SMALL_HOPPER, metavar="N", help="of the GPU that --prepare is for")

@@ -155,8 +155,10 @@ void check_refusals() {
 // Whatever the plan, its launch must be taken; and a tile that nearly every processor has one of is not given up.
 void check_limits() {
   using ran::cuda::conv1x1::DeviceLimits;
-  const DeviceLimits devices[] = {{80, 108, 163 << 10, 164 << 10}, {86, 84, 99 << 10, 100 << 10},
-                                  {90, 132, 227 << 10, 228 << 10}, {120, 188, 99 << 10, 100 << 10}};
+  const DeviceLimits devices[] = {{80, 108, 163 << 10, 164 << 10},
+                                  {86, 84, 99 << 10, 100 << 10},
+                                  {90, 132, 227 << 10, 228 << 10},
+                                  {120, 188, 99 << 10, 100 << 10}};
   for (const DeviceLimits& device : devices) {
     ran::cuda::conv1x1::emulated_device = device;
     for (const int64_t rows : {1, 63, 64, 129, 2048, 8192, 16384, 32768, 262144, 1 << 30})

@@ -69,7 +69,7 @@ def choose(call: str, mutants: Sequence[Mutant]) -> str:
 
 
 def mutate(root: Path, rewrite: Callable[[str, Sequence[Mutant]], str] = choose) -> list[Mutant]:
-    """Rewrites each such statement of the kernels below ``root``; its mutants, and those of all others, are returned."""
+    """Rewrites each such statement of the kernels below ``root``; returns all mutants."""
     found: list[Mutant] = []
     for path in sorted((root / "csrc" / "cuda").glob("*.cu*")):
         if path.name in WRAPPERS:

@@ -60,8 +60,8 @@ struct Thread {
   uint32_t generation = 0;  // of waits_for when the thread arrived
   std::vector<Copy> copies;
   int copy_group = 0;
-  bool cluster_arrived = false;                  // of a split barrier, in PTX
-  uint64_t polled = 0, polled_value = 0;         // by an acquiring load, in PTX
+  bool cluster_arrived = false;           // of a split barrier, in PTX
+  uint64_t polled = 0, polled_value = 0;  // by an acquiring load, in PTX
   jmp_buf context;
   Fiber* fiber = nullptr;
 

@@ -1,9 +1,9 @@
 // How the accesses of a warp fall on shared memory's banks and on sectors of global memory.
 //
-// What the hardware does with one instruction of a warp: shared memory serves 32 banks of 4 bytes at a time, so lanes are
-// taken 32, 16 or 8 at a time for 4, 8 and 16 bytes, and each such group takes as many wavefronts as its fullest bank has
-// different words; one is the ideal. Global memory moves sectors of 32 bytes; the ideal is the bytes asked for, rounded
-// up to whole ones.
+// What the hardware does with one instruction of a warp: shared memory serves 32 banks of 4 bytes at a time, so lanes
+// are taken 32, 16 or 8 at a time for 4, 8 and 16 bytes, and each such group takes as many wavefronts as its fullest
+// bank has different words; one is the ideal. Global memory moves sectors of 32 bytes; the ideal is the bytes asked
+// for, rounded up to whole ones.
 #pragma once
 
 #include <map>

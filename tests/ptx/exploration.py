@@ -95,7 +95,7 @@ def fence(state: State, n: int) -> Iterator[State]:
 
 @eager
 def release(state: State, n: int) -> Iterator[State]:
-    """What the thread has written, and what those of its block had that it met at a barrier, is seen before it goes on."""
+    """All see what the thread wrote, and what those of its block had whom it met at a barrier, before it goes on."""
     thread = state.threads[n]
     met = {name for name, _ in thread.arrived}
     others = (t for t in state.threads if t.block == thread.block and met & {name for name, _ in t.arrived})

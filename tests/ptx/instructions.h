@@ -49,8 +49,9 @@ void multiply_f16(float* sums, const uint32_t* a, const uint32_t* b, int number)
 uint16_t to_bf16(float x);
 uint16_t to_f16(float x);
 float from_f16(uint16_t x);
+inline float from_bf16(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 float fma_down(float a, float b, float c);  // rounded towards minus infinity
-float exp2_flushed(float x);                // as exact as float has it; the hardware is off by 2 units in the last place
+float exp2_flushed(float x);  // as exact as float has it; the hardware is off by 2 units in the last place
 inline float relu(float x) { return x > 0 || x != x ? x : 0.0f; }
 inline float saturate(float x) { return x > 1 ? 1.0f : x > 0 ? x : 0.0f; }  // NaN becomes 0
 // Exact where the hardware is off by 2 units in the last place; like there, 0 for a divisor beyond 2^126.

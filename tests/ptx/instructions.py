@@ -19,7 +19,11 @@ C_TYPES = {
     "f64": "double",
 }
 SPECIAL = {
-    **{f"%{name}.{axis}": f"ptx::{name}({i})" for name in ("tid", "ntid", "ctaid", "nctaid") for i, axis in enumerate("xyz")},
+    **{
+        f"%{name}.{axis}": f"ptx::{name}({i})"
+        for name in ("tid", "ntid", "ctaid", "nctaid")
+        for i, axis in enumerate("xyz")
+    },
     "%cluster_ctarank": "ptx::cluster_rank()",
     "%envreg1": "ptx::grid_workspace(32)",
     "%envreg2": "ptx::grid_workspace(0)",
@@ -232,8 +236,10 @@ def _quotient(m: re.Match[str], a: list[str], o: Operands) -> str:
 
 @instruction(r"(rcp\.rn|sqrt\.rn|ex2\.approx\.ftz)\.f32")
 def _function(m: re.Match[str], a: list[str], o: Operands) -> str:
-    x = o.value(a[1], "f32")
-    return f"{o.name(a[0])} = " + {"r": f"1.0f / {x};", "s": f"__builtin_sqrtf({x});", "e": f"ptx::exp2_flushed({x});"}[m[1][0]]
+    before, after = {"rcp": ("1.0f / ", ""), "sqrt": ("__builtin_sqrtf(", ")"), "ex2": ("ptx::exp2_flushed(", ")")}[
+        m[1].split(".")[0]
+    ]
+    return f"{o.name(a[0])} = {before}{o.value(a[1], 'f32')}{after};"
 
 
 @instruction(r"setp\.(eq|ne|lt|le|gt|ge)\.([bus](?:16|32|64))")
@@ -268,9 +274,11 @@ def _move(m: re.Match[str], a: list[str], o: Operands) -> str:
         whole = o.value(s, f"b{bits}")
         return "{ " + " ".join(f"{o.name(x)} = {whole} >> {half * i};" for i, x in enumerate(members(d))) + " }"
     if s.startswith("{"):
-        low, high = (o.value(x, f"b{half}") for x in members(s))
-        whole = f"(uint{bits}_t){high} << {half} | {low}"
-        return f"{o.name(d)} = __builtin_bit_cast(float, (uint32_t)({whole}));" if o.type_of(d) == "f32" else f"{o.name(d)} = {whole};"
+        parts = members(s)
+        if o.type_of(d) == "f32" and parts[0] == "0":  # how sm_80 widens bfloat16
+            return f"{o.name(d)} = ptx::from_bf16({o.value(parts[1], 'b16')});"
+        low, high = (o.value(x, f"b{half}") for x in parts)
+        return f"{o.name(d)} = (uint{bits}_t){high} << {half} | {low};"
     return f"{o.name(d)} = {o.value(s, o.type_of(d))};"
 
 
@@ -292,9 +300,7 @@ def _saturate(m: re.Match[str], a: list[str], o: Operands) -> str:
 
 @instruction(r"cvt\.f32\.(bf16|f16)")
 def _widen(m: re.Match[str], a: list[str], o: Operands) -> str:
-    if m[1] == "bf16":  # as the move that sm_80 has for it
-        return f"{o.name(a[0])} = __builtin_bit_cast(float, (uint32_t)((uint32_t){o.value(a[1], 'b16')} << 16 | (uint16_t)0ll));"
-    return f"{o.name(a[0])} = ptx::from_f16({o.value(a[1])});"
+    return f"{o.name(a[0])} = ptx::from_{m[1]}({o.value(a[1], 'b16')});"
 
 
 @instruction(r"cvt\.rn\.(bf16|f16)\.f32")
@@ -346,7 +352,8 @@ def _store(m: re.Match[str], a: list[str], o: Operands) -> str:
     values = [f"({C_TYPES[kind]}){o.value(v, kind)}" for v in members(a[1])]
     if len(values) != count:
         raise UnknownInstruction("number of sources")
-    return f"{{ const {C_TYPES[kind]} v[{count}] = {{{', '.join(values)}}}; ptx::store_{space}(v, {address}, sizeof v, {o.take_number()}); }}"
+    held = f"const {C_TYPES[kind]} v[{count}] = {{{', '.join(values)}}};"
+    return f"{{ {held} ptx::store_{space}(v, {address}, sizeof v, {o.take_number()}); }}"
 
 
 @instruction(r"ld\.acquire\.gpu\.u32")

@@ -1,5 +1,5 @@
-// Runs each launcher at shapes whose tensors are aligned, and prints how each kernel's accesses fall on memory: a line an
-// instruction, "kernel | number | kind | bytes | used | ideal | narrow". layout.py sums them up.
+// Runs each launcher at shapes whose tensors are aligned, and prints how each kernel's accesses fall on memory: a line
+// an instruction, "kernel | number | kind | bytes | used | ideal | narrow". layout.py sums them up.
 #include "../emulation/compare_conv1x1.h"
 #include "../emulation/compare_ops.h"
 #include "run_time.h"
@@ -14,7 +14,7 @@ struct Line {
   int bytes = 0;
 };
 
-constexpr const char* kKinds[] = {"shared load",   "shared store", "matrix load", "copy to shared",
+constexpr const char* kKinds[] = {"shared load", "shared store", "matrix load",     "copy to shared",
                                   "global load", "global store", "copy from global"};
 
 void report() {

@@ -57,7 +57,8 @@ def read(text: str) -> dict[str, Layout]:
     found: dict[str, Layout] = {}
     for line in text.splitlines():
         kernel, number, kind, *numbers = line.split(" | ")
-        found.setdefault(kernel, Layout()).instructions.append(Instruction(kernel, int(number), kind, *map(int, numbers)))
+        one = Instruction(kernel, int(number), kind, *map(int, numbers))
+        found.setdefault(kernel, Layout()).instructions.append(one)
     return found
 
 

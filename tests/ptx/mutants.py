@@ -15,7 +15,7 @@ from pathlib import Path
 import programs
 
 sys.path.insert(0, str(programs.ROOT / "tests" / "emulation"))
-import mutate  # noqa: E402
+import mutate
 
 #: What stands in for a statement in its weaker mutant.
 WEAKER = {"__syncwarp()": "warp", "__syncthreads()": "block"}

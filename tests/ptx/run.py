@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import layout  # noqa: E402
-import mutants  # noqa: E402
-import programs  # noqa: E402
-from translate import Kernel, UnknownInstruction  # noqa: E402
+import layout
+import mutants
+import programs
+from translate import Kernel, UnknownInstruction
 
 RESULTS = programs.HERE / "results.md"
 #: Clusters exist on the first; the others run where their kernels are not the same, instruction for instruction.

@@ -1,5 +1,6 @@
-// What instructions.h declares, on the emulation's threads, memories and checks (tests/emulation): a kernel that nvcc has
-// made runs under the same schedules, with the same reports of races, unwritten memory and bounds, as its source does.
+// What instructions.h declares, on the emulation's threads, memories and checks (tests/emulation): a kernel that nvcc
+// has made runs under the same schedules, with the same reports of races, unwritten memory and bounds, as its source
+// does.
 //
 // A shared address is an offset in the block's window: static arrays first, dynamic memory behind them. A generic
 // address of shared memory has a high bit no pointer has, the block's rank in its gang, and the offset.

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from instructions import C_TYPES, Operands, UnknownInstruction, statement
 
-MODULE_SHARED = re.compile(r"^(?P<extern>\.extern )?\.shared \.align (?P<align>\d+) \.\w+ (?P<rest>[^;]+);", re.MULTILINE)
 SHARED = re.compile(r"\.shared \.align (?P<align>\d+) \.(?P<type>\w+) (?P<name>[\w$]+)(?P<count>\[\d*\])?;")
 ENTRY = re.compile(r"\.entry (?P<name>[\w$]+)\((?P<parameters>.*?)\)(?P<limits>[^{]*)\{(?P<body>.*?)\n\}", re.DOTALL)
 REGISTERS = re.compile(r"\.reg \.(\w+)\s+%(\w+)<(\d+)>;")
 LOCAL = re.compile(r"\.reg \.(\w+) %?(\w+);")
 MARK = re.compile(r"// mutant (begin|end)(.*)")
+FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]+)"', re.MULTILINE)
 LOCATION = re.compile(r"\.loc\s+(\d+) (\d+) (\d+)(?:, function_name [^,]+, inlined_at (\d+) (\d+) (\d+))?")
 
 
@@ -101,7 +101,8 @@ def demangle(names: Sequence[str]) -> list[str]:
 
 def _without_parameters(signature: str) -> str:
     depth = 0
-    for position, letter in enumerate(signature.replace("(anonymous", "<anonymous").replace("namespace)", "namespace>")):
+    text = signature.replace("(anonymous namespace)", "<anonymous namespace>")  # of the same length
+    for position, letter in enumerate(text):
         depth += (letter == "<") - (letter == ">")
         if letter == "(" and depth == 0:
             return signature[:position]
@@ -115,7 +116,7 @@ def read(path: Path) -> list[Kernel]:
         UnknownInstruction: with the file, the kernel and the instruction.
     """
     text = path.read_text()
-    files = {number: Path(name).name for number, name in re.findall(r'^\s*\.file\s+(\d+) "([^"]+)"', text, re.MULTILINE)}
+    files = {number: Path(name).name for number, name in FILE.findall(text)}
     entries = list(ENTRY.finditer(text))
     names = demangle([entry["name"] for entry in entries])
     kernels = []
