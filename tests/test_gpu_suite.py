@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import compare
-from scripts import gpu_suite, stages
+from scripts import gpu_suite, prebuilt, stages
 from scripts.gpu_stages import pytest_counts, sanitizer_errors
 from scripts.gpu_suite import parse, run, summarize
 from scripts.stages import Runner, Stage, limit
@@ -176,8 +177,6 @@ def test_only_takes_a_group_and_the_exit_status_tells(tmp_path, monkeypatch, cap
 
 
 def prebuilt_folder(tmp_path, monkeypatch, **other):
-    from scripts import prebuilt
-
     folder = tmp_path / "prebuilt"
     folder.mkdir()
     (folder / "prebuilt.json").write_text(json.dumps({**prebuilt.state(torch.__version__), "archs": "9.0", **other}))
@@ -185,8 +184,6 @@ def prebuilt_folder(tmp_path, monkeypatch, **other):
 
 
 def test_with_a_prebuilt_folder_nothing_is_compiled(tmp_path, monkeypatch):
-    from scripts import prebuilt
-
     folder = prebuilt_folder(tmp_path, monkeypatch)
     (folder / "_C.so").write_text("extension")
     (folder / "_built_for.py").write_text("TORCH = None")

@@ -16,7 +16,10 @@ def steps(prefilled: bool, gradients: list[float], found_inf: list[float]) -> to
     for gradient, inf in zip(gradients, found_inf, strict=True):
         for parameter in layer.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        sgd.grad_scale, sgd.found_inf = torch.tensor(1.0), torch.tensor(float(inf))  # as GradScaler.step hands them over
+        sgd.grad_scale, sgd.found_inf = (
+            torch.tensor(1.0),
+            torch.tensor(float(inf)),
+        )  # as GradScaler.step hands them over
         sgd.step()
     return layer.weight.detach()
 

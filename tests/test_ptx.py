@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "ptx"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx"))
 import instructions
 import layout
 import programs
@@ -18,6 +17,7 @@ import protocols
 import translate
 from exploration import Broken
 
+ROOT = Path(__file__).resolve().parent.parent
 HEAD = """.version 9.0
 .target sm_90a
 .address_size 64
@@ -167,12 +167,14 @@ int main() {
 def test_a_kernels_memory_limit_is_never_lowered(tmp_path):
     (tmp_path / "limits.cpp").write_text(LIMITS)
     include = [f"-iquote{ROOT / 'csrc' / 'cuda'}", f"-I{programs.native.find_toolkit() / 'include'}"]
-    subprocess.run(["g++", "-std=c++17", "-pthread", *include, tmp_path / "limits.cpp", "-o", tmp_path / "limits"], check=True)
+    subprocess.run(
+        ["g++", "-std=c++17", "-pthread", *include, tmp_path / "limits.cpp", "-o", tmp_path / "limits"], check=True
+    )
     assert subprocess.run([tmp_path / "limits"]).returncode == 0
 
 
 def test_no_memory_of_torch_outlives_a_launch():
-    """A tensor kept in a static variable lies in whatever pool was current when it was made, a CUDA graph's among them."""
+    """A tensor in a static variable lies in whatever pool was current when it was made, also in a CUDA graph's."""
     for path in (ROOT / "csrc").glob("*cuda*.*"):
         held = re.findall(r"\bstatic\b[^;(]*\b(?:Tensor|Buffer|TensorOptions)\b[^;]*;", path.read_text())
         assert not held, f"{path.name}: {held}"

@@ -110,7 +110,7 @@ def stems_of(program: Path) -> list[str]:
 
 def wrap(program: Path, kernels: dict[str, list[Kernel]], folder: Path, root: Path = ROOT) -> Path:
     """The object of a C++ file that includes .cu files, for the emulation, with the table of their kernels."""
-    source = f'#include "{HERE}/run_time.h"\n' if program.suffix == ".cpp" else ""
+    source = f'#include "{root}/tests/ptx/run_time.h"\n' if program.suffix == ".cpp" else ""
     source += f'#include "{program}"\n' + table([kernel for stem in stems_of(program) for kernel in kernels[stem]])
     command = ["g++", *build.FLAGS, "-std=c++20", *build.EMULATE, *(f"-iquote{path}" for path in build.includes(root))]
 
