@@ -151,10 +151,10 @@ def build_for_gpu(cache: Path, archs: str, objects: Path | None = None) -> Path:
     return program
 
 
-def prepare(folder: Path, archs: str, limits: Sequence[str]) -> None:
+def prepare(folder: Path, archs: str, limits: Sequence[str], objects: Path | None) -> None:
     """Leaves in ``folder`` what a machine with a GPU would have to compile and to emulate."""
     with tempfile.TemporaryDirectory() as cache:
-        shutil.copy2(build_for_gpu(Path(cache), archs), folder / "compare_gpu_cuda")
+        shutil.copy2(build_for_gpu(Path(cache), archs, objects), folder / "compare_gpu_cuda")
         run([build("compare_gpu", Path(cache), others=kernels())], folder / "emulated", "--limits", *limits)
 
 
@@ -224,7 +224,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             if arguments.prepare:
-                prepare(arguments.prepare, arguments.archs, arguments.limits)
+                prepare(arguments.prepare, arguments.archs, arguments.limits, arguments.objects)
                 return 0
             verdicts = compare(arguments, Path(folder))
         except RuntimeError as failure:

@@ -28,7 +28,11 @@ inline void check_global_access(uint64_t address, int bytes, int number) {
 // One for all grids, as they run one after the other: {size, count}, like what the driver has for each.
 inline uint32_t* grid_counts() {
   static emu::Buffer<uint32_t> counts(2);
-  if (emu::cooperative_launch && counts[1] == ~0u) counts[1] = 0;
+  static const bool zeroed = [] {
+    std::memset(counts.data(), 0, counts.bytes());
+    return true;
+  }();
+  (void)zeroed;
   return counts.data();
 }
 
