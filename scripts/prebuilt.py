@@ -79,7 +79,7 @@ def make(folder: Path, archs: str, chip: str) -> None:
         shutil.copy2(path, folder / path.name)
     run("setup.py", "build_py", "--build-lib", build / "lib")
     shutil.copy2(build / "lib" / "ran_ext" / "_built_for.py", folder / "_built_for.py")
-    objects = ["--objects", build / "temp" / "kernels"]
+    objects: list[str | Path] = ["--objects", build / "temp" / "kernels"]
     run("tests/emulation/compare_gpu.py", "--prepare", folder, "--archs", archs, *objects, "--limits", *CHIPS[chip])
     (folder / "prebuilt.json").write_text(json.dumps({**state(torch.__version__), "archs": archs}, indent=1) + "\n")
     shutil.rmtree(build)
