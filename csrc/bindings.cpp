@@ -27,6 +27,7 @@ py::dict build_info() {
 // Forward, dgrad and wgrad of a convolution: whether each takes a fused kernel, and why.
 std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const at::Tensor& weight,
                                                     std::vector<int64_t> stride, std::vector<int64_t> padding) {
+  ran::check_convolution(x, weight, {stride, padding});
   std::vector<std::pair<bool, std::string>> ways;
   for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
     const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, {stride, padding});

@@ -8,6 +8,7 @@
 #include "autograd.h"
 #include "composed.h"
 #include "conv_paths.h"
+#include "library_conv.h"
 
 namespace ran {
 namespace {
@@ -17,12 +18,8 @@ constexpr const char* kOp = "bn_relu_conv2d";
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check(const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1), kOp, "weight must be (C_out, ", x.size(1),
-                  ", kH, kW), got ", weight.sizes());
-  RAN_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, "weight must have x's dtype ", x.scalar_type(), ", got ",
-                 weight.scalar_type());
-  RAN_CHECK_VALUE(conv.stride.size() == 2 && conv.padding.size() == 2, kOp, "stride and padding must be pairs");
+std::array<int64_t, 4> out_sizes(const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  return {x.size(0), weight.size(0), conv.out_size(x, weight, 0), conv.out_size(x, weight, 1)};
 }
 
 // out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false; and
@@ -35,8 +32,10 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
                         std::optional<double> next_momentum, bool) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
-  check(x, weight, conv);
+  check_convolution(x, weight, conv);
   check_bias(kOp, bias, weight);
+  check_statistics(kOp, mean, var);
+  if (present(residual)) check_as(kOp, "residual", *residual, out_sizes(x, weight, conv), x);
   // The next normalisation's channels are the weight's rows.
   const NextStatistics next{next_stats, Running(kOp, weight.transpose(0, 1), next_running, next_momentum)};
   const ConvOutput y = conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kOp, x, running, momentum), eps}, weight,
@@ -60,12 +59,8 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
                                  std::array<bool, 3> wanted, const OptTensor& dfork) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding};
-  check(x, weight, conv);
-  const std::array<int64_t, 4> out_sizes{x.size(0), weight.size(0), conv.out_size(x, weight, 0),
-                                         conv.out_size(x, weight, 1)};
-  RAN_CHECK_VALUE(dout.sizes() == at::IntArrayRef(out_sizes) && dout.scalar_type() == x.scalar_type(), kOp,
-                  "dout must be ", at::IntArrayRef(out_sizes), " ", x.scalar_type(), ", got ", dout.sizes(), " ",
-                  dout.scalar_type());
+  check_convolution(x, weight, conv);
+  check_as(kOp, "dout", dout, out_sizes(x, weight, conv), x);
   const ConvGradients g =
       conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),
                     {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
@@ -126,7 +121,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     if (ctx->saved_data["has_residual"].toBool()) result[9] = grads[0];
     if (at::GradMode::is_enabled()) {
       const Tensor a = composed::bn_relu(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
-      const Tensor out = at::conv2d(a, weight, bias, stride, padding);
+      const Tensor out = library::conv2d(a, weight, bias, stride, padding);
       const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin());
       std::copy_n(found.begin() + 3, 2, result.begin() + 7);
@@ -190,7 +185,7 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
     Tensor a;
     std::tie(a, batch_mean, batch_var) =
         norm.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps);
-    out = at::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
+    out = library::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
   } else {
     std::tie(out, batch_mean, batch_var, next_mean, next_var, identity) =
         op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,

@@ -22,8 +22,8 @@ void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t s
   RAN_CHECK_VALUE(scale >= 1, kOp, "scale_factor must be at least 1, got ", scale);
   RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kOp, "trunk and x must be (N, C, H, W), got trunk ", trunk.sizes(),
                   " and x ", x.sizes());
-  const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), (trunk.size(2) + scale - 1) / scale,
-                                        (trunk.size(3) + scale - 1) / scale};
+  const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), divide_up(trunk.size(2), scale),
+                                        divide_up(trunk.size(3), scale)};
   RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kOp, "x must be ", at::IntArrayRef(expected), " for trunk ",
                   trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
   const std::array<int64_t, 4> kernel{trunk.size(1), x.size(1), 1, 1};

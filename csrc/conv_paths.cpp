@@ -3,7 +3,11 @@
 #include <ATen/Functions.h>
 #include <ATen/TensorOperators.h>
 
+#include <limits>
+#include <vector>
+
 #include "cuda_conv1x1.h"
+#include "library_conv.h"
 
 namespace ran {
 namespace {
@@ -67,11 +71,13 @@ void cpu_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, c
     y.next_mean = at::empty({shape.co}, bn.mean.options());
     y.next_var = at::empty_like(y.next_mean);
   }
+  std::vector<double> exact(next.wanted && next.running.kept() ? size_t(2 * shape.co) : 0);
   cpu_kernels().conv1x1_forward(y.out.data_ptr(), next.wanted ? y.next_mean.data_ptr<float>() : nullptr,
-                                next.wanted ? y.next_var.data_ptr<float>() : nullptr, x.const_data_ptr(),
-                                weight.const_data_ptr(), bias_data, added.defined() ? added.const_data_ptr() : nullptr,
-                                dtype_of(x, kOp, "x"), shape, bn.kernel);
-  if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
+                                next.wanted ? y.next_var.data_ptr<float>() : nullptr,
+                                exact.empty() ? nullptr : exact.data(), x.const_data_ptr(), weight.const_data_ptr(),
+                                bias_data, added.defined() ? added.const_data_ptr() : nullptr, dtype_of(x, kOp, "x"),
+                                shape, bn.kernel);
+  if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
 }
 
 void cpu_weight_gradient(ConvGradients& g, const Tensor& dy, const Tensor& x, const BatchNormArgs& bn,
@@ -111,6 +117,26 @@ void cpu_data_gradient(Tensor& dz, BackwardSums& sums, const Tensor& dy, const T
 
 }  // namespace
 
+void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) > 0 && weight.size(3) > 0, kOp,
+                  "weight must be (C_out, ", x.size(1), ", kH, kW), got ", weight.sizes());
+  RAN_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, "weight must have x's dtype ", x.scalar_type(), ", got ",
+                 weight.scalar_type());
+  RAN_CHECK_VALUE(weight.device() == x.device(), kOp, "weight must be on x's device ", x.device(), ", got ",
+                  weight.device());
+  // Below 2^31 no sum or product of sizes overflows.
+  const auto check_pair = [](const char* name, at::IntArrayRef pair, int64_t least) {
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    const bool fits = pair.size() == 2 && std::min(pair[0], pair[1]) >= least && std::max(pair[0], pair[1]) <= kMost;
+    RAN_CHECK_VALUE(fits, kOp, name, " must be a pair, each from ", least, " to 2**31 - 1, got ", pair);
+  };
+  check_pair("stride", conv.stride, 1);
+  check_pair("padding", conv.padding, 0);
+  for (const int i : {0, 1})
+    RAN_CHECK_VALUE(x.size(2 + i) + 2 * conv.padding[i] >= weight.size(2 + i), kOp, "x ", x.sizes(), " with padding ",
+                    conv.padding, " is smaller than the kernel of weight ", weight.sizes());
+}
+
 ConvWay conv_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
   if (x.numel() == 0) return {false, "x is empty"};
 #ifdef RAN_WITH_CUDA
@@ -137,7 +163,7 @@ ConvOutput conv_forward(const Tensor& x, const PreActivation& norm, const Tensor
       a = bn_relu_apply(x, {kOp, x, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps});
     else
       std::tie(a, y.mean, y.var) = bn_relu_batch(kOp, x, norm.weight, norm.bias, norm.eps, norm.running);
-    y.out = at::conv2d(a, weight, bias, conv.stride, conv.padding);
+    y.out = library::conv2d(a, weight, bias, conv.stride, conv.padding);
     if (present(residual)) y.out.add_(*residual);
     if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(dense(y.out), next.running);
     return y;
@@ -175,8 +201,7 @@ ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& r
   const std::array<bool, 3> left{wanted[0] && !fused_dgrad, wanted[1] && !fused_wgrad, wanted[2] && !fused_wgrad};
   if (left[0] || left[1] || left[2]) {
     const Tensor a = left[1] ? bn_relu_apply(x, bn) : x;  // the data gradient needs its shape only
-    const auto [da, dweight, dbias] = at::convolution_backward(
-        dy, a, weight, at::IntArrayRef(weight.size(0)), conv.stride, conv.padding, {1, 1}, false, {0, 0}, 1, left);
+    const auto [da, dweight, dbias] = library::conv2d_backward(dy, a, weight, conv.stride, conv.padding, left);
     if (left[0]) dz = da.contiguous(format_of(x));
     if (left[1]) g.dweight = dweight;
     if (left[2]) g.dbias = dbias;

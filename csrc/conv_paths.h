@@ -16,6 +16,9 @@ struct Convolution {
   }
 };
 
+// Raises unless there is such a convolution of x, and its sizes can be computed.
+void check_convolution(const Tensor& x, const Tensor& weight, const Convolution& conv);
+
 enum class ConvPass { forward, dgrad, wgrad, gate };  // gate: the forward pass with the attention gate behind it
 
 // What a pass runs on: "fused" (a kernel of this library's own) or "library" (ATen's convolution, with one fused pass

@@ -1,5 +1,7 @@
 """Residual attention networks with fused BN-ReLU-Conv and attention-gate kernels for training in PyTorch."""
 
+import importlib
+
 from . import data, models, nn, ops
 from ._backend import get_backend, set_backend
 from ._explain import explain
@@ -8,3 +10,9 @@ from .inference import fold_for_inference
 
 __version__ = "0.1.0"
 __all__ = ["data", "explain", "fold_for_inference", "get_backend", "info", "models", "nn", "ops", "set_backend"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "train":  # on first use: who only calls the ops imports no trainer
+        return importlib.import_module("ran_ext.train")
+    raise AttributeError(f"module 'ran_ext' has no attribute {name!r}")

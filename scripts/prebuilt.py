@@ -11,7 +11,6 @@ a torch with CUDA and its nvcc. It fits one Python, one torch and one state of c
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ran_ext._command import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ran_ext"
@@ -71,7 +72,7 @@ def make(folder: Path, archs: str, chip: str) -> None:
     build = folder / "build"
     environment = {**os.environ, "RAN_EXT_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": archs}
 
-    def run(*command: str | Path) -> None:
+    def run(*command: object) -> None:
         subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, check=True)
 
     run("setup.py", "build_ext", "--build-lib", build / "lib", "--build-temp", build / "temp")
@@ -79,14 +80,14 @@ def make(folder: Path, archs: str, chip: str) -> None:
         shutil.copy2(path, folder / path.name)
     run("setup.py", "build_py", "--build-lib", build / "lib")
     shutil.copy2(build / "lib" / "ran_ext" / "_built_for.py", folder / "_built_for.py")
-    objects: list[str | Path] = ["--objects", build / "temp" / "kernels"]
+    objects = ["--objects", build / "temp" / "kernels"]
     run("tests/emulation/compare_gpu.py", "--prepare", folder, "--archs", archs, *objects, "--limits", *CHIPS[chip])
     (folder / "prebuilt.json").write_text(json.dumps({**state(torch.__version__), "archs": archs}, indent=1) + "\n")
     shutil.rmtree(build)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, metavar="DIR", help="build, into this folder")
     parser.add_argument("--archs", default="9.0", help="as TORCH_CUDA_ARCH_LIST has them (default: 9.0)")
     parser.add_argument("--chip", choices=sorted(CHIPS), default="h100", help="whose emulation is computed")

@@ -38,9 +38,11 @@ from benchmarks.command import run_command
 from benchmarks.ledger import Ledger
 from benchmarks.reference import training as reference_training
 from benchmarks.timing import environment
+from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint
+from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
+from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST
@@ -97,7 +99,7 @@ def measure(
         KeyboardInterrupt: the run was asked to stop; its checkpoint is in ``folder``.
     """
     resumed = (folder / LAST).exists()
-    earlier = load_checkpoint(folder / LAST)["seconds"] if resumed else 0.0
+    earlier = read_entries(folder / LAST, ("seconds",))["seconds"] if resumed else 0.0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -201,6 +203,7 @@ def run(options: argparse.Namespace) -> None:
         print(REHEARSAL)
     if options.epochs:
         config = dataclasses.replace(config, epochs=options.epochs)
+    config = resolve_dtype(config, Ranks(0, 1, device))
     torch.backends.cudnn.benchmark = True
     train_set, _, test_set = load_data(SAMPLE if options.quick else str(options.data), config)
     if options.quick:
@@ -239,7 +242,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--target", choices=RECIPES, required=True, help="the report's accuracy in the least time, or the highest")
     add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; --quick needs none)")

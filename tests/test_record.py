@@ -71,7 +71,7 @@ def test_finished_seeds_are_not_repeated_and_other_recipes_not_mixed(tmp_path, c
 def test_the_figure_is_the_final_epochs_with_the_mirror(tmp_path):
     train_set, test_set = sample("train").subset(torch.arange(96)), sample("test").subset(torch.arange(50))
     row = record.measure(CONFIG, train_set, test_set, CPU, tmp_path)
-    model, normalize = load_model(tmp_path / "model.pt"), record.load_checkpoint(tmp_path / "model.pt")["normalize"]
+    model, normalize = load_model(tmp_path / "model.pt"), load_checkpoint(tmp_path / "model.pt")["normalize"]
     x = test_set.images * normalize["scale"] + normalize["offset"]
     with torch.no_grad():
         predicted = (model(x) + model(x.flip(3))).argmax(1)

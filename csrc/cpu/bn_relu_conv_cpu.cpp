@@ -65,7 +65,7 @@ inline void multiply_block(const uint32_t* strips, const uint32_t* panels, int64
 
 // `tiles`: where the moments of each block of the stored output go, as merge_tiles() takes them; or null.
 template <typename T>
-void forward(T* out, float* tiles, const T* x, const T* weight, const float* bias, const T* residual, ConvShape s,
+void forward(T* out, double* tiles, const T* x, const T* weight, const float* bias, const T* residual, ConvShape s,
              BatchNorm<float> bn) {
   const ScaleShiftTable<float> table(bn, s.ci);
   const int64_t count = s.ci / WordOf<T>::values;
@@ -269,15 +269,18 @@ bool conv_supported(DType dtype, ConvShape s) {
   return has_dtype && s.ci % kColumns == 0 && s.co % kColumns == 0 && s.pixels() > 0;
 }
 
-void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, const void* weight, const float* bias,
-                     const void* residual, DType dtype, ConvShape s, BatchNorm<void> bn) {
-  std::vector<float> tiles(out_mean ? size_t((s.pixels() + kBlockRows - 1) / kBlockRows * 3 * s.co) : 0);
+void conv1x1_forward(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
+                     const float* bias, const void* residual, DType dtype, ConvShape s, BatchNorm<void> bn) {
+  const int64_t blocks = (s.pixels() + kBlockRows - 1) / kBlockRows;
+  std::vector<double> tiles(out_mean ? size_t(blocks * 3 * s.co) : 0);
   with_gemm_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     forward(static_cast<T*>(out), out_mean ? tiles.data() : nullptr, static_cast<const T*>(x),
             static_cast<const T*>(weight), bias, static_cast<const T*>(residual), s, typed<float>(bn));
   });
-  if (out_mean) merge_tiles(out_mean, out_var, tiles.data(), kBlockRows, s.pixels(), s.co);
+  if (out_mean)
+    merge_tiles(out_mean, out_var, exact, tiles.data(), blocks, s.co,
+                [&](int64_t block) { return std::min(kBlockRows, s.pixels() - block * kBlockRows); });
 }
 
 void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
@@ -309,8 +312,8 @@ void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const v
 #else  // no AVX-512: the convolution goes to ATen
 
 bool conv_supported(DType, ConvShape) { return false; }
-void conv1x1_forward(void*, float*, float*, const void*, const void*, const float*, const void*, DType, ConvShape,
-                     BatchNorm<void>) {}
+void conv1x1_forward(void*, float*, float*, double*, const void*, const void*, const float*, const void*, DType,
+                     ConvShape, BatchNorm<void>) {}
 void conv1x1_data_gradient(void*, float*, float*, const void*, const void*, const void*, DType, ConvShape,
                            BatchNorm<void>) {}
 void conv_weight_gradient(void*, float*, const void*, const void*, DType, ConvShape, const BatchNorm<void>*) {}

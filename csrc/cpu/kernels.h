@@ -37,8 +37,9 @@ struct Kernels {
   void (*max_pool_forward)(void* out, uint8_t* index, const void* x, DType, GateShape);
   void (*max_pool_backward)(void* dx, const void* dout, const uint8_t* index, DType, GateShape);
 
-  // mean and biased variance of each channel; both (channels,)
-  void (*batch_norm_stats)(void* mean, void* var, const void* x, DType, ChannelView);
+  // mean and biased variance of each channel; both (channels,). exact: the same before they are rounded, [2][channels],
+  // for the running ones; or null
+  void (*batch_norm_stats)(void* mean, void* var, double* exact, const void* x, DType, ChannelView);
   // out = relu(x * scale + shift)
   void (*bn_relu_forward)(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
   // dz = dout where z > 0: sum_dz, and sum_dz_xhat = sum dz * (x - mean) / sqrt(var + eps)
@@ -51,9 +52,9 @@ struct Kernels {
 
   // Whether the three below take this convolution; the first two take pointwise ones only.
   bool (*conv_supported)(DType, ConvShape);
-  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean and out_var (biased):
-  // the channels' statistics of out, or null
-  void (*conv1x1_forward)(void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean, out_var (biased) and
+  // exact: the channels' statistics of out, as above, or null
+  void (*conv1x1_forward)(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
                           const float* bias, const void* residual, DType, ConvShape, BatchNorm<void>);
   // dz = (dout * weight^T) where z > 0, with the two sums of bn_relu_backward_reduce
   void (*conv1x1_data_gradient)(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,

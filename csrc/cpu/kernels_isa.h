@@ -14,7 +14,7 @@ void upsample_add_backward(void* dlower, const void* dout, DType, GateShape);
 void max_pool_forward(void* out, uint8_t* index, const void* x, DType, GateShape);
 void max_pool_backward(void* dx, const void* dout, const uint8_t* index, DType, GateShape);
 
-void batch_norm_stats(void* mean, void* var, const void* x, DType, ChannelView);
+void batch_norm_stats(void* mean, void* var, double* exact, const void* x, DType, ChannelView);
 void bn_relu_forward(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
                              BatchNorm<void>);
@@ -22,8 +22,8 @@ void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const voi
                             const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>);
 
 bool conv_supported(DType, ConvShape);
-void conv1x1_forward(void* out, float* out_mean, float* out_var, const void* x, const void* weight, const float* bias,
-                     const void* residual, DType, ConvShape, BatchNorm<void>);
+void conv1x1_forward(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
+                     const float* bias, const void* residual, DType, ConvShape, BatchNorm<void>);
 void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
                            const void* weight, DType, ConvShape, BatchNorm<void>);
 bool conv3x3_supported(DType, ConvShape);

@@ -254,6 +254,59 @@ inline void for_lanes(int64_t size, Body&& body) {
   if (i < size) body(i, int(size - i));
 }
 
+template <typename V>
+inline bool is_finite(V v) {
+  const V zero = v - v;  // NaN of an infinity or NaN
+  uint64_t words[sizeof v / 8], any = 0;
+  std::memcpy(words, &zero, sizeof v);
+  for (uint64_t word : words) any |= word;
+  return any == 0;
+}
+
+// The first `n` lanes; the others become 0.
+template <typename V>
+inline V first(V v, int n) {
+  if (n * sizeof v[0] == sizeof v) return v;
+  V kept{};
+  std::memcpy(&kept, &v, size_t(n) * sizeof v[0]);
+  return kept;
+}
+
+// The sum of vectors, each lane in double: of whole numbers it is exact, and no sum of floats leaves its range.
+template <typename A>
+struct WideSum {
+  static constexpr int parts = int(sizeof(double) / sizeof(A)), lanes = VecOf<double>::lanes;
+  Vec<double> part[parts] = {};
+
+  typedef A Part __attribute__((vector_size(kBytes / parts)));
+  void operator+=(Vec<A> v) {
+    for (int i = 0; i < parts; ++i) {
+      Part p;
+      std::memcpy(&p, reinterpret_cast<const A*>(&v) + i * lanes, sizeof p);
+      part[i] += __builtin_convertvector(p, Vec<double>);
+    }
+  }
+  WideSum operator+(WideSum other) const {
+    for (int i = 0; i < parts; ++i) other.part[i] += part[i];
+    return other;
+  }
+  void store_to(double* p, int n) const { std::memcpy(p, part, size_t(n) * sizeof(double)); }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < parts; ++i)
+      for (int lane = 0; lane < lanes; ++lane) sum += part[i][lane];
+    return sum;
+  }
+  Vec<A> rounded() const {
+    Vec<A> v;
+    for (int i = 0; i < parts; ++i) {
+      const Part p = __builtin_convertvector(part[i], Part);
+      std::memcpy(reinterpret_cast<A*>(&v) + i * lanes, &p, sizeof p);
+    }
+    return v;
+  }
+};
+
 // Values of one dtype as those of another with the same accumulator.
 template <typename To, typename From>
 inline void convert(To* to, const From* from, int64_t size) {
@@ -261,9 +314,9 @@ inline void convert(To* to, const From* from, int64_t size) {
 }
 
 template <typename A>
-inline A sum(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < VecOf<A>::lanes; ++i) total += v[i];
+inline double sum(Vec<A> v) {
+  double total = 0;
+  for (int i = 0; i < VecOf<A>::lanes; ++i) total += double(v[i]);
   return total;
 }
 

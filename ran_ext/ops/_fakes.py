@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from .. import _backend
 
@@ -33,6 +33,10 @@ def _empty_at(x: Tensor, height: Any, width: Any, dtype: torch.dtype | None = No
 
 def _register() -> None:
     fake: Any = torch.library.register_fake
+
+    def flops(op: Any) -> Any:
+        flop_registry.pop(op, None)  # this file may run again: a reload, an import after the modules were purged
+        return register_flop_formula(op)
 
     @fake("ran_ext::attention_gate")
     def _(trunk: Tensor, mask: Tensor, scale_factor: int) -> Tensor:
@@ -142,15 +146,15 @@ def _register() -> None:
             dbias if wanted[2] else x.new_empty([0]),
         )
 
-    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.bn_relu_conv2d)
     def _(x: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return conv_flop_count(x, args[8], out_shape[0])
 
-    @register_flop_formula(torch.ops.ran_ext.conv_attention_gate)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.conv_attention_gate)
     def _(trunk: Any, x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return conv_flop_count(x, weight, out_shape[1])
 
-    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.bn_relu_conv2d_backward)
     def _(
         dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> int:

@@ -207,7 +207,7 @@ def print_table(verdicts: list[Verdict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, metavar="FILE", help="results, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--archs", default="9.0", help="what to compile for, as TORCH_CUDA_ARCH_LIST has it")

@@ -110,7 +110,7 @@ def write_results(ran: list[Ran], kernels: dict[str, dict[str, list[Kernel]]], m
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help=f"every dtype, schedule and mutant, into {RESULTS.name}")
     parser.add_argument("--update", action="store_true", help=f"rewrite {layout.BUDGETS.name}; its reasons stay")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was built")
