@@ -4,8 +4,8 @@
 
 #include <ATen/Functions.h>
 
+#include "cuda_dispatch.h"
 #include "cuda_launch.h"
-#include "environment.h"
 
 namespace ran {
 namespace {
@@ -52,18 +52,22 @@ bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Run
 }
 
 cuda::ResidentPlan resident_plan(const Tensor& x, int tensors, std::string* why) {
-  const auto refuse = [&](const char* reason) {
+  const auto refuse = [&](const std::string& reason) {
     if (why) *why = reason;
     return cuda::ResidentPlan{};
   };
-  const std::string choice = environment_choice("RAN_EXT_BN_RELU", {"auto", "resident", "streaming"});
-  if (choice == "streaming") return refuse("RAN_EXT_BN_RELU=streaming");
   if (x.numel() == 0 || x.scalar_type() == at::kDouble)
     return refuse("there is no kernel for this dtype or an empty x");
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return refuse("x is not channels_last");
   if (!on_16_bytes(x)) return refuse("x does not begin on a 16-byte boundary");
-  const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), tensors);
-  return plan.group ? plan : refuse("x is too large for the blocks' shared memory, or its channels no multiple of 8");
+  const ChannelView view = view_of(x);
+  const DType dtype = dtype_of(x, kOp, "x");
+  const ConvWay way = choose_bn_relu(tensors == 2, view, dtype, architecture(kOp));
+  if (!way.fused) return refuse(way.why);
+  const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view, dtype, device_of(), tensors);
+  if (!plan.group) return refuse("x is too large for the blocks' shared memory, or its channels no multiple of 8");
+  if (why) *why = "one kernel, " + way.why;
+  return plan;
 }
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,

@@ -49,4 +49,10 @@ inline int device_attribute(cudaDeviceAttr name, const char* op) {
   return value;
 }
 
+// Of the current device: 90 for compute capability 9.0.
+inline int architecture(const char* op) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, op) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, op);
+}
+
 }  // namespace ran
