@@ -1,7 +1,6 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
-
 #include "conv_paths.h"
 #ifdef RAN_WITH_CUDA
 #include "cuda_bn_relu.h"
