@@ -33,8 +33,22 @@ _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 #: objects share, so that code for a newer processor never runs on an older one.
 X86_ISAS = {"baseline": [], "avx2": _AVX2, "avx512": _AVX512, "avx512_bf16": [*_AVX512, "-mavx512bf16"]}
 
-#: Sane for a release; filtered by what the nvcc at hand knows, the last one also as PTX for what comes later.
+#: Sane for a release; filtered by what the nvcc at hand knows. Also as PTX are 10.0, which 11.0 compiles for itself, and
+#: the last one, for what comes later.
 DEFAULT_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+#: What TORCH_CUDA_ARCH_LIST may call them, as in torch.utils.cpp_extension.
+NAMED_ARCHS = {
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
+    **dict.fromkeys(["Maxwell", "Maxwell+Tegra", "Pascal", "Volta", "Volta+Tegra"], "7.0"),
+    "Turing": "7.5",
+}
+#: Of the kernels: asynchronous copies and bfloat16.
+LEAST_ARCH = 8.0
 
 
 class BuildFailure(Exception):
@@ -173,21 +187,30 @@ def known_archs(nvcc: Path) -> set[str]:
 
 
 def cuda_archs(nvcc: Path) -> list[str]:
-    """``TORCH_CUDA_ARCH_LIST`` (``8.0;9.0a;12.0+PTX``, or with spaces), else those of the default that nvcc knows."""
+    """``TORCH_CUDA_ARCH_LIST`` (``8.0;9.0a;12.0+PTX``, with spaces, or by names such as ``Hopper``), else those of the
+    default that nvcc knows. What is below 8.0 is left out, with a sentence.
+    """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
     if asked.strip(";"):
-        archs = [arch for arch in asked.split(";") if arch]
+        named = ";".join(NAMED_ARCHS.get(arch, arch) for arch in asked.split(";"))
+        archs = list(dict.fromkeys(arch for arch in named.split(";") if arch))
         wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
         if wrong:
             raise BuildFailure(
-                f"TORCH_CUDA_ARCH_LIST must hold compute capabilities such as 8.0, 9.0a or 12.0+PTX, got {wrong[0]!r}"
+                f"TORCH_CUDA_ARCH_LIST must hold compute capabilities such as 8.0, 9.0a or 12.0+PTX, "
+                f"or names such as Hopper, got {wrong[0]!r}"
             )
-        return archs
+        taken = [arch for arch in archs if float(re.sub(r"[af]?(\+PTX)?$", "", arch)) >= LEAST_ARCH]
+        if not taken:
+            raise BuildFailure(f"TORCH_CUDA_ARCH_LIST={asked!r}: the kernels need compute capability {LEAST_ARCH} or more")
+        if left := [arch for arch in archs if arch not in taken]:
+            print(f"ran_ext: no kernels for {', '.join(left)}: they need compute capability {LEAST_ARCH} or more")
+        return taken
     known = known_archs(nvcc)
     archs = [arch for arch in DEFAULT_ARCHS if arch in known]
     if not archs:
         raise BuildFailure(f"{nvcc} knows none of the architectures {', '.join(DEFAULT_ARCHS)}: install CUDA 12 or 13")
-    return [*archs[:-1], f"{archs[-1]}+PTX"]
+    return [f"{arch}+PTX" if arch in ("10.0", archs[-1]) else arch for arch in archs]
 
 
 def gencode(archs: Sequence[str]) -> list[str]:

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Measures the fused 1x1 convolutions against the library's, pass by pass, and writes what the choice rests on.
+"""Measures the two ways that a pass has on a GPU, and writes what the choice rests on.
+
+Those of a 1x1 convolution are the fused kernel and the library's; those of BN-ReLU the kernel that holds a tensor in
+shared memory and those that stream it, in this order under the same keys, fused_us and library_us.
 
 python -m benchmarks.dispatch --out FILE --install             on a GPU; also makes it the package's own table
 python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal, whose times say nothing
@@ -23,20 +26,36 @@ from ran_ext import _backend
 from ran_ext._command import Parser
 from ran_ext._files import write_json
 
-from .cases import BNReLUConv, ConvGate, conv_gates, units
+from .cases import BNReLU, BNReLUConv, ConvGate, conv_gates, draw, units
 from .timing import Spread, environment, interleave
 
+AnyCase = BNReLU | BNReLUConv | ConvGate
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
+#: The environment variable that chooses, and its names for the fused kernel and the other way.
+WAYS = {
+    BNReLU: ("RAN_EXT_BN_RELU", ("resident", "streaming")),
+    BNReLUConv: ("RAN_EXT_CONV1X1", ("fused", "library")),
+    ConvGate: ("RAN_EXT_CONV1X1", ("fused", "library")),
+}
 
 
-def passes(case: BNReLUConv | ConvGate) -> list[str]:
-    """Those of the case that have a fused kernel."""
+def passes(case: AnyCase) -> list[str]:
+    """Those of the case that have two ways."""
+    if isinstance(case, BNReLU):
+        return ["bn_relu", "bn_relu_backward"]
     return ["gate"] if isinstance(case, ConvGate) else list(PASSES)
 
 
-def run_pass(case: BNReLUConv | ConvGate, name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+def run_pass(case: AnyCase, name: str, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """One pass of the op, without autograd around it."""
     with torch.no_grad():
+        if isinstance(case, BNReLU):
+            x, weight, bias, _, _ = (t.detach() for t in case.inputs(dtype, torch.channels_last, device))
+            dout = draw(case.shape, 1, dtype, device, torch.channels_last)
+            mean, var = torch.ops.ran_ext.batch_norm_stats(x, [], None)
+            if name == "bn_relu":
+                return lambda: torch.ops.ran_ext.bn_relu(x, weight, bias, None, None, True, [], None, 1e-5)
+            return lambda: torch.ops.ran_ext.bn_relu_backward(dout, x, weight, bias, mean, var, 1e-5, True)
         if isinstance(case, ConvGate):
             gate = [t.detach() for t in case.inputs(dtype, torch.channels_last, device)]
             return lambda: torch.ops.ran_ext.conv_attention_gate(*gate, 2)
@@ -53,41 +72,46 @@ def run_pass(case: BNReLUConv | ConvGate, name: str, dtype: torch.dtype, device:
 
 
 @contextmanager
-def chosen(way: str) -> Iterator[None]:
-    """With ``RAN_EXT_CONV1X1=way``."""
-    before = os.environ.get("RAN_EXT_CONV1X1")
-    os.environ["RAN_EXT_CONV1X1"] = way
+def chosen(variable: str, way: str) -> Iterator[None]:
+    """With ``variable=way`` in the environment."""
+    before = os.environ.get(variable)
+    os.environ[variable] = way
     try:
         yield
     finally:
-        del os.environ["RAN_EXT_CONV1X1"]
+        del os.environ[variable]
         if before is not None:
-            os.environ["RAN_EXT_CONV1X1"] = before
+            os.environ[variable] = before
 
 
 def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A row for every pass of every 1x1 convolution of the network that follows BN-ReLU or that a gate follows."""
+    """A row for every pass of every BN-ReLU of the network, and of every 1x1 convolution after one or before a gate."""
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     rows = []
-    cases: list[BNReLUConv | ConvGate] = [case for batch in batches for case in units(batch) if case.kernel == 1]
+    cases: list[AnyCase] = [case for batch in batches for case in units(batch) if case.kernel == 1]
     cases += [case for batch in batches for case in conv_gates(batch)]
+    cases += [BNReLU(shape) for batch in batches for shape in dict.fromkeys(case.shape for case in units(batch))]
     for case in cases:
+        variable, names = WAYS[type(case)]
         for dtype in dtypes:
             for name in passes(case):
                 call = run_pass(case, name, dtype, device)
 
-                def timed(way: str, call: Callable[[], object] = call) -> Callable[[], object]:
+                def timed(
+                    way: str, call: Callable[[], object] = call, variable: str = variable
+                ) -> Callable[[], object]:
                     def run() -> object:
-                        with torch.no_grad(), chosen(way):
+                        with torch.no_grad(), chosen(variable, way):
                             return call()
 
                     return run
 
-                ways = {way: timed(way) for way in ("fused", "library")}
-                seconds = interleave(ways, rounds, device, flush=True)
-                times = {f"{way}_us": round(1e6 * Spread.of(values).median, 2) for way, values in seconds.items()}
+                seconds = interleave({way: timed(way) for way in names}, rounds, device, flush=True)
+                medians = [round(1e6 * Spread.of(seconds[way]).median, 2) for way in names]
+                times = dict(zip(("fused_us", "library_us"), medians, strict=True))
                 n, c, h, w = case.shape
-                pixels, c_out = (n * h * w // 4, c) if isinstance(case, ConvGate) else (n * h * w, case.out_channels)
+                pixels = n * h * w // 4 if isinstance(case, ConvGate) else n * h * w
+                c_out = case.out_channels if isinstance(case, BNReLUConv) else c
                 rows.append({"arch": 10 * major + minor, "dtype": str(dtype).removeprefix("torch."), "pass": name})
                 rows[-1] |= {"rows": pixels, "c_in": c, "c_out": c_out, **times}
                 print(f"{case.name}, {rows[-1]['dtype']}, {name}: {times}", file=sys.stderr, flush=True)

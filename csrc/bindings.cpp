@@ -1,8 +1,6 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
-#include <map>
-
 #include "conv_paths.h"
 #ifdef RAN_WITH_CUDA
 #include "cuda_bn_relu.h"
@@ -52,7 +50,7 @@ std::vector<std::pair<bool, std::string>> bn_relu_ways(const at::Tensor& x) {
   std::vector<std::pair<bool, std::string>> ways;
   const c10::DeviceGuard guard(x.device());
   for (const int tensors : {1, 2}) {
-    std::string why = "one kernel, held in shared memory";
+    std::string why;
     const bool fits = ran::resident_plan(ran::dense(x), tensors, &why).group > 0;
     ways.emplace_back(fits, why);
   }
@@ -63,17 +61,10 @@ using Entry = std::tuple<int, std::string, std::string, int64_t, int64_t, int64_
 
 // arch, dtype, pass, rows, c_in, c_out, fused_us, library_us.
 void set_dispatch_table(const std::vector<Entry>& entries) {
-  const std::map<std::string, ran::ConvPass> passes{{"forward", ran::ConvPass::forward},
-                                                    {"dgrad", ran::ConvPass::dgrad},
-                                                    {"wgrad", ran::ConvPass::wgrad},
-                                                    {"gate", ran::ConvPass::gate}};
   std::vector<ran::Measured> table;
-  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries) {
-    TORCH_CHECK_VALUE(passes.count(pass), "dispatch.json: pass must be forward, dgrad, wgrad or gate, got ", pass,
-                      "; measure it again: python benchmarks/dispatch.py --out FILE --install");
-    table.push_back({arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16, passes.at(pass), rows, c_in, c_out,
-                     fused, library});
-  }
+  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries)
+    table.push_back(
+        {arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16, pass, rows, c_in, c_out, fused, library});
   ran::set_measured(std::move(table));
 }
 

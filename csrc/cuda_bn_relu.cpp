@@ -4,8 +4,8 @@
 
 #include <ATen/Functions.h>
 
+#include "cuda_dispatch.h"
 #include "cuda_launch.h"
-#include "environment.h"
 
 namespace ran {
 namespace {
@@ -41,30 +41,33 @@ std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
 bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
-  const Counters counters(cuda::bn_relu_counters(view));
-  const Tensor workspace = scratch(cuda::bn_relu_workspace_bytes(view));
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_statistics(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), x.const_data_ptr(),
                                dtype_of(x, kOp, "x"), view, kept.value_or(cuda::RunningStatistics{}),
-                               workspace.mutable_data_ptr(), counters.words(), current_stream()),
+                               scratch.workspace(), scratch.counters(), current_stream()),
       "batch_norm_stats");
   return kept.has_value();
 }
 
 cuda::ResidentPlan resident_plan(const Tensor& x, int tensors, std::string* why) {
-  const auto refuse = [&](const char* reason) {
+  const auto refuse = [&](const std::string& reason) {
     if (why) *why = reason;
     return cuda::ResidentPlan{};
   };
-  const std::string choice = environment_choice("RAN_EXT_BN_RELU", {"auto", "resident", "streaming"});
-  if (choice == "streaming") return refuse("RAN_EXT_BN_RELU=streaming");
   if (x.numel() == 0 || x.scalar_type() == at::kDouble)
     return refuse("there is no kernel for this dtype or an empty x");
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return refuse("x is not channels_last");
   if (!on_16_bytes(x)) return refuse("x does not begin on a 16-byte boundary");
-  const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), tensors);
-  return plan.group ? plan : refuse("x is too large for the blocks' shared memory, or its channels no multiple of 8");
+  const ChannelView view = view_of(x);
+  const DType dtype = dtype_of(x, kOp, "x");
+  const ConvWay way = choose_bn_relu(tensors == 2, view, dtype, architecture(kOp));
+  if (!way.fused) return refuse(way.why);
+  const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view, dtype, device_of(), tensors);
+  if (!plan.group) return refuse("x is too large for the blocks' shared memory, or its channels no multiple of 8");
+  if (why) *why = "one kernel, " + way.why;
+  return plan;
 }
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,
@@ -79,14 +82,14 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
   Tensor out = at::empty_like(x), mean = at::empty({view.channels}, x.options().dtype(at::kFloat));
   Tensor var = at::empty_like(mean);
   const BatchNormArgs bn(op, x, weight, bias, mean, var, eps);
-  const Counters counters(cuda::bn_relu_counters(view));
-  const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
+  const ScratchWithCounters scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan),
+                                    cuda::bn_relu_counters(view), op);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_resident_forward(out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
                                      var.mutable_data_ptr<float>(), x.const_data_ptr(), floats(bn.weight),
                                      floats(bn.bias), dtype, view, eps, kept.value_or(cuda::RunningStatistics{}), plan,
-                                     workspace.mutable_data_ptr(), counters.words(), current_stream()),
+                                     scratch.workspace(), scratch.counters(), current_stream()),
       op);
   if (running.kept() && !kept) running.update(mean, var, view.count());
   return std::tuple(out, mean, var);

@@ -29,11 +29,6 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
   }
 }
 
-int architecture() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, kOp) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor, kOp);
-}
-
 BatchNorm<float> norm_of(const BatchNormArgs& bn) {
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   return {pointer(bn.mean), pointer(bn.var), pointer(bn.weight), pointer(bn.bias), bn.kernel.eps};
@@ -58,7 +53,7 @@ ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, c
   const DType dtype = dtype_of(x, kOp, "x");
   std::string why;
   if (!cuda::conv1x1_supported(pass_of(pass), shape, dtype, &why)) return {false, why};
-  return choose_conv1x1(pass, shape, dtype, architecture());
+  return choose_conv1x1(pass, shape, dtype, architecture(kOp));
 }
 
 ConvWay cuda_conv1x1_gate_way(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {

@@ -46,12 +46,12 @@ void bn_relu_forward(void* out, const void* x, DType dtype, ChannelView view, Ba
 
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                              ChannelView view, BatchNorm<void> bn) {
-  const Counters counters(cuda::bn_relu_counters(view));
-  const Tensor workspace = scratch(cuda::bn_relu_workspace_bytes(view));
+  constexpr const char* kOp = "bn_relu (backward, sums)";
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
   check_launch(
       cuda::bn_relu_backward_reduce(static_cast<float*>(sum_dz), static_cast<float*>(sum_dz_xhat), dout, x, dtype, view,
-                                    as_float(bn), workspace.mutable_data_ptr(), counters.words(), current_stream()),
-      "bn_relu (backward, sums)");
+                                    as_float(bn), scratch.workspace(), scratch.counters(), current_stream()),
+      kOp);
 }
 
 void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,

@@ -7,6 +7,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 
 namespace ran {
 
@@ -17,17 +18,6 @@ inline at::TensorOptions current_device() { return at::TensorOptions().device(at
 // Bytes of torch's caching allocator, for launches on the current stream; they may be given back once those are queued.
 inline at::Tensor scratch(size_t bytes) { return at::empty({int64_t(bytes)}, current_device().dtype(at::kByte)); }
 
-// At least `count` words that are zero before the launch on the current stream that uses them and, by that launch,
-// after it.
-class Counters {
- public:
-  explicit Counters(size_t count);
-  unsigned* words() const { return reinterpret_cast<unsigned*>(words_.mutable_data_ptr<int>()); }
-
- private:
-  at::Tensor words_;
-};
-
 inline void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // else the next call of CUDA would report this one's error again
@@ -37,10 +27,32 @@ inline void check_launch(cudaError_t error, const char* op) {
               "ran_ext.set_backend('reference') does without them");
 }
 
+// Scratch with `count` words behind it that are zero when the launch begins. Both are of this launch alone, so that no
+// memory outlives it: a graph's pool, of which torch.compile knows every tensor, may hold nothing else.
+class ScratchWithCounters {
+ public:
+  ScratchWithCounters(size_t bytes, size_t count, const char* op)
+      : bytes_((bytes + 15) / 16 * 16), memory_(scratch(bytes_ + count * sizeof(unsigned))) {
+    check_launch(cudaMemsetAsync(counters(), 0, count * sizeof(unsigned), current_stream()), op);
+  }
+  void* workspace() const { return memory_.mutable_data_ptr(); }
+  unsigned* counters() const { return reinterpret_cast<unsigned*>(static_cast<char*>(workspace()) + bytes_); }
+
+ private:
+  size_t bytes_;
+  at::Tensor memory_;
+};
+
 inline int device_attribute(cudaDeviceAttr name, const char* op) {
   int value = 0;
   check_launch(cudaDeviceGetAttribute(&value, name, c10::cuda::current_device()), op);
   return value;
+}
+
+// Of the current device: 90 for compute capability 9.0.
+inline int architecture(const char* op) {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, op) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, op);
 }
 
 }  // namespace ran

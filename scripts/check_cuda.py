@@ -5,9 +5,10 @@
     python -m scripts.check_cuda --archs 9.0a --files conv1x1_forward
 
 Needs nvcc; neither a GPU nor torch. Where cuobjdump is at hand (``pip install nvidia-cuda-cuobjdump
-nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory, and each pattern under "sass"
-in budgets.json names instructions that the kernels it matches must hold, such as HMMA (tensor cores) or LDG.E.128
-(16-byte loads).
+nvidia-cuda-nvdisasm``) the machine code is read, too: no kernel may touch local memory; each pattern under "sass" in
+budgets.json names instructions that the kernels it matches must hold, such as HMMA (tensor cores) or LDG.E.128 (16-byte
+loads); and how many instructions a kernel has, and how many of them move less than 16 bytes of global memory ("narrow":
+the ragged ends, vectors a channel, scratch), may not grow unnoticed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -94,22 +96,33 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or next(iter(wheels), None)
 
 
-def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], set[str]]:
-    """The instructions that each kernel of an object file holds, keyed by kernel and chip."""
+def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], Counter[str]]:
+    """How often each kernel of an object file holds each instruction, keyed by kernel and chip."""
     arch, name, found = "", "", {}
     for line in native.run([tool, "-sass", compiled]).splitlines():
         if match := re.search(r"^\s*arch = (sm_\w+)|^code for (sm_\w+)|^\s*code for (sm_\w+)", line):
             arch = next(group for group in match.groups() if group)
         elif match := re.search(r"Function : (\S+)", line):
             name = match.group(1)
-            found[name, arch] = set[str]()
+            found[name, arch] = Counter[str]()
         elif name and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line)):
-            found[name, arch].add(match.group(1))
+            found[name, arch][match.group(1)] += 1
     names = dict(zip({key[0]: 0 for key in found}, demangle(list({key[0]: 0 for key in found})), strict=True))
     return {(names[key[0]], key[1]): held for key, held in found.items()}
 
 
-def sass_faults(held: dict[tuple[str, str], set[str]], wanted: dict[str, list[str]]) -> Iterator[str]:
+def code_size(held: Counter[str]) -> dict[str, int]:
+    """What budgets hold of a kernel's machine code; what pads it does not count.
+
+    >>> code_size(Counter({"LDG.E.U16": 2, "STG.E.128": 1, "FADD": 3, "NOP": 9}))
+    {'instructions': 6, 'narrow': 2}
+    """
+    moves = {name: count for name, count in held.items() if name.split(".")[0] in ("LDG", "STG")}
+    narrow = sum(count for name, count in moves.items() if "128" not in name.split("."))
+    return {"instructions": sum(held.values()) - held["NOP"], "narrow": narrow}
+
+
+def sass_faults(held: dict[tuple[str, str], Counter[str]], wanted: dict[str, list[str]]) -> Iterator[str]:
     """Local memory that a kernel touches, and instructions that it was to hold and does not."""
     for (kernel, arch), instructions in sorted(held.items()):
         local = sorted(name for name in instructions if name.split(".")[0] in ("LDL", "STL"))
@@ -124,7 +137,18 @@ def sass_faults(held: dict[tuple[str, str], set[str]], wanted: dict[str, list[st
             yield f"sass pattern {pattern!r} of {BUDGETS.name} matches no kernel"
 
 
-def budget_faults(usages: Sequence[Usage], budgets: dict[str, Any], whole: bool) -> Iterator[str]:
+Held = dict[tuple[str, str], Counter[str]]
+
+
+def taken(usage: Usage, sass: Held) -> dict[str, int]:
+    """What one kernel takes on one chip, by the names in budgets.json."""
+    held = sass.get((usage.kernel, usage.arch.rstrip("af")), sass.get((usage.kernel, usage.arch)))
+    return {"registers": usage.registers, "shared": usage.shared, **(code_size(held) if held else {})}
+
+
+def budget_faults(
+    usages: Sequence[Usage], budgets: dict[str, Any], whole: bool, sass: Held | None = None
+) -> Iterator[str]:
     """Where a kernel takes more than its budget, or has none; ``whole``: where a budget has no kernel."""
     for u in usages:
         budget = budgets.get(u.arch, {}).get(u.kernel)
@@ -133,8 +157,8 @@ def budget_faults(usages: Sequence[Usage], budgets: dict[str, Any], whole: bool)
         if budget is None:
             yield f"{u.arch} {u.kernel}: has no budget; --update writes it"
             continue
-        for name, used in (("registers", u.registers), ("shared", u.shared)):
-            if used > budget[name]:
+        for name, used in taken(u, sass or {}).items():
+            if used > budget.get(name, used):
                 yield f"{u.arch} {u.kernel}: {used} {name}, and its budget is {budget[name]}"
     seen = {(u.arch, u.kernel) for u in usages}
     for arch in budgets.keys() - {"sass"} if whole else ():
@@ -143,12 +167,12 @@ def budget_faults(usages: Sequence[Usage], budgets: dict[str, Any], whole: bool)
                 yield f"{arch} {kernel}: has a budget, but no kernel; --update drops it"
 
 
-def write_budgets(usages: Sequence[Usage], sass: dict[str, list[str]]) -> None:
+def write_budgets(usages: Sequence[Usage], sass: dict[str, list[str]], held: Held | None = None) -> None:
     """One line a kernel and chip, so that a change reads well in a diff."""
     parts = ["{"]
     for arch in sorted({u.arch for u in usages}, key=lambda name: int(re.sub(r"\D", "", name))):
-        rows = sorted({(u.kernel, u.registers, u.shared) for u in usages if u.arch == arch})
-        lines = [f'    {json.dumps(k)}: {{"registers": {r}, "shared": {s}}}' for k, r, s in rows]
+        rows = sorted({u.kernel: u for u in usages if u.arch == arch}.items())
+        lines = [f"    {json.dumps(kernel)}: {json.dumps(taken(u, held or {}))}" for kernel, u in rows]
         parts.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  },")
     patterns = [f"    {json.dumps(pattern)}: {json.dumps(names)}" for pattern, names in sass.items()]
     parts.append('  "sass": {\n' + ",\n".join(patterns) + "\n  }\n}\n")
@@ -193,9 +217,12 @@ def main() -> int:
         if not whole:
             print("check_cuda: --update takes all files and all chips: leave --files and --archs out")
             return 2
-        write_budgets(usages, wanted)
+        if not tool:
+            print("check_cuda: --update reads the machine code: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+            return 2
+        write_budgets(usages, wanted, sass)
         budgets = json.loads(BUDGETS.read_text())
-    faults = [*budget_faults(usages, budgets, whole), *sass_faults(sass, wanted if whole else {})]
+    faults = [*budget_faults(usages, budgets, whole, sass), *sass_faults(sass, wanted if whole else {})]
     print(*(f"FAULT {fault}" for fault in faults), sep="\n")
     read = "machine code read" if tool else "machine code not read: no cuobjdump"
     print(f"{len(chosen)} files, {len(usages)} kernels on {len(arguments.archs)} chips, {len(faults)} faults, {read}")

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,13 @@ from _build.native import find_toolkit
 from .check_cuda import find_tool
 from .stages import Stage
 
+ROOT = Path(__file__).resolve().parent.parent
 #: Makes a stage from its name, minutes and arguments.
 Maker = Callable[..., Stage]
+#: Where the build stage leaves its objects, for the emulation's stage to link.
+BUILD = ROOT / "build" / "gpu_suite"
+#: Where nvidia-smi does not say it: that of the GPUs that the suite is written for.
+DEFAULT_CAPABILITY = "9.0"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Every op's kernels in bfloat16 on a few small shapes: the sanitizer slows a kernel down 10 to 100 times.
 SANITIZED = ["tests/test_cuda.py", "-k", "dtype1 and channels_last and (shape0 or shape4 or fused)"]
@@ -53,10 +59,10 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     return [
         _environment(python, gpu),
         _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
-        Stage("build", 4, [[python, "setup.py", "build_ext", "--inplace"], [python, "-m", "ran_ext.info"]]),
+        _build(options, python, gpu),
         _tests(python, gpu),
-        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json", *_on(gpu),
-               found=results / "emulation.json"),
+        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json",
+               *_on(gpu, options), found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
         measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
         *_op_benchmarks(compared, options.quick),
@@ -66,8 +72,35 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     ]  # fmt: skip
 
 
-def _on(gpu: bool) -> list[str]:
-    return [] if gpu else ["--device", "cpu"]
+def _on(gpu: bool, options: argparse.Namespace) -> list[str]:
+    """The device, and where the kernels' objects are: of a prebuilt folder, or of the stage before."""
+    if not gpu:
+        return ["--device", "cpu"]
+    if options.prebuilt is not None:
+        return ["--prebuilt", str(options.prebuilt.resolve())]
+    return ["--archs", _capability(), "--objects", str(BUILD / "kernels")]
+
+
+def _capability() -> str:
+    """The compute capability of the GPU at hand, such as 9.0: the one architecture that is compiled for."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return DEFAULT_CAPABILITY
+    return said.split()[0] if said.split() else DEFAULT_CAPABILITY
+
+
+def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
+    info = [python, "-m", "ran_ext.info"]
+    if options.prebuilt is not None:
+        install = [python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())]
+        return Stage("build", 1, [install, info])
+    build = [python, "setup.py", "build_ext", "--inplace"]
+    if not gpu:
+        return Stage("build", 4, [build, info])
+    environment = {"TORCH_CUDA_ARCH_LIST": _capability()}
+    return Stage("build", 4, [[*build, "--build-temp", str(BUILD)], info], environment=environment)
 
 
 def _data(options: argparse.Namespace, out: Path) -> tuple[list[str], str]:

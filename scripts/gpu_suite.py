@@ -3,6 +3,7 @@
 
 python -m scripts.gpu_suite --out runs/gpu --minutes 60 --data data       on a machine with a GPU
 python -m scripts.gpu_suite --out runs/gpu --minutes 9 --only ops model   some stages
+python -m scripts.gpu_suite --out runs/gpu --prebuilt DIR                 nothing is compiled: scripts.prebuilt has
 python -m scripts.gpu_suite --out runs/rehearsal --device cpu --quick     each stage rehearsed, without a GPU
 
 Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes on
@@ -25,6 +26,7 @@ from benchmarks import targets
 from ran_ext._command import Parser
 from ran_ext._files import write_atomically, write_json
 
+from . import prebuilt
 from .gpu_stages import stages
 from .stages import Runner, Stage, limit
 
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--only", nargs="+", metavar="STAGE", default=[], help="these alone; ops takes ops-128-bfloat16 and so on")
     add("--again", action="store_true", help="also stages that have passed")
     add("--data", type=Path, default=None, help="folder or archive with CIFAR-10")
+    add("--prebuilt", type=Path, default=None, metavar="DIR", help="what scripts.prebuilt made for this machine")
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--quick", action="store_true", help="rehearse: tiny sizes, whose figures mean nothing")
     options = parser.parse_args(argv)
@@ -83,6 +86,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--device cpu goes with --quick: without a GPU the stages can only be rehearsed")
     if options.data is not None and not options.data.exists():
         parser.error(f"--data: there is no {options.data}")
+    if options.prebuilt is not None:
+        try:
+            prebuilt.check(options.prebuilt)
+        except ValueError as error:
+            parser.error(str(error))
     options.minutes = options.minutes or (10 if options.quick else 90)
     options.stages = stages(options)
     names = [stage.name for stage in options.stages]

@@ -254,9 +254,29 @@ def test_default_architectures_are_those_that_nvcc_knows(monkeypatch, nvcc):
 def test_arch_list_overrides_the_default(monkeypatch, nvcc):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 9.0a;12.0+PTX")
     assert native.cuda_archs(nvcc) == ["8.0", "9.0a", "12.0+PTX"]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere")
-    with pytest.raises(native.BuildFailure, match=r"TORCH_CUDA_ARCH_LIST must hold .* got 'Ampere'"):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Ampere;Hopper 8.0")
+    assert native.cuda_archs(nvcc) == ["8.0", "8.6+PTX", "9.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "sm_90")
+    with pytest.raises(native.BuildFailure, match=r"TORCH_CUDA_ARCH_LIST must hold .* got 'sm_90'"):
         native.cuda_archs(nvcc)
+
+
+def test_architectures_that_have_no_kernels_are_left_out_with_a_sentence(monkeypatch, nvcc, capsys):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.6")
+    assert native.cuda_archs(nvcc) == ["8.6"]
+    assert "no kernels for 7.5: they need compute capability 8.0 or more" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5+PTX")
+    with pytest.raises(native.BuildFailure, match=r"7\.5\+PTX.*need compute capability 8\.0"):
+        native.cuda_archs(nvcc)
+
+
+def test_a_chip_between_two_architectures_finds_ptx(monkeypatch, nvcc):
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(native, "known_archs", lambda nvcc: {*native.DEFAULT_ARCHS, "11.0"})
+    archs = native.cuda_archs(nvcc)
+    for chip in (11.0, 12.1):
+        older = [arch for arch in archs if arch.endswith("+PTX") and float(arch.removesuffix("+PTX")) <= chip]
+        assert older, f"{chip} has neither machine code nor PTX among {archs}"
 
 
 def test_toolkit_needs_its_headers(monkeypatch, nvcc, tmp_path):

@@ -44,7 +44,7 @@ def test_reads_machine_code(monkeypatch):
     monkeypatch.setattr(check.native, "run", lambda command: SASS)
     monkeypatch.setattr(check, "demangle", list)
     held = check.read_sass("cuobjdump", Path("x.o"))
-    assert held == {("plain_kernel", "sm_80"): {"LDG.E.128.CONSTANT", "STL"}}
+    assert held == {("plain_kernel", "sm_80"): {"LDG.E.128.CONSTANT": 1, "STL": 1}}
     faults = list(check.sass_faults(held, {"plain": ["LDG.E.128", "HMMA"], "other": []}))
     assert faults == [
         "sm_80 plain_kernel: touches local memory (STL)",
@@ -56,11 +56,31 @@ def test_reads_machine_code(monkeypatch):
 def test_budgets_are_written_as_they_are_read(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "BUDGETS", tmp_path / "budgets.json")
     usages = [check.Usage("b", "sm_90a", 32, 0, 0), check.Usage("a", "sm_80", 40, 1024, 0)]
-    check.write_budgets(usages, {"a": ["HMMA"]})
+    held = {("a", "sm_80"): check.Counter({"LDG.E": 3, "STG.E.128": 2, "NOP": 7})}
+    check.write_budgets(usages, {"a": ["HMMA"]}, held)
     budgets = check.json.loads(check.BUDGETS.read_text())
     assert budgets == {
-        "sm_80": {"a": {"registers": 40, "shared": 1024}},
+        "sm_80": {"a": {"registers": 40, "shared": 1024, "instructions": 5, "narrow": 3}},
         "sm_90a": {"b": {"registers": 32, "shared": 0}},
         "sass": {"a": ["HMMA"]},
     }
-    assert list(check.budget_faults(usages, budgets, whole=True)) == []
+    assert list(check.budget_faults(usages, budgets, True, held)) == []
+    held["a", "sm_80"]["STG.E.U16"] += 1
+    assert [fault.split(": ")[1] for fault in check.budget_faults(usages, budgets, True, held)] == [
+        "6 instructions, and its budget is 5",
+        "4 narrow, and its budget is 3",
+    ]
+
+
+def test_a_kernel_with_dynamic_shared_memory_has_none_beside_it():
+    """What a plan counts is what a launch takes; 16 static bytes would make it fail at sizes that just fit."""
+    budgets = check.json.loads(check.BUDGETS.read_text())
+    dynamic = [
+        (kernel, chip[kernel]["shared"])
+        for arch, chip in budgets.items()
+        if arch != "sass"
+        for kernel in chip
+        if check.re.match(r"resident_|(forward|dgrad|wgrad)_kernel<(Wgrad)?Tile", kernel)
+    ]
+    assert len(dynamic) >= 4 * 34
+    assert all(static == 0 for _, static in dynamic)

@@ -26,7 +26,8 @@ def case(values: list[float], dtype: str = "float32", exact: bool = False, kerne
 
 @pytest.mark.slow
 def test_the_emulation_agrees_with_itself(cache):
-    verdicts = compare_gpu.compare("cpu", cache)
+    arguments = compare_gpu.argparse.Namespace(device="cpu", case="", under="")
+    verdicts = compare_gpu.compare(arguments, cache)
     assert [fault for verdict in verdicts for fault in verdict.faults] == []
     assert all(verdict.equal > 0 for verdict in verdicts)
     assert {name for verdict in verdicts for name in verdict.kernels} == build.kernel_names(build.kernels())
@@ -35,7 +36,12 @@ def test_the_emulation_agrees_with_itself(cache):
 @pytest.mark.slow
 @pytest.mark.skipif(compare_gpu.native.find_toolkit() is None, reason="needs nvcc")
 def test_the_half_for_a_gpu_compiles_and_links(cache):
-    assert compare_gpu.build_for_gpu(cache, "sm_90a").stat().st_mode & 0o100
+    program = compare_gpu.build_for_gpu(cache, "9.0a")
+    assert program.stat().st_mode & 0o100
+    compiled = {path: path.stat().st_mtime for path in cache.glob("cuda/*.o")}
+    assert len(compiled) == len(build.kernels())
+    compare_gpu.build_for_gpu(cache, "9.0a", objects=cache)  # as setup.py leaves them: linked, not compiled again
+    assert {path: path.stat().st_mtime for path in cache.glob("cuda/*.o")} == compiled
 
 
 def test_what_agrees():

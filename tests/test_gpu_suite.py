@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import compare
-from scripts import gpu_suite, stages
+from scripts import gpu_suite, prebuilt, stages
 from scripts.gpu_stages import pytest_counts, sanitizer_errors
 from scripts.gpu_suite import parse, run, summarize
 from scripts.stages import Runner, Stage, limit
@@ -173,3 +174,42 @@ def test_only_takes_a_group_and_the_exit_status_tells(tmp_path, monkeypatch, cap
     assert not (tmp_path / "opsx.json").exists()
     assert gpu_suite.main([*common, "--only", "ops-1", "opsx"]) == 0
     assert "no stage failed" in capsys.readouterr().out
+
+
+def prebuilt_folder(tmp_path, monkeypatch, **other):
+    folder = tmp_path / "prebuilt"
+    folder.mkdir()
+    (folder / "prebuilt.json").write_text(json.dumps({**prebuilt.state(torch.__version__), "archs": "9.0", **other}))
+    return folder
+
+
+def test_with_a_prebuilt_folder_nothing_is_compiled(tmp_path, monkeypatch):
+    folder = prebuilt_folder(tmp_path, monkeypatch)
+    (folder / "_C.so").write_text("extension")
+    (folder / "_built_for.py").write_text("TORCH = None")
+    full = {stage.name: stage for stage in options_of(tmp_path, "--prebuilt", str(folder)).stages}
+    assert full["build"].commands[0][1:] == ["-m", "scripts.prebuilt", "--install", str(folder)]
+    assert full["emulation"].commands[0][-2:] == ["--prebuilt", str(folder)]
+    monkeypatch.setattr(prebuilt, "PACKAGE", tmp_path)
+    prebuilt.install(folder)
+    assert (tmp_path / "_C.so").read_text() == "extension"
+
+
+@pytest.mark.parametrize(("name", "value"), [("python", "2.7"), ("torch", "1.0"), ("csrc", "of another commit")])
+def test_a_prebuilt_folder_of_something_else_is_refused(tmp_path, monkeypatch, capsys, name, value):
+    folder = prebuilt_folder(tmp_path, monkeypatch, **{name: value})
+    with pytest.raises(SystemExit):
+        options_of(tmp_path, "--prebuilt", str(folder))
+    assert f"was made for {name} {value}, here it is" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        options_of(tmp_path, "--prebuilt", str(tmp_path))
+    assert "holds no prebuilt.json" in capsys.readouterr().err
+
+
+def test_a_full_run_compiles_for_one_chip_and_links_what_it_compiled(tmp_path):
+    full = {stage.name: stage for stage in options_of(tmp_path).stages}
+    archs = full["build"].environment["TORCH_CUDA_ARCH_LIST"]
+    build, compare = full["build"].commands[0], full["emulation"].commands[0]
+    assert ";" not in archs
+    assert compare[compare.index("--archs") + 1] == archs
+    assert Path(compare[compare.index("--objects") + 1]) == Path(build[build.index("--build-temp") + 1]) / "kernels"

@@ -100,17 +100,20 @@ __device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspac
   merge_rows<V>(state, scratch);
   const int tiles = gridDim.y;
   if (tiles > 1) {
+    // The block's channels in an order in which neighbouring threads touch neighbouring values.
+    const int64_t first = channel - int64_t(threadIdx.x) * V;
+    const int lanes = static_cast<int>(min(int64_t(blockDim.x), (channels - first) / V));
+    const auto slot = [&](int tile, int i) { return workspace + (tile * channels + first + i * lanes + threadIdx.x); };
     if (mine)
 #pragma unroll
-      for (int i = 0; i < V; ++i) workspace[blockIdx.y * channels + channel + i] = partial_of(state[i]);
+      for (int i = 0; i < V; ++i) *slot(blockIdx.y, i) = partial_of(state[i]);
     if (!last_block(counters + blockIdx.x, tiles, flag)) return false;
 #pragma unroll
     for (int i = 0; i < V; ++i) state[i] = State{};
     if (channel < channels)
       for (int tile = threadIdx.y; tile < tiles; tile += blockDim.y)
 #pragma unroll
-        for (int i = 0; i < V; ++i)
-          state[i] = merge(state[i], read(__ldcg(workspace + tile * channels + channel + i), tile));
+        for (int i = 0; i < V; ++i) state[i] = merge(state[i], read(__ldcg(slot(tile, i)), tile));
     merge_rows<V>(state, scratch);
   }
   if (mine)

@@ -45,17 +45,18 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     const ChannelScales<V> scales(norm, channel);
     float mean[V];
     load_channels<V>(norm.mean, channel, 0.0f, mean);
-    for (int row = threadIdx.y; row < rows; row += kLoads * blockDim.y) {
-      Pack<T, V> d[kLoads], v[kLoads];
+    constexpr int kRows = kLoads / 2;  // of two tensors
+    for (int row = threadIdx.y; row < rows; row += kRows * blockDim.y) {
+      Pack<T, V> d[kRows], v[kRows];
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
+      for (int j = 0; j < kRows; ++j) {
         const int at = row + j * blockDim.y;
         if (at >= rows) continue;
         d[j] = load_pack<V>(dout + base + at * view.channels);
         v[j] = load_pack<V>(x + base + at * view.channels);
       }
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j)
+      for (int j = 0; j < kRows; ++j)
         if (row + j * static_cast<int>(blockDim.y) < rows)
 #pragma unroll
           for (int i = 0; i < V; ++i)

@@ -38,19 +38,49 @@ __device__ __forceinline__ void for_each_vector(const Slab& slab, Body&& body) {
     body(slab.base + row * slab.stride + lane * V, (row * slab.lanes + lane) * V);
 }
 
-// Shared memory after the tensors: scratch, what the group reads of this block, and coefficients.
-constexpr size_t kScratchBytes = kWarps * sizeof(GradientSums),
-                 kChannelBytes = kScratchBytes + sizeof(float2) + sizeof(float4);
+// Shared memory after the tensors: a flag, coefficients, what the group reads of this block, and scratch. All of it is
+// dynamic, so that what a plan counts is what a launch takes.
+constexpr int kCoefficients = 3;
+constexpr size_t kFlagBytes = 16,
+                 kChannelBytes = kCoefficients * sizeof(float) + sizeof(float2) + kWarps * sizeof(GradientSums);
+
+// Where a column's coefficient lies. A lane loads those of its V columns, 16 bytes at a time; of vectors that are 8
+// apart the second pair changes places, or lanes 4 apart would meet on the same banks.
+__device__ __forceinline__ int coefficient_at(int column) {
+  const int vector = column / 4;
+  return (vector ^ (vector >> 3 & 1)) * 4 + column % 4;
+}
 
 struct Exchange {
-  Shared<float4> coefficients;
+  Shared<unsigned> flag;
+  Shared<float> coefficients[kCoefficients];
   Shared<float2> published;
   Shared<float> scratch;
 
-  __device__ __forceinline__ Exchange(Shared<unsigned char> p, int channels)
-      : coefficients(shared_cast<float4>(p)),
-        published(shared_cast<float2>(p + channels * static_cast<int>(sizeof(float4)))),
-        scratch(shared_cast<float>(p + channels * static_cast<int>(sizeof(float4) + sizeof(float2)))) {}
+  __device__ __forceinline__ Exchange(Shared<unsigned char> p, int channels) : flag(shared_cast<unsigned>(p)) {
+    const Shared<float> arrays = shared_cast<float>(p + static_cast<int>(kFlagBytes));
+#pragma unroll
+    for (int i = 0; i < kCoefficients; ++i) coefficients[i] = arrays + i * channels;
+    published = shared_cast<float2>(arrays + kCoefficients * channels);
+    scratch = arrays + (kCoefficients + 2) * channels;
+  }
+  __device__ __forceinline__ void set(int which, int column, float value) const {
+    coefficients[which][coefficient_at(column)] = value;
+  }
+  __device__ __forceinline__ float get(int which, int column) const {
+    return coefficients[which][coefficient_at(column)];
+  }
+  // Of a lane's V columns.
+  template <int V>
+  __device__ __forceinline__ void get(int which, int lane, float (&v)[V]) const {
+#pragma unroll
+    for (int i = 0; i < V; i += 4) {
+      float four[4];
+      load<4>(coefficients[which] + coefficient_at(lane * V + i), four);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) v[i + j] = four[j];
+    }
+  }
 };
 
 // Every block's value of column threadIdx.x < columns, in the group's order: use(rank, value). A barrier of the group
@@ -99,8 +129,7 @@ struct ForwardOutput {
 
 // By the threads of the slab's first block: `m` is the batch's moments of channel threadIdx.x of the slab.
 __device__ __forceinline__ void write_statistics(const ForwardOutput& out, const Slab& slab, int columns,
-                                                 Moments<float> m) {
-  RAN_SHARED(unsigned, flag, 1);
+                                                 Moments<float> m, Shared<unsigned> flag) {
   if (static_cast<int>(threadIdx.x) < columns) {
     const int64_t channel = slab.channel + threadIdx.x;
     out.mean[channel] = m.mean;
@@ -120,14 +149,17 @@ __global__ void __launch_bounds__(kThreads, 1)
                             float2* workspace) {
   constexpr int V = kVector<T>;
   const Slab slab = slab_of_block<V>(view, lanes, group);
-  const int columns = lanes * V, column = threadIdx.x;
+  const int columns = lanes * V, column = threadIdx.x, lane = threadIdx.x % lanes;
   const auto held = dynamic_shared<T>();
   const Exchange shared(dynamic_shared<unsigned char>() + tile_bytes, columns);
   for_each_vector<V>(slab, [&](int64_t at, int kept) { cp_async16(held + kept, x + at); });
   cp_async_commit();
   // As in bn_relu_statistics_cuda.cu, all is relative to the channel's first value.
   float pivot[V];
-  load<V>(x + slab.channel + threadIdx.x % lanes * V, pivot);
+  load<V>(x + slab.channel + lane * V, pivot);
+  if (column == lane)
+#pragma unroll
+    for (int i = 0; i < V; ++i) shared.set(1, lane * V + i, pivot[i]);
   cp_async_wait<0>();
 
   // The block's own mean, then the squares of what is left.
@@ -140,10 +172,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
   const float count = static_cast<float>(slab.rows);
   const float block_mean = merge_columns<V>(sum, lanes, shared.scratch) / max(count, 1.0f);
-  if (column < columns) shared.coefficients[column] = make_float4(block_mean, 0.0f, 0.0f, 0.0f);
+  if (column < columns) shared.set(0, column, block_mean);
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < V; ++i) mean[i] = float4(shared.coefficients[threadIdx.x % lanes * V + i]).x;
+  shared.get(0, lane, mean);
   for_each_vector<V>(slab, [&](int64_t, int kept) {
     float v[V];
     load<V>(held + kept, v);
@@ -163,26 +194,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
   if (column < columns) {
     const int64_t channel = slab.channel + column;
-    total.mean += to_float(x[channel]);
+    total.mean += shared.get(1, column);
     const ScaleShift<float> s = scale_shift(total.mean, total.m2 / total.count, weight ? weight[channel] : 1.0f,
                                             bias ? bias[channel] : 0.0f, eps);
-    shared.coefficients[column] = make_float4(s.scale, s.shift, 0.0f, 0.0f);
+    shared.set(0, column, s.scale);
+    shared.set(1, column, s.shift);
   }
   sync_coefficients<kClusters>();
-  if (slab.rank == 0) write_statistics(out, slab, columns, total);
+  if (slab.rank == 0) write_statistics(out, slab, columns, total, shared.flag);
 
-  ScaleShift<float> scales[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float4 k = shared.coefficients[threadIdx.x % lanes * V + i];
-    scales[i].scale = k.x;
-    scales[i].shift = k.y;
-  }
+  float scale[V], shift[V];
+  shared.get(0, lane, scale);
+  shared.get(1, lane, shift);
   for_each_vector<V>(slab, [&](int64_t at, int kept) {
     float v[V];
     load<V>(held + kept, v);
 #pragma unroll
-    for (int i = 0; i < V; ++i) v[i] = relu(normalise(v[i], scales[i]));
+    for (int i = 0; i < V; ++i) v[i] = relu(normalise(v[i], ScaleShift<float>{scale[i], shift[i]}));
     store<V>(y + at, v);
   });
 }
@@ -198,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                              BatchNorm<float> norm, int lanes, int group, int tile_bytes, float2* workspace) {
   constexpr int V = kVector<T>;
   const Slab slab = slab_of_block<V>(view, lanes, group);
-  const int columns = lanes * V, column = threadIdx.x;
+  const int columns = lanes * V, column = threadIdx.x, lane = threadIdx.x % lanes;
   const auto held = dynamic_shared<T>(), held_dout = held + tile_bytes / 2 / static_cast<int>(sizeof(T));
   const Exchange shared(dynamic_shared<unsigned char>() + tile_bytes, columns);
   for_each_vector<V>(slab, [&](int64_t at, int kept) {
@@ -206,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cp_async16(held_dout + kept, dout + at);
   });
   cp_async_commit();
-  const int64_t own = slab.channel + threadIdx.x % lanes * V;
+  const int64_t own = slab.channel + lane * V;
   const ChannelScales<V> scales(norm, own);
   float mean[V];
   load_channels<V>(norm.mean, own, 0.0f, mean);
@@ -234,7 +262,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     total.dz_xhat /= std::sqrt(var + eps);
     const auto k = dx_coefficients(norm.mean[channel], var, norm.weight ? norm.weight[channel] : 1.0f, eps, total.dz,
                                    total.dz_xhat, static_cast<float>(view.outer));
-    shared.coefficients[column] = make_float4(k.a, k.b, k.c, k.mean);
+    shared.set(0, column, k.a);
+    shared.set(1, column, k.b);
+    shared.set(2, column, k.c);
     if (slab.rank == 0) {
       out.sum_dz[channel] = total.dz;
       out.sum_dz_xhat[channel] = total.dz_xhat;
@@ -242,12 +272,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   sync_coefficients<kClusters>();
 
-  DxCoefficients<float> coefficients[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float4 k = shared.coefficients[threadIdx.x % lanes * V + i];
-    coefficients[i] = DxCoefficients<float>{k.x, k.y, k.z, k.w};
-  }
+  float a[V], b[V], c[V];
+  shared.get(0, lane, a);
+  shared.get(1, lane, b);
+  shared.get(2, lane, c);
   for_each_vector<V>(slab, [&](int64_t at, int kept) {
     float d[V], v[V], r[V] = {};
     load<V>(held_dout + kept, d);
@@ -255,7 +283,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (residual) load<V>(residual + at, r);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float gradient = dx(relu_backward(d[i], scales.z(i, v[i])), v[i], coefficients[i]);
+      const DxCoefficients<float> k{a[i], b[i], c[i], mean[i]};
+      const float gradient = dx(relu_backward(d[i], scales.z(i, v[i])), v[i], k);
       v[i] = residual ? gradient + r[i] : gradient;
     }
     store<V>(dx_out + at, v);
@@ -272,7 +301,7 @@ LaunchShape resident_shape(const ChannelView& view, DType dtype, const ResidentP
   LaunchShape shape;
   shape.grid = dim3(static_cast<unsigned>(view.channels * bytes_of(dtype) / plan.slab_bytes * plan.group));
   shape.block = dim3(kThreads);
-  shape.shared_bytes = tile_bytes(view, plan, tensors) + plan.slab_bytes / bytes_of(dtype) * kChannelBytes;
+  shape.shared_bytes = tile_bytes(view, plan, tensors) + plan.slab_bytes / bytes_of(dtype) * kChannelBytes + kFlagBytes;
   shape.cluster = plan.clusters ? plan.group : 1;
   shape.cooperative = !plan.clusters;
   return shape;
@@ -280,16 +309,21 @@ LaunchShape resident_shape(const ChannelView& view, DType dtype, const ResidentP
 
 }  // namespace
 
+namespace {
+
+struct Candidate {
+  ResidentPlan plan;
+  int64_t busy = 0;  // SMs that have a block
+};
+
 // The widest slab (whole sectors, long rows) that still gives nearly every SM a block; else the one with most blocks.
-ResidentPlan bn_relu_resident_plan(ChannelView view, DType dtype, const Device& device, int tensors) {
-  ResidentPlan best;
-  if (dtype == DType::f64 || view.inner != 1 || view.numel() == 0) return best;
-  int64_t most = 0;
+Candidate widest_plan(const ChannelView& view, DType dtype, const Device& device, int tensors, bool clusters) {
+  Candidate best;
   const int64_t row_bytes = view.channels * bytes_of(dtype);
   for (const int slab_bytes : {128, 64, 32, 16}) {
     if (row_bytes % slab_bytes || (slab_bytes == 16 && row_bytes % 32 == 0)) continue;
     const int64_t slabs = row_bytes / slab_bytes;
-    ResidentPlan plan{1, slab_bytes, device.max_cluster > 1};
+    ResidentPlan plan{1, slab_bytes, clusters};
     if (plan.clusters) {
       while (plan.group * 2 <= device.max_cluster && slabs * plan.group * 2 <= device.sm_count) plan.group *= 2;
     } else {
@@ -300,12 +334,21 @@ ResidentPlan bn_relu_resident_plan(ChannelView view, DType dtype, const Device& 
     const int64_t blocks = slabs * plan.group;
     if (!fits() || (!plan.clusters && blocks > device.sm_count)) continue;
     const int64_t busy = std::min<int64_t>(blocks, device.sm_count);
-    if (busy * 10 > most * 11) {
-      best = plan;
-      most = busy;
-    }
+    if (busy * 10 > best.busy * 11) best = {plan, busy};
   }
   return best;
+}
+
+}  // namespace
+
+// Of the two barriers that of a cluster is the quicker one; but where channels are few, clusters of 8 leave most SMs
+// without a block. On paper, as neither has been timed: a cooperative launch where it has more than twice the blocks.
+ResidentPlan bn_relu_resident_plan(ChannelView view, DType dtype, const Device& device, int tensors) {
+  if (dtype == DType::f64 || view.inner != 1 || view.numel() == 0) return {};
+  const Candidate grid = widest_plan(view, dtype, device, tensors, false);
+  if (device.max_cluster == 1) return grid.plan;
+  const Candidate clusters = widest_plan(view, dtype, device, tensors, true);
+  return grid.busy > 2 * clusters.busy ? grid.plan : clusters.plan;
 }
 
 bool bn_relu_resident_fits(ChannelView view, DType dtype, const Device& device, int tensors) {

@@ -37,6 +37,30 @@ __device__ __forceinline__ void finish_statistics(Moments<float> (&state)[V], co
     ++*out.running.batches;
 }
 
+// Moments of V channels that have as many values each, so that a merge divides once for all of them.
+template <int V>
+struct ChannelMoments {
+  float count = 0, mean[V] = {}, m2[V] = {};
+
+  // v[i][j] for j < there, of kCount.
+  template <int kCount>
+  __device__ __forceinline__ void add(const float (&v)[V][kCount], int there) {
+    const float n = static_cast<float>(there), all = count + n, inverse = 1.0f / n, share = n / all;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) sum += j < there ? v[i][j] : 0.0f;
+      const float own = sum * inverse, delta = own - mean[i];
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) squares = j < there ? std::fma(v[i][j] - own, v[i][j] - own, squares) : squares;
+      mean[i] = std::fma(delta, share, mean[i]);
+      m2[i] += squares + (count * delta) * (share * delta);
+    }
+    count = all;
+  }
+};
+
 // Moments of the values that are there: v[j] for j < count.
 template <int kCount>
 __device__ __forceinline__ Moments<float> moments_of(const float (&v)[kCount], int count) {
@@ -57,7 +81,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
   const int64_t start = blockIdx.y * tile_size;
   const int rows = channel < view.channels ? static_cast<int>(min(tile_size, view.outer - start)) : 0;
   const T* tile = x + start * view.channels + channel;
-  Moments<float> state[V] = {};
+  ChannelMoments<V> moments;
   float pivot[V] = {};
   if (channel < view.channels) load<V>(x + channel, pivot);
   for (int row = threadIdx.y; row < rows; row += kLoads * blockDim.y) {
@@ -66,14 +90,16 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
 #pragma unroll
     for (int j = 0; j < kLoads; ++j)
       if (j < there) pack[j] = load_pack<V>(tile + int64_t(row + j * blockDim.y) * view.channels);
+    float v[V][kLoads];
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      float v[kLoads];
+    for (int i = 0; i < V; ++i)
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) v[j] = to_float(pack[j].value[i]) - pivot[i];
-      state[i] = merge(state[i], moments_of(v, there));
-    }
+      for (int j = 0; j < kLoads; ++j) v[i][j] = to_float(pack[j].value[i]) - pivot[i];
+    moments.add(v, there);
   }
+  Moments<float> state[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) state[i] = {moments.count, moments.mean[i], moments.m2[i]};
   finish_statistics<V>(state, pivot, out, channel, view, tile_size);
 }
 
@@ -84,7 +110,9 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
   const int64_t channel = blockIdx.x, start = blockIdx.y * tile_size;
   const int vectors = static_cast<int>(min(tile_size, view.outer * view.inner - start) / V);
   const ChannelWalk<V> walk(view, channel, start);
-  const float pivot[1] = {to_float(x[channel * view.inner])};
+  float first[V];
+  load<V>(x + channel * view.inner, first);
+  const float pivot[1] = {first[0]};
   Moments<float> state[1] = {};
   for (int at = threadIdx.y; at < vectors; at += kLoads * kReduceThreads) {
     float v[kLoads * V];

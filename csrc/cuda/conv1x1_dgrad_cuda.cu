@@ -26,20 +26,14 @@ struct ColumnTable {
     const ColumnTable table{at, at + kColumns, at + 2 * kColumns};
     for (int i = thread_rank(); i < kColumns; i += kThreads) {
       const ScaleShift<float> s = channel_scale_shift(norm, first + i, channels);
-      table.scale[i] = s.scale;
-      table.shift[i] = s.shift;
-      table.mean[i] = first + i < channels ? norm.mean[first + i] : 0;
+      const int at = swapped_at(i);
+      table.scale[at] = s.scale;
+      table.shift[at] = s.shift;
+      table.mean[at] = first + i < channels ? norm.mean[first + i] : 0;
     }
     return table;
   }
 };
-
-// A thread's 8 of a table's columns.
-__device__ __forceinline__ void load_vector(Shared<float> table, float (&v)[8]) {
-  const Pack<float, 4> low = load_pack<4>(table + 8 * threadIdx.x), high = load_pack<4>(table + 8 * threadIdx.x + 4);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = low.value[i], v[i + 4] = high.value[i];
-}
 
 template <typename Tile, typename T>
 __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> args) {
@@ -58,7 +52,9 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> a
     typename decltype(product)::Sums sums;
     product.run(sums);
     float scale[8], shift[8], mean[8];
-    load_vector(table.scale, scale), load_vector(table.shift, shift), load_vector(table.mean, mean);
+    load_swapped(table.scale, threadIdx.x, scale);
+    load_swapped(table.shift, threadIdx.x, shift);
+    load_swapped(table.mean, threadIdx.x, mean);
     visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_x,
                      [&](int row, const Pack<T, 8>& packed_x, float (&dz)[8]) {
                        if (row >= rows || column >= columns) return;

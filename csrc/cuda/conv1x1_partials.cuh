@@ -43,8 +43,13 @@ __device__ __forceinline__ void leave_partials(State (&state)[8], State* partial
   merge_rows<8>(state, shared_cast<State>(scratch));
   const int column = first_column + 8 * threadIdx.x;
   if (threadIdx.y != 0 || column >= columns) return;
+  constexpr int kFloats = 8 * sizeof(State) / sizeof(float);
+  float values[kFloats];
+  memcpy(values, state, sizeof values);
+  const auto to = reinterpret_cast<float*>(partials + (static_cast<int64_t>(blockIdx.x) * columns + column));
 #pragma unroll
-  for (int i = 0; i < 8; ++i) partials[static_cast<int64_t>(blockIdx.x) * columns + column + i] = state[i];
+  for (int i = 0; i < kFloats; i += 4)
+    store_pack<4>(to + i, Pack<float, 4>{values[i], values[i + 1], values[i + 2], values[i + 3]});
 }
 
 }  // namespace ran::cuda::conv1x1

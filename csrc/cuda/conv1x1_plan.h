@@ -84,7 +84,7 @@ size_t product_bytes(int64_t weight_slots, size_t table_bytes) {
   return panels * kPanel * 2 + kWarps * Tile::kStageFloats * sizeof(float) + table_bytes;
 }
 
-// The largest tile that fits and gives every processor one; else the small one.
+// The largest tile that fits and gives nearly every processor one; else the small one.
 inline TileKind choose_tile(int64_t rows, int64_t depth, int64_t columns, size_t table_bytes,
                             const DeviceLimits& device) {
   const int64_t chunks = blocks_for(depth, kPanel);
@@ -92,7 +92,7 @@ inline TileKind choose_tile(int64_t rows, int64_t depth, int64_t columns, size_t
     using Tile = decltype(t);
     const size_t bytes = product_bytes<Tile>(std::min<int64_t>(chunks, Tile::kStages), table_bytes);
     const int64_t tiles = blocks_for(rows, Tile::kRows) * blocks_for(columns, Tile::kColumns);
-    return bytes <= static_cast<size_t>(device.shared_a_block) && tiles >= device.processors;
+    return bytes <= static_cast<size_t>(device.shared_a_block) && 8 * tiles >= 7 * int64_t(device.processors);
   };
   if (columns > 64 && suits(LargeTile{})) return TileKind::large;
   return suits(TallTile{}) ? TileKind::tall : TileKind::small;

@@ -66,7 +66,7 @@ class Product {
   __device__ void request_next() {
     if (next_tile_ < args_.row_tiles) {
       const int depth = next_chunk_ * kPanel;
-      copy_panel<Tile::kRows>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
+      copy_panel<Tile::kRows, !kTransposed>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
       if (!args_.resident || next_tile_ == static_cast<int>(blockIdx.x))
         request_weight(weight_slot(next_chunk_, next_slot_), depth);
       if (++next_chunk_ == chunks_) next_chunk_ = 0, next_tile_ += gridDim.x;
@@ -79,9 +79,9 @@ class Product {
     if constexpr (kTransposed) {
 #pragma unroll
       for (int panel = 0; panel < Tile::kColumns / kPanel; ++panel)
-        copy_panel<kPanel>(slot + panel * kPanel * kPanel, args_.weight, depth, first_column() + panel * kPanel);
+        copy_panel<kPanel, false>(slot + panel * kPanel * kPanel, args_.weight, depth, first_column() + panel * kPanel);
     } else {
-      copy_panel<Tile::kColumns>(slot, args_.weight, first_column(), depth);
+      copy_panel<Tile::kColumns, false>(slot, args_.weight, first_column(), depth);
     }
   }
 
@@ -153,7 +153,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
 #pragma unroll
     for (int tile = 0; tile < Tile::kColumns / 8; ++tile) {
       const float* pair = sums[half / 2][tile] + half % 2 * 2;
-      shared_cast<float2>(mine + lane / 4 * Tile::kStagePitch)[tile * 4 + lane % 4] = make_float2(pair[0], pair[1]);
+      const int column = tile * 8 + ((lane % 4 * 2) ^ swapped_at(tile * 8) % 8);  // so that it is one store
+      shared_cast<float2>(mine + (lane / 4 * Tile::kStagePitch + column))[0] = make_float2(pair[0], pair[1]);
     }
     __syncwarp();
 #pragma unroll
@@ -163,11 +164,8 @@ __device__ __forceinline__ void visit_rows(Shared<float> stage, const Sums& sums
     }
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const auto row = mine + (pass * kRowsAPass + lane / Tile::kVectors) * Tile::kStagePitch + threadIdx.x * 8;
-      float low[4], high[4];
-      load<4>(row, low);
-      load<4>(row + 4, high);
-      float v[8] = {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]};
+      float v[8];
+      load_swapped(mine + (pass * kRowsAPass + lane / Tile::kVectors) * Tile::kStagePitch, threadIdx.x, v);
       apply(row0 + 8 * half + pass * kRowsAPass, fetched[pass], v);
     }
   }

@@ -19,7 +19,6 @@ struct Pixels {
   unsigned h, w, out_h, out_w;
 
   __device__ __forceinline__ int64_t source(unsigned row) const {
-    if (stride == 1) return row;
     const unsigned image_row = row / out_w, column = row % out_w;
     const unsigned image = image_row / out_h, y = image_row % out_h;
     return (static_cast<int64_t>(image) * h + y * stride) * w + column * stride;
@@ -41,18 +40,43 @@ struct Operand {
 
 __device__ __forceinline__ int thread_rank() { return threadIdx.y * blockDim.x + threadIdx.x; }
 
+// A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every
+// 8 are kept the other way round, as lanes 4 apart would else meet on the same banks.
+__device__ __forceinline__ int swapped_at(int column) { return column ^ column / 32 % 2 * 4; }
+
+__device__ __forceinline__ void load_swapped(Shared<float> row, int vector, float (&v)[8]) {
+  const int swapped = vector / 4 % 2 * 4;
+  float low[4], high[4];
+  load<4>(row + (8 * vector + swapped), low);
+  load<4>(row + (8 * vector + 4 - swapped), high);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = low[i], v[i + 4] = high[i];
+}
+
 __device__ __forceinline__ int panel_at(int row, int vector) { return row * kPanel + ((vector ^ (row & 7)) << 3); }
 
-// Asks for kRows x kPanel values from (row, column) on; zeros outside the matrix.
-template <int kRows, typename T>
+// Asks for kRows x kPanel values from (row, column) on; zeros outside the matrix. Of a matrix whose rows are not
+// gathered (kMayGather false, or stride 1) a row lies behind the other, and no index is divided.
+template <int kRows, bool kMayGather, typename T>
 __device__ __forceinline__ void copy_panel(Shared<T> panel, const Operand<T>& from, int first_row, int first_column) {
-  const int vector = thread_rank() % 8, column = first_column + 8 * vector;
+  constexpr int kStep = kThreads / 8;  // rows; a multiple of 8, so that all of a thread's are permuted alike
+  const int vector = thread_rank() % 8, column = first_column + 8 * vector, row = first_row + thread_rank() / 8;
+  const int rows = column < from.columns ? from.rows - row : 0;
+  const Shared<T> to = panel + panel_at(thread_rank() / 8, vector);
+  if (kMayGather && from.pixels.stride != 1) {
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += kStep) {
+      const bool inside = r < rows;
+      const int64_t offset = inside ? from.pixels.source(row + r) * from.columns + column : 0;
+      cp_async16(to + r * kPanel, from.data + offset, inside);
+    }
+  } else {
+    const T* source = from.data + static_cast<int64_t>(row) * from.columns + column;
 #pragma unroll
-  for (int r = thread_rank() / 8; r < kRows; r += kThreads / 8) {
-    const int row = first_row + r;
-    const bool inside = row < from.rows && column < from.columns;
-    const int64_t offset = inside ? from.pixels.source(row) * from.columns + column : 0;
-    cp_async16(panel + panel_at(r, vector), from.data + offset, inside);
+    for (int r = 0; r < kRows; r += kStep) {
+      cp_async16(to + r * kPanel, r < rows ? source : from.data, r < rows);
+      source += static_cast<int64_t>(kStep) * from.columns;
+    }
   }
 }
 

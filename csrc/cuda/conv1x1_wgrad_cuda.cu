@@ -33,7 +33,9 @@ WgradPlan make_wgrad_plan(const Conv1x1Shape& s) {
   const auto tiles = [&](int side) { return blocks_for(s.c_in, side) * blocks_for(s.c_out, side); };
   const bool large = s.c_in > 64 && s.c_out > 64 && tiles(128) * (chunks / kLeastChunks) >= processors;
   const int64_t side = large ? 128 : 64;
-  const int64_t wanted = std::min(blocks_for(processors, tiles(side)), blocks_for(chunks, kLeastChunks));
+  constexpr int64_t kBlocksAProcessor = 2;  // both fit, by shared memory and by registers
+  const int64_t wanted =
+      std::min(blocks_for(kBlocksAProcessor * processors, tiles(side)), blocks_for(chunks, kLeastChunks));
   const int64_t chunks_a_split = std::max<int64_t>(1, blocks_for(chunks, std::max<int64_t>(1, wanted)));
   return {large, static_cast<int>(blocks_for(s.c_in, side)), static_cast<int>(blocks_for(s.c_out, side)),
           static_cast<int>(blocks_for(chunks, chunks_a_split)), static_cast<int>(chunks_a_split)};
@@ -79,11 +81,12 @@ class Chunks {
       const Shared<T> x = shared_ + next_slot_ * Tile::kStageValues, dy = x + Tile::kRows * kPanel;
 #pragma unroll
       for (int i = 0; i < Tile::kRows / kPanel; ++i)
-        copy_panel<kPanel>(x + i * kPanel * kPanel, args_.x, chunk_ * kPanel, blockIdx.x * Tile::kRows + i * kPanel);
+        copy_panel<kPanel, true>(x + i * kPanel * kPanel, args_.x, chunk_ * kPanel,
+                                 blockIdx.x * Tile::kRows + i * kPanel);
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / kPanel; ++i)
-        copy_panel<kPanel>(dy + i * kPanel * kPanel, args_.dy, chunk_ * kPanel,
-                           blockIdx.y * Tile::kColumns + i * kPanel);
+        copy_panel<kPanel, false>(dy + i * kPanel * kPanel, args_.dy, chunk_ * kPanel,
+                                  blockIdx.y * Tile::kColumns + i * kPanel);
       ++chunk_;
       if (++next_slot_ == Tile::kStages) next_slot_ = 0;
     }

@@ -5,7 +5,7 @@
 // or synchronises, every sum has a fixed order, and all may be captured into a graph.
 //
 // `workspace`: scratch on 16 bytes, its contents irrelevant before and after. `counters`: words that are zero before
-// the first launch; every launch leaves them zero, so replays need no memset. Neither may be shared by two streams.
+// the launch; it leaves them zero. Neither may be shared by two streams.
 #pragma once
 
 #include <cstddef>

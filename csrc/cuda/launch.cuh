@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -15,6 +16,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include "shared_limit.h"
 #endif
 
 #include "../types.h"
@@ -75,8 +78,15 @@ cudaError_t launch(const char* name, const LaunchShape& shape, cudaStream_t, voi
                    Arguments... arguments) {
   emu::Launched& launched = emu::launches[reinterpret_cast<const void*>(kernel)];
   if (launched.name.empty()) launched.name = emu::kernel_name(name, __PRETTY_FUNCTION__);
-  emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative},
-           [=] { kernel(static_cast<Parameters>(arguments)...); });
+  const std::tuple<Parameters...> held(static_cast<Parameters>(arguments)...);
+  std::apply(
+      [&](const auto&... parameters) {
+        const emu::Kernel ours{reinterpret_cast<const void*>(kernel),
+                               [&] { kernel(parameters...); },
+                               {reinterpret_cast<const unsigned char*>(&parameters)...}};
+        emu::run(launched, {shape.grid, shape.block, shape.shared_bytes, shape.cluster, shape.cooperative}, ours);
+      },
+      held);
   return cudaGetLastError();
 }
 #define RAN_LAUNCH(shape, stream, ...) ::ran::launch(#__VA_ARGS__, shape, stream, __VA_ARGS__)
@@ -110,11 +120,8 @@ __device__ __forceinline__ T* dynamic_shared() {
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const LaunchShape& shape, cudaStream_t stream, void (*kernel)(Parameters...),
                    Arguments... arguments) {
-  if (shape.shared_bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
+  if (const cudaError_t error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), shape.shared_bytes))
+    return error;
   if (shape.cluster > 8) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error != cudaSuccess) return error;

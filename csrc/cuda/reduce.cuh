@@ -8,7 +8,7 @@
 namespace ran {
 
 // What batch normalisation's backward pass sums over a channel.
-struct GradientSums {
+struct alignas(8) GradientSums {
   float dz, dz_xhat;
 };
 __device__ __forceinline__ GradientSums merge(GradientSums a, GradientSums b) {
@@ -34,18 +34,18 @@ __device__ __forceinline__ GradientSums shuffle_xor(GradientSums s, int lanes) {
 template <int V, typename State>
 __device__ __forceinline__ void merge_rows(State (&state)[V], Shared<State> scratch) {
   for (int half = blockDim.y / 2; half > 0; half /= 2) {
-    const int row = threadIdx.y % half;
-    // Neighbouring threads touch neighbouring states.
-    const auto slot = scratch + (row * V * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x));
+    // Neighbouring threads, also those of two rows, touch neighbouring states.
+    const int row = threadIdx.y % half, apart = half * static_cast<int>(blockDim.x);
+    const auto slot = scratch + (row * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x));
     if (static_cast<int>(threadIdx.y) >= half && static_cast<int>(threadIdx.y) < 2 * half) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) slot[i * blockDim.x] = state[i];
+      for (int i = 0; i < V; ++i) slot[i * apart] = state[i];
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.y) < half) {
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const State other = slot[i * blockDim.x];
+        const State other = slot[i * apart];
         state[i] = merge(state[i], other);
       }
     }
@@ -58,18 +58,24 @@ __device__ __forceinline__ void merge_rows(State (&state)[V], Shared<State> scra
 // states a warp, free to use again after the next barrier.
 template <int V, typename State>
 __device__ __forceinline__ State merge_columns(State (&state)[V], int lanes, Shared<State> scratch) {
+  // A lane's states change places among themselves: lanes whose states begin on one bank then use different ones.
+  const auto place = [](int lane, int i) {
+    constexpr int kLanes = 128 / (V * static_cast<int>(sizeof(State)));  // whose states take all banks once
+    return lane * V + (i ^ lane / kLanes % V);
+  };
   const int columns = V * lanes, lane = threadIdx.x % 32;
   for (int apart = 16; apart >= lanes; apart /= 2)
 #pragma unroll
     for (int i = 0; i < V; ++i) state[i] = merge(state[i], shuffle_xor(state[i], apart));
   if (lane < lanes)
 #pragma unroll
-    for (int i = 0; i < V; ++i) scratch[threadIdx.x / 32 * columns + lane * V + i] = state[i];
+    for (int i = 0; i < V; ++i) scratch[threadIdx.x / 32 * columns + place(lane, i)] = state[i];
   __syncthreads();
   State total{};
+  const int mine = place(threadIdx.x / V, threadIdx.x % V);
   if (static_cast<int>(threadIdx.x) < columns)
     for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
-      const State other = scratch[warp * columns + threadIdx.x];
+      const State other = scratch[warp * columns + mine];
       total = merge(total, other);
     }
   return total;

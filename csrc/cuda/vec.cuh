@@ -1,6 +1,8 @@
 // Values as the kernels see them: read and written 16 bytes at a time where the host says so, computed on as floats.
 #pragma once
 
+#include <cstring>
+
 #include "launch.cuh"
 
 namespace ran {
@@ -41,10 +43,18 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
   return *reinterpret_cast<const Pack<T, V>*>(p);
 }
 
+// To global memory. A plain copy of 16 bytes may be taken apart again by the compiler, a hinted store never is.
 template <int V, typename T>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
 #if defined(RAN_EMULATE)
   emu::check_global(p, sizeof pack, sizeof pack);
+#else
+  if constexpr (sizeof pack == 16) {
+    uint4 bits;
+    memcpy(&bits, &pack, sizeof bits);
+    __stcg(reinterpret_cast<uint4*>(p), bits);
+    return;
+  }
 #endif
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
@@ -104,9 +114,21 @@ void store(Shared<T> p, const float (&v)[V]) {
 }
 #endif
 
-// Per-channel vectors are read value by value: they are small, and need not lie on 16 bytes. Null stands for `missing`.
+// A per-channel vector's values from `channel` on, a multiple of V. It need not lie on 16 bytes; null stands for
+// `missing`.
 template <int V>
 __device__ __forceinline__ void load_channels(const float* p, int64_t channel, float missing, float (&v)[V]) {
+  if constexpr (V % 4 == 0) {
+    if (p && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < V; i += 4) {
+        const Pack<float, 4> four = load_pack<4>(p + channel + i);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) v[i + j] = four.value[j];
+      }
+      return;
+    }
+  }
 #pragma unroll
   for (int i = 0; i < V; ++i) v[i] = p ? p[channel + i] : missing;
 }

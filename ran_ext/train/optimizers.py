@@ -36,7 +36,12 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     lr = torch.tensor(config.base_lr, device=device)
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    if config.momentum > 0:
+        # As the first step makes them; but where a GradScaler has it skipped, the fused kernel leaves its unwritten.
+        for parameter in [*weights, *others]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def require_optimizer_like(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from build import ROOT, build, compile_program, kernels
+from build import ROOT, build, kernels
 
 sys.path.insert(0, str(ROOT / "_build"))
 import native
@@ -124,8 +125,13 @@ def judge(got: Case, want: Case, all_bits: bool) -> Verdict:
     return verdict
 
 
-def build_for_gpu(cache: Path, arch: str) -> Path:
+def build_for_gpu(cache: Path, archs: str, objects: Path | None = None) -> Path:
     """The program for a GPU; every launch passes by compare_device.h, which notes the kernel.
+
+    Args:
+        cache: where it is built.
+        archs: as TORCH_CUDA_ARCH_LIST has them.
+        objects: the folder in which setup.py has compiled the kernels: those that are not stale are linked as they are.
 
     Raises:
         RuntimeError: with what nvcc printed, or where there is no nvcc.
@@ -133,9 +139,23 @@ def build_for_gpu(cache: Path, arch: str) -> Path:
     home = native.find_toolkit()
     if home is None:
         raise RuntimeError("no nvcc was found; install a CUDA toolkit, or set CUDA_HOME, or give --device cpu")
-    flags = [*native.CUDA_FLAGS, f"-arch={arch}", "-Xlinker=--wrap=cudaLaunchKernelExC", "-x", "cu"]
+    nvcc, program = home / "bin" / "nvcc", cache / "compare_gpu_cuda"
+    tasks = native.cuda_tasks(objects or cache, nvcc, archs.replace(" ", ";").split(";"))
     source = ROOT / "tests" / "emulation" / "compare_gpu.cpp"
-    return compile_program("compare_gpu_cuda", [home / "bin" / "nvcc", *flags, source, *kernels()], cache)
+    tasks.append(native.Compile(source, cache / "compare_gpu_cuda.o", (*tasks[0].command, "-x", "cu")))
+    try:
+        native.compile_all(tasks)
+        native.run([nvcc, "-Xlinker=--wrap=cudaLaunchKernelExC", *(task.object for task in tasks), "-o", program])
+    except native.BuildFailure as failure:
+        raise RuntimeError(str(failure)) from failure
+    return program
+
+
+def prepare(folder: Path, archs: str, limits: Sequence[str], objects: Path | None) -> None:
+    """Leaves in ``folder`` what a machine with a GPU would have to compile and to emulate."""
+    with tempfile.TemporaryDirectory() as cache:
+        shutil.copy2(build_for_gpu(Path(cache), archs, objects), folder / "compare_gpu_cuda")
+        run([build("compare_gpu", Path(cache), others=kernels())], folder / "emulated", "--limits", *limits)
 
 
 def run(command: Sequence[str | Path], out: Path, *options: str) -> tuple[list[str], list[Case]]:
@@ -150,19 +170,31 @@ def run(command: Sequence[str | Path], out: Path, *options: str) -> tuple[list[s
     return read(out)
 
 
-def compare(
-    device: str, folder: Path, arch: str = "native", case: str = "", under: Sequence[str] = ()
-) -> list[Verdict]:
-    """Builds in ``folder`` and runs there; ``under``: a command that runs the device's program, as a sanitizer does."""
-    emulation = build("compare_gpu", folder, others=kernels())
-    only = ["--case", case] if case else []
-    if device == "cpu":
+def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
+    """Builds in ``folder`` and runs there.
+
+    Raises:
+        RuntimeError: a program does not compile, or ends with an error.
+    """
+    only = ["--case", arguments.case] if arguments.case else []
+    under = shlex.split(arguments.under)
+    if arguments.device == "cpu":
+        emulation = build("compare_gpu", folder, others=kernels())
         options = ["--schedule", "reverse", "--limits", *SMALL_HOPPER]
         limits, got = run([*under, emulation], folder / "got", *options, *only)
     else:
-        limits, got = run([*under, build_for_gpu(folder, arch)], folder / "got", *only)
+        prebuilt = arguments.prebuilt and arguments.prebuilt / "compare_gpu_cuda"
+        program = prebuilt or build_for_gpu(folder, arguments.archs, arguments.objects)
+        limits, got = run([*under, program], folder / "got", *only)
+        if arguments.prebuilt:
+            emulated, want = read(arguments.prebuilt / "emulated")
+            if emulated == limits:
+                wanted = {case.name: case for case in want}
+                return [judge(case, wanted[case.name], False) for case in got]
+            print(f"emulated anew: the folder has it for {' '.join(emulated)}, the GPU is {' '.join(limits)}")
+        emulation = build("compare_gpu", folder, others=kernels())
     _, want = run([emulation], folder / "want", "--limits", *limits, *only)
-    return [judge(a, b, all_bits=device == "cpu") for a, b in zip(got, want, strict=True)]
+    return [judge(a, b, all_bits=arguments.device == "cpu") for a, b in zip(got, want, strict=True)]
 
 
 def print_table(verdicts: list[Verdict]) -> None:
@@ -176,17 +208,25 @@ def print_table(verdicts: list[Verdict]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, as JSON")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="results, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--arch", default="native", help="of nvcc, such as sm_90a (default: the GPU at hand)")
+    parser.add_argument("--archs", default="9.0", help="what to compile for, as TORCH_CUDA_ARCH_LIST has it")
+    parser.add_argument("--objects", type=Path, metavar="DIR", help="where setup.py has compiled for --archs")
+    parser.add_argument("--prebuilt", type=Path, metavar="DIR", help="what --prepare left there is used")
+    parser.add_argument("--prepare", type=Path, metavar="DIR", help="compile and emulate into DIR; runs on no GPU")
+    parser.add_argument("--limits", nargs=4, default=SMALL_HOPPER, metavar="N", help="of the GPU that --prepare is for")
     parser.add_argument("--case", default="", help="only this one")
     parser.add_argument("--under", default="", metavar="COMMAND", help="that runs the device's program, and is printed")
     arguments = parser.parse_args()
-    under = shlex.split(arguments.under)
+    if (arguments.out is None) == (arguments.prepare is None):
+        parser.error("give --out to compare, or --prepare to compile")
     print("building and running", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            verdicts = compare(arguments.device, Path(folder), arguments.arch, arguments.case, under)
+            if arguments.prepare:
+                prepare(arguments.prepare, arguments.archs, arguments.limits, arguments.objects)
+                return 0
+            verdicts = compare(arguments, Path(folder))
         except RuntimeError as failure:
             print(f"compare_gpu: {failure}")
             return 2

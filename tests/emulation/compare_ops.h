@@ -70,8 +70,8 @@ void streaming(const Run& run, const ran::ChannelView& view) {
 }
 
 template <typename T>
-void resident(const Run& run, const ran::ChannelView& view, int group, bool clusters) {
-  const ran::cuda::ResidentPlan plan{group, 64, clusters};
+void resident(const Run& run, const ran::ChannelView& view, int group, bool clusters, int slab_bytes = 64) {
+  const ran::cuda::ResidentPlan plan{group, slab_bytes, clusters};
   const auto x = run.input<T>(view.numel(), -4, 4), dout = run.input<T>(view.numel(), -4, 4),
              residual = run.input<T>(view.numel(), -4, 4);
   const Norm norm(run, view.channels);

@@ -152,9 +152,37 @@ void check_refusals() {
   expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
 }
 
+// Whatever the plan, its launch must be taken; and a tile that nearly every processor has one of is not given up.
+void check_limits() {
+  using ran::cuda::conv1x1::DeviceLimits;
+  const DeviceLimits devices[] = {{80, 108, 163 << 10, 164 << 10},
+                                  {86, 84, 99 << 10, 100 << 10},
+                                  {90, 132, 227 << 10, 228 << 10},
+                                  {120, 188, 99 << 10, 100 << 10}};
+  for (const DeviceLimits& device : devices) {
+    ran::cuda::conv1x1::emulated_device = device;
+    for (const int64_t rows : {1, 63, 64, 129, 2048, 8192, 16384, 32768, 262144, 1 << 30})
+      for (const int64_t c_in : {8, 64, 72, 256, 1024, 4096, 65536})
+        for (const int64_t c_out : {8, 64, 128, 136, 1024, 65536})
+          for (const auto pass : {Conv1x1Pass::forward, Conv1x1Pass::dgrad}) {
+            const Conv1x1Shape s{1, rows, 1, c_in, c_out, 1};
+            begin_case("limits: %ld rows, %ld to %ld, %d processors", rows, c_in, c_out, device.processors);
+            if (!conv1x1_supported(pass, s, ran::DType::bf16, nullptr)) continue;
+            const auto plan = ran::cuda::plan_of(pass, s);
+            EXPECT(plan.shared_bytes <= size_t(device.shared_a_block));
+            EXPECT(plan.row_blocks >= 1 && plan.row_blocks <= plan.row_tiles && plan.column_tiles <= 65535);
+          }
+  }
+  ran::cuda::conv1x1::emulated_device = devices[2];
+  begin_case("128 tiles on 132 processors");
+  const auto plan = ran::cuda::plan_of(Conv1x1Pass::forward, {128, 8, 16, 256, 128, 1});
+  EXPECT(plan.tile == ran::cuda::conv1x1::TileKind::large && plan.row_blocks == 128);
+}
+
 int main() {
   for_each_conv1x1([](const auto& in, int number) { check_forward(in, number); });
   check_far_statistics();
+  check_limits();
   check_refusals();
   finish("conv1x1_forward");
 }

@@ -5,7 +5,9 @@
 // Not emulated: the memory model (fences do nothing; one thread runs at a time), partial warps, and speed.
 #pragma once
 
+#include <map>
 #include <utility>
+#include <vector>
 
 #include "global_memory.h"
 #include "number_types.h"
@@ -142,6 +144,22 @@ inline std::unique_ptr<Block> make_block(Gang& gang, dim3 index, dim3 block_size
   return block;
 }
 
+// A kernel to run: its source, and the bytes of each parameter.
+struct Kernel {
+  const void* address;
+  std::function<void()> source;
+  std::vector<const unsigned char*> parameters;
+};
+
+// What nvcc has made of a kernel, in a program that holds it (tests/ptx): it runs in the place of the source.
+struct Compiled {
+  void (*entry)(const unsigned char* const* parameters);
+  size_t static_bytes;  // of shared memory; the dynamic bytes lie behind them
+  const char* name;     // as in budgets.json
+};
+inline std::map<const void*, Compiled> compiled;  // by the kernel's address
+inline bool run_sources = false;                  // all the same
+
 struct Shape {
   dim3 grid, block;
   size_t shared_bytes;
@@ -158,20 +176,28 @@ inline std::unique_ptr<Gang> make_gang(const Shape& shape, size_t first, size_t 
   return gang;
 }
 
-// Runs `kernel_body` in every thread of the grid; gangs from the last to the first under the reverse schedule.
-inline void run(Launched& launched, const Shape& shape, std::function<void()> kernel_body) {
+// Runs a kernel in every thread of the grid; gangs from the last to the first under the reverse schedule.
+inline void run(Launched& launched, Shape shape, const Kernel& ours) {
   const size_t blocks = size_t(shape.grid.x) * shape.grid.y * shape.grid.z;
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   kernel = launched.name.c_str();
   if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32) fail("launch: blocks must be 1 to 32 full warps");
-  if (shape.shared_bytes > kMaxShared) fail("launch: more shared memory than an SM has");
   if (shape.cluster == 0 || shape.cluster > 16 || shape.grid.x % shape.cluster)
     fail("launch: the cluster must divide the grid and be at most 16");
+  body = ours.source;
+  if (!compiled.empty() && !run_sources) {
+    const auto found = compiled.find(ours.address);
+    if (found == compiled.end()) fail("launch: the program does not hold what nvcc has made of this kernel");
+    kernel = found->second.name;
+    shape.shared_bytes += found->second.static_bytes;
+    body = [entry = found->second.entry, &ours] { entry(ours.parameters.data()); };
+  }
+  if (shape.shared_bytes > kMaxShared) fail("launch: more shared memory than an SM has");
   launched.schedules |= 1u << static_cast<int>(schedule);
   gridDim = shape.grid;
   blockDim = shape.block;
   cluster_size = shape.cluster;
-  body = std::move(kernel_body);
+  cooperative_launch = shape.cooperative;
   const size_t gang_size = shape.cooperative ? blocks : shape.cluster, gangs = blocks / gang_size;
   const size_t at_a_time = schedule == Schedule::shuffled ? kGangsAtATime : 1;
   for (size_t g = 0; g < gangs; g += at_a_time) {

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <random>
+#include <string>
 #include <type_traits>
 
 #if defined(RAN_EMULATE)
@@ -50,11 +52,21 @@ struct Type<f16> {
   static constexpr double ulp = 0x1p-10, tiny = 0x1p-24;
 };
 
+// Whether the environment's variable `list` (names with spaces around each) is not set or holds `name`.
+inline bool wanted(const char* list, const std::string& name) {
+  const char* names = std::getenv(list);
+  return !names || (" " + std::string(names) + " ").find(" " + name + " ") != std::string::npos;
+}
+
+// Calls body with a value of each dtype that RAN_DTYPES names.
 template <typename Body>
 void for_each_type(Body&& body) {
-  body(float{});
-  body(bf16{});
-  body(f16{});
+  const auto one = [&](auto type) {
+    if (wanted("RAN_DTYPES", Type<decltype(type)>::name)) body(type);
+  };
+  one(float{});
+  one(bf16{});
+  one(f16{});
 }
 
 inline std::mt19937 random_bits{20261};

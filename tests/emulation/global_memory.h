@@ -4,20 +4,29 @@
 
 #include <csignal>
 #include <map>
+#include <type_traits>
 
 #include "scheduler.h"
 
 namespace emu {
 
-inline std::map<const unsigned char*, size_t> allocations;  // start -> bytes
+struct Allocation {
+  size_t bytes;
+  bool tensor;  // of so many values that it is no vector a channel; neither scratch nor indices, which are of bytes
+};
+inline std::map<const unsigned char*, Allocation> allocations;  // by their start
+
+inline const std::pair<const unsigned char* const, Allocation>* allocation_of(const void* pointer) {
+  const auto after = allocations.upper_bound(static_cast<const unsigned char*>(pointer));
+  return after == allocations.begin() ? nullptr : &*std::prev(after);
+}
 
 inline void check_global(const void* pointer, size_t bytes, size_t alignment) {
   const auto* p = static_cast<const unsigned char*>(pointer);
   if (reinterpret_cast<uintptr_t>(p) % alignment) fail("global memory: misaligned");
-  auto after = allocations.upper_bound(p);
-  if (after == allocations.begin()) fail("global memory: outside every buffer");
-  const auto& [start, size] = *std::prev(after);
-  if (p + bytes > start + size) fail("global memory: out of bounds");
+  const auto* found = allocation_of(p);
+  if (!found) fail("global memory: outside every buffer");
+  if (p + bytes > found->first + found->second.bytes) fail("global memory: out of bounds");
 }
 
 inline void on_segv(int, siginfo_t*, void*) { fail("global memory: out of bounds (guard page)"); }
@@ -54,7 +63,7 @@ class Buffer {
     std::memset(base_, 0xff, pages * kPage);
     mprotect(base_ + pages * kPage, kPage, PROT_NONE);
     data_ = base_ + pages * kPage - rounded + offset;
-    allocations[data_] = bytes;
+    allocations[data_] = {bytes, count >= kTensorValues && sizeof(T) > 1};
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() {
@@ -69,7 +78,7 @@ class Buffer {
   size_t bytes() const { return count_ * sizeof(T); }
 
  private:
-  static constexpr size_t kPage = 4096;
+  static constexpr size_t kPage = 4096, kTensorValues = 4096;
 
   // The bytes before the buffer and the few behind it still hold what they were filled with.
   void check_slack() const {

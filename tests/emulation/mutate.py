@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -60,8 +61,15 @@ def replacements(statement: re.Match[str]) -> list[str]:
     return ["", f"{WEAKER[statement['call']]}()"] if statement["call"] in WEAKER else [""]
 
 
-def mutate(root: Path) -> list[Mutant]:
-    """Rewrites the kernels below ``root`` so that ``emu::mutant`` chooses among the mutants, which are returned."""
+def choose(call: str, mutants: Sequence[Mutant]) -> str:
+    """The statement as C++ that asks ``emu::mutant``."""
+    for mutant in mutants:
+        call = f"emu::mutant == {mutant.number} ? {mutant.instead or 'void()'} : {call}"
+    return f"({call});"
+
+
+def mutate(root: Path, rewrite: Callable[[str, Sequence[Mutant]], str] = choose) -> list[Mutant]:
+    """Rewrites each such statement of the kernels below ``root``; returns all mutants."""
     found: list[Mutant] = []
     for path in sorted((root / "csrc" / "cuda").glob("*.cu*")):
         if path.name in WRAPPERS:
@@ -70,11 +78,10 @@ def mutate(root: Path) -> list[Mutant]:
         changed, end = "", 0
         for ordinal, statement in enumerate(STATEMENT.finditer(text), 1):
             line, call = text.count("\n", 0, statement.start()) + 1, f"{statement['call']}()"
-            choice = call
+            first = len(found)
             for instead in replacements(statement):
                 found.append(Mutant(len(found) + 1, path.name, ordinal, line, call, instead))
-                choice = f"emu::mutant == {len(found)} ? {instead or 'void()'} : {choice}"
-            changed += f"{text[end : statement.start()]}({choice});"
+            changed += text[end : statement.start()] + rewrite(call, found[first:])
             end = statement.end()
         path.write_text(changed + text[end:])
     return found

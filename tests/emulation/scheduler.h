@@ -60,6 +60,8 @@ struct Thread {
   uint32_t generation = 0;  // of waits_for when the thread arrived
   std::vector<Copy> copies;
   int copy_group = 0;
+  bool cluster_arrived = false;           // of a split barrier, in PTX
+  uint64_t polled = 0, polled_value = 0;  // by an acquiring load, in PTX
   jmp_buf context;
   Fiber* fiber = nullptr;
 
@@ -92,6 +94,7 @@ struct Gang {
 inline Thread* self = nullptr;  // null on the host
 inline const char* kernel = nullptr;
 inline unsigned cluster_size = 1;
+inline bool cooperative_launch = false;
 
 struct Launched {
   std::string name;

@@ -1,0 +1,143 @@
+"""Runs what nvcc made of the kernels, on the CPU, and measures how its accesses fall on memory.
+
+    python tests/ptx/run.py                    # as CI does: float32 and bfloat16, one schedule of threads
+    python tests/ptx/run.py --all              # every dtype, schedule and mutant; writes results.md beside this file
+    python tests/ptx/run.py --update           # writes csrc/cuda/layout.json from what was measured
+
+The tests are those of tests/emulation, with their references in double; each output is also compared with that of the
+kernel's source. Needs nvcc and g++; neither a GPU nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import layout
+import mutants
+import programs
+from translate import Kernel, UnknownInstruction
+
+RESULTS = programs.HERE / "results.md"
+#: Clusters exist on the first; the others run where their kernels are not the same, instruction for instruction.
+ARCHS = ["sm_90a", "sm_80"]
+QUICK = {"RAN_DTYPES": "float32 bfloat16", "RAN_SCHEDULES": "forward"}
+
+
+@dataclass
+class Ran:
+    arch: str
+    test: str
+    fault: str
+    equal: str  # how many outputs have the bits of those of the source
+    seconds: float
+
+
+def run_tests(cache: Path, quick: bool) -> tuple[list[Ran], dict[str, dict[str, list[Kernel]]]]:
+    """Every test on the first architecture; on the others those some of whose kernels differ from its own."""
+    found, kernels = [], {}
+    for arch in ARCHS:
+        tests, kernels[arch] = programs.build_tests(arch, cache)
+        for test, program in tests.items():
+            if arch != ARCHS[0] and same(kernels[arch], kernels[ARCHS[0]], test):
+                continue
+            began = time.monotonic()
+            variables = {**(QUICK if quick else {}), **({"RAN_NO_CLUSTERS": "1"} if arch == "sm_80" else {})}
+            ran = programs.run(program, **variables)
+            fault = (ran.stderr.strip() or f"exit status {ran.returncode}") if ran.returncode else ""
+            equal = next((line[6:] for line in ran.stdout.splitlines() if line.startswith("equal ")), "")
+            found.append(Ran(arch, test.removesuffix("_test"), fault, equal, time.monotonic() - began))
+            print(f"{arch:7} {found[-1].test:17} {'FAILED' if fault else 'passed'} in {found[-1].seconds:5.1f} s, "
+                  f"outputs with the bits of the source's: {equal} {fault}", flush=True)  # fmt: skip
+    return found, kernels
+
+
+def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test: str) -> bool:
+    """Whether all kernels of a test are the same function as those of another architecture."""
+    stems = programs.stems_of(programs.ROOT / "tests" / "emulation" / f"{test}.cpp")
+    return all(
+        mine.function == other.function
+        for stem in stems
+        for mine, other in zip(kernels[stem], others[stem], strict=True)
+    )
+
+
+def measure(cache: Path, update: bool) -> tuple[dict[str, layout.Layout], list[str]]:
+    """The layout of each kernel, and where it is over its budget."""
+    program, kernels = programs.build_layout(ARCHS[0], cache)
+    ran = programs.run(program)
+    if ran.returncode:
+        return {}, [f"layout: {ran.stderr.strip()}"]
+    found = layout.read(ran.stdout)
+    budgets = json.loads(layout.BUDGETS.read_text()) if layout.BUDGETS.exists() else {}
+    if update:
+        layout.update(found, budgets)
+        budgets = json.loads(layout.BUDGETS.read_text())
+    by_name = {kernel.short_name: kernel for all_of in kernels.values() for kernel in all_of}
+    faults = list(layout.faults(found, budgets))
+    print(f"{'wavefronts':>10} {'sectors':>8} {'narrow':>7}  of the ideal, and accesses of tensors under 16 bytes")
+    for name, one in sorted(found.items()):
+        figures = one.figures()
+        print(f"{figures['wavefronts']:10.3f} {figures['sectors']:8.3f} {figures['narrow']:7}  {name}")
+        if any(fault.startswith(f"{name}: ") for fault in faults):
+            print(*(f"{'':28} {line}" for line in layout.worst(one, by_name)), sep="\n")
+    return found, faults
+
+
+def write_results(ran: list[Ran], kernels: dict[str, dict[str, list[Kernel]]], mutated: list[tuple[str, str]]) -> None:
+    """Every instance, and what became of every mutant."""
+    first = {kernel.short_name: kernel.function for all_of in kernels[ARCHS[0]].values() for kernel in all_of}
+    lines = ["# What nvcc made of the kernels, run on the CPU", ""]
+    lines += ["Written by `python tests/ptx/run.py --all`: every dtype, every schedule, against double.", ""]
+    lines += ["| chip | test | | outputs with the bits of the source's |", "| --- | --- | --- | --- |"]
+    lines += [f"| {r.arch} | {r.test} | {r.fault or 'passed'} | {r.equal} |" for r in ran]
+    for arch in ARCHS[1:]:
+        other = {kernel.short_name: kernel.function for all_of in kernels[arch].values() for kernel in all_of}
+        differ = sorted(name for name in first if first[name] != other[name])
+        lines += ["", f"{len(first) - len(differ)} of {len(first)} instances are the same on {arch}, instruction for "]
+        lines[-1] += f"instruction. Not the same: {', '.join(f'`{name}`' for name in differ) or 'none'}."
+    lines += ["", f"{len(first)} instances, each run by its test on {ARCHS[0]}:", ""]
+    lines += [f"- `{name}`" for name in sorted(first)]
+    lines += ["", "| barrier, wait or commit | left out or weakened: noticed as |", "| --- | --- |"]
+    lines += [f"| `{name}` | {said or '**not noticed**'} |" for name, said in mutated]
+    RESULTS.write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--all", action="store_true", help=f"every dtype, schedule and mutant, into {RESULTS.name}")
+    parser.add_argument("--update", action="store_true", help=f"rewrite {layout.BUDGETS.name}; its reasons stay")
+    parser.add_argument("--cache", type=Path, help="folder that keeps what was built")
+    arguments = parser.parse_args()
+    if programs.native.find_toolkit() is None:
+        print("ptx: skipped, as no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")
+        return 0
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = arguments.cache or Path(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            ran, kernels = run_tests(cache, quick=not arguments.all)
+            _, faults = measure(cache, arguments.update)
+            mutated = [(mutant.name, said) for mutant, said in mutants.run(ARCHS[0], cache)] if arguments.all else []
+        except (programs.native.BuildFailure, UnknownInstruction) as failure:
+            print(failure)
+            return 1
+    faults += [f"{one.arch} {one.test}: {one.fault}" for one in ran if one.fault]
+    faults += [f"{name}: no test notices it" for name, said in mutated if not said]
+    if arguments.all:
+        write_results(ran, kernels, mutated)
+    print(*(f"FAULT {fault}" for fault in faults), sep="\n", end="\n" if faults else "")
+    instances = sum(map(len, kernels[ARCHS[0]].values()))
+    print(f"{instances} kernels, {len(ran)} tests, {len(faults)} faults, {time.monotonic() - began:.0f} s")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
