@@ -25,6 +25,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     to: Any = session.config.getoption("tools_table", None)
     if to is not None and not hasattr(session.config, "workerinput"):
+        import ecosystem.tools  # noqa: F401  fills the table, which with pytest-xdist only the workers have done
         from ecosystem.table import page
 
         to.parent.mkdir(parents=True, exist_ok=True)
