@@ -249,7 +249,8 @@ Tensor plain_conv_forward(const Tensor& x, const Tensor& weight_, const OptTenso
   if (tile == cpu::Conv3x3::library) return library::conv2d(x, weight_, bias, conv.stride, conv.padding);
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
-  Tensor out = at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
+  Tensor out =
+      at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   cpu_kernels().conv3x3_forward(tile, out.data_ptr(), nullptr, nullptr, x.const_data_ptr(), weight.const_data_ptr(),
                                 nullptr, bias32.defined() ? bias32.const_data_ptr<float>() : nullptr, nullptr, false,
                                 dtype_of(x, "conv2d", "x"), cpu_shape(x, weight, conv), nullptr);
@@ -268,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor> plain_conv_backward(const Tensor& dout, const
     const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
     dx = at::empty_like(x);
     cpu_kernels().conv3x3_data_gradient(dgrad, dx.data_ptr(), nullptr, nullptr, dy.const_data_ptr(), nullptr,
-                                        weight.const_data_ptr(), dtype_of(x, "conv2d", "x"),
-                                        cpu_shape(x, weight, conv), nullptr);
+                                        weight.const_data_ptr(), dtype_of(x, "conv2d", "x"), cpu_shape(x, weight, conv),
+                                        nullptr);
   }
   if (own_dweight) {
     dweight = at::empty(weight_.sizes(), weight_.options(), at::MemoryFormat::ChannelsLast);
