@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "emulation"
 PROGRAMS = sorted(path.stem for path in EMULATION.glob("*_test.cpp"))
-ALL_SCHEDULES = 0b1111  # forward, reverse, round-robin, shuffled
+ALL_SCHEDULES = 0b11111  # forward, reverse, round-robin, shuffled, late warps
 # The faults of emulation_test.cpp, by number, and the words in which each is reported.
 FAULTS = [
     "read before anything was written",

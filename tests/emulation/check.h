@@ -92,6 +92,7 @@ void run_schedules(Launch&& launch, const Outputs&... outputs) {
                                        {emu::Schedule::round_robin, "round_robin"},
                                        {emu::Schedule::shuffled, "shuffled"},
                                        {emu::Schedule::shuffled, "shuffled"},
+                                       {emu::Schedule::late_warps, "late_warps"},
                                        {emu::Schedule::forward, "forward"}}) {
     if (!wanted("RAN_SCHEDULES", name)) continue;
     const Bytes now = run(schedule);

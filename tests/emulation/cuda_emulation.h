@@ -199,7 +199,7 @@ inline void run(Launched& launched, Shape shape, const Kernel& ours) {
   cluster_size = shape.cluster;
   cooperative_launch = shape.cooperative;
   const size_t gang_size = shape.cooperative ? blocks : shape.cluster, gangs = blocks / gang_size;
-  const size_t at_a_time = schedule == Schedule::shuffled ? kGangsAtATime : 1;
+  const size_t at_a_time = gangs_at_a_time();
   for (size_t g = 0; g < gangs; g += at_a_time) {
     std::vector<std::unique_ptr<Gang>> alive;
     for (size_t i = g; i < std::min(g + at_a_time, gangs); ++i)

@@ -6,6 +6,9 @@
 //   round_robin       every warp runs to its next meeting point in turn
 //   shuffled          greedy in a random order of threads, over several gangs at a time (this shows what one block
 //                     sees of another's unfinished work)
+//   late_warps        greedy: always the first warp that can go on, the blocks' first warps before their second ones, of
+//                     several gangs, and of later warps the last block's first (this shows what a warp sees when its
+//                     own block has reported too early that it is ready)
 #pragma once
 
 #include <sys/mman.h>
@@ -26,10 +29,11 @@
 
 namespace emu {
 
-enum class Schedule { forward, reverse, round_robin, shuffled };
+enum class Schedule { forward, reverse, round_robin, shuffled, late_warps };
 inline Schedule schedule = Schedule::forward;
 inline std::mt19937 shuffler{1};
-inline constexpr size_t kGangsAtATime = 8;  // under the shuffled schedule
+// Of which blocks meet in memory alone.
+inline size_t gangs_at_a_time() { return schedule == Schedule::shuffled || schedule == Schedule::late_warps ? 8 : 1; }
 
 // Threads that meet. `what` and `line` name the call, so that threads meeting from different places are noticed.
 struct Barrier {
@@ -274,6 +278,12 @@ inline void run_warps(const std::vector<WarpOf>& warps) {
   }
 }
 
+inline void run_late_warps(std::vector<WarpOf> warps) {
+  std::reverse(warps.begin(), warps.end());
+  std::stable_sort(warps.begin(), warps.end(), [](const WarpOf& a, const WarpOf& b) { return a.warp < b.warp; });
+  for (size_t i = 0; i < warps.size();) i = run_warp_once(*warps[i].block, warps[i].warp, false) ? 0 : i + 1;
+}
+
 inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
   std::vector<WarpOf> warps;
   std::vector<Thread*> threads;
@@ -284,6 +294,8 @@ inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
     }
   if (schedule == Schedule::shuffled) {
     run_shuffled(threads);
+  } else if (schedule == Schedule::late_warps) {
+    run_late_warps(warps);
   } else {
     if (schedule == Schedule::reverse) std::reverse(warps.begin(), warps.end());
     run_warps(warps);
