@@ -6,7 +6,8 @@
 //   round_robin       every warp runs to its next meeting point in turn
 //   shuffled          greedy in a random order of threads, over several gangs at a time (this shows what one block
 //                     sees of another's unfinished work)
-//   late_warps        greedy: always the first warp that can go on, the blocks' first warps before their second ones, of
+//   late_warps        greedy: always the first warp that can go on, the blocks' first warps before their second ones,
+//   of
 //                     several gangs, and of later warps the last block's first (this shows what a warp sees when its
 //                     own block has reported too early that it is ready)
 #pragma once
@@ -279,8 +280,9 @@ inline void run_warps(const std::vector<WarpOf>& warps) {
 }
 
 inline void run_late_warps(std::vector<WarpOf> warps) {
-  std::reverse(warps.begin(), warps.end());
-  std::stable_sort(warps.begin(), warps.end(), [](const WarpOf& a, const WarpOf& b) { return a.warp < b.warp; });
+  const auto later = std::stable_partition(warps.begin(), warps.end(), [](const WarpOf& at) { return at.warp == 0; });
+  std::reverse(later, warps.end());
+  std::stable_sort(later, warps.end(), [](const WarpOf& a, const WarpOf& b) { return a.warp < b.warp; });
   for (size_t i = 0; i < warps.size();) i = run_warp_once(*warps[i].block, warps[i].warp, false) ? 0 : i + 1;
 }
 
