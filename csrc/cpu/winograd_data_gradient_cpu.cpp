@@ -74,8 +74,9 @@ void conv3x3_data_gradient(Conv3x3 tile, void* dz, float* sum_dz, float* sum_dz_
   with_float_acc(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     if (!bn)
-      return (tile == Conv3x3::f4x4 ? plain_gradient<Winograd<4>, T> : plain_gradient<Winograd<2>, T>)(
-          static_cast<T*>(dz), static_cast<const T*>(dout), static_cast<const T*>(weight), s);
+      return (tile == Conv3x3::f4x4 ? plain_gradient<Winograd<4>, T>
+                                    : plain_gradient<Winograd<2>, T>)(static_cast<T*>(dz), static_cast<const T*>(dout),
+                                                                      static_cast<const T*>(weight), s);
     (tile == Conv3x3::f4x4 ? data_gradient<Winograd<4>, T>
                            : data_gradient<Winograd<2>, T>)(static_cast<T*>(dz), sum_dz, sum_dz_xhat,
                                                             static_cast<const T*>(dout), static_cast<const T*>(x),
