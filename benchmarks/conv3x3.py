@@ -4,7 +4,7 @@
 Ours has batch normalisation and ReLU before it and their gradients behind it; PyTorch's is the convolution alone.
 
 python -m benchmarks.conv3x3 --rounds 21
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.conv3x3     the same as on a processor with AVX2
+python -m benchmarks.conv3x3 --isa avx2     the same as on a processor with AVX2
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ran_ext._command import Parser
 from ran_ext._explain import layers
 from ran_ext.nn import BNReLUConv2d
 
+from . import isa
 from .timing import Spread, environment, interleave, ratios
 
 #: Channels (in and out), pixels along a side.
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mode", choices=["fast", "strict", "library"], default="fast", help="of set_conv3x3")
+    isa.add_option(parser)
     options = parser.parse_args()
+    isa.run_as_on(options.isa)
     device = torch.device("cpu")
     print(environment(device))
     print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, PyTorch / ran_ext")

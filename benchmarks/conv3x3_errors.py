@@ -5,7 +5,7 @@ Both are roots of mean squares over seeds, relative to the result, without a flo
 are dense, sparse, or those of ``ran_compact`` and ResNet-18 in training.
 
 python -m benchmarks.conv3x3_errors --seeds 10
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.conv3x3_errors     as on a processor with AVX2
+python -m benchmarks.conv3x3_errors --isa avx2     as on a processor with AVX2
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
 from ran_ext.models import create_model
 
+from . import isa
 from .plain_cnns import resnet18
 from .timing import environment
 
@@ -127,7 +128,9 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100, help="of training, before activations are taken")
+    isa.add_option(parser)
     options = parser.parse_args()
+    isa.run_as_on(options.isa)
     print(environment(torch.device("cpu")))
     print(
         f"{torch.backends.cpu.get_cpu_capability()}; the largest ratio of {len(SIZES)} sizes, or of a network's layers"

@@ -5,7 +5,7 @@ ResNet-18 at 128 pixels and VGG-16 at 64 in plain PyTorch, with their 3x3 convol
 PyTorch's; and residual units of several widths, by ran_ext against plain PyTorch.
 
 python -m benchmarks.conv3x3_networks --rounds 9 --compile
-ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.conv3x3_networks     as on a processor with AVX2
+python -m benchmarks.conv3x3_networks --isa avx2     as on a processor with AVX2
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import ran_ext
 from ran_ext._command import Parser
 from ran_ext.nn import ResidualUnit
 
+from . import isa
 from .plain_cnns import resnet18, vgg16_bn
 from .timing import Spread, environment, interleave, ratios
 
@@ -51,7 +52,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain network")
+    isa.add_option(parser)
     options = parser.parse_args()
+    isa.run_as_on(options.isa)
     device = torch.device("cpu")
     print(environment(device))
     print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, and times as fast")

@@ -1,0 +1,24 @@
+"""A benchmark as on a processor with fewer instructions: the variables that say so must be there before torch loads."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ran_ext._command import Parser
+
+#: All contenders heed them: torch's kernels and ran_ext's the first, oneDNN's (and so torch.compile's) the second.
+VARIABLES = {"native": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+
+
+def add_option(parser: Parser) -> None:
+    """``--isa``."""
+    parser.add_argument("--isa", choices=VARIABLES, default="native", help="run as on a processor without AVX-512")
+
+
+def run_as_on(isa: str) -> None:
+    """Start the command again with the variables of ``isa``, unless they are there; then it does not return."""
+    wanted: dict[str, str] = VARIABLES[isa]
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.environ.update(wanted)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
