@@ -154,7 +154,8 @@ int main() {
       if (clusters && std::getenv("RAN_NO_CLUSTERS")) continue;  // of a chip that has none
       const std::tuple<int64_t, int64_t, int, int> shapes[] = {
           // rows, vectors a row, group, slab bytes
-          {67, 2, 2, 32}, {300, 8, 1, 128}, {1100, 1, 4, 16}, {5, 2, 8, 32}, {40, 1, 16, 16}, {9, 4, 2, 64}};
+          // In the second, several slabs of more columns than a warp has threads, of 16 bits.
+          {67, 2, 2, 32}, {90, 24, 1, 128}, {1100, 1, 4, 16}, {5, 2, 8, 32}, {40, 1, 16, 16}, {9, 4, 2, 64}};
       for (const auto& [rows, vectors, group, slab_bytes] : shapes) {
         const ran::ChannelView view{rows, vectors * vector, 1};
         const ResidentPlan plan{group, slab_bytes, clusters};

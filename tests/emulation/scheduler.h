@@ -6,10 +6,9 @@
 //   round_robin       every warp runs to its next meeting point in turn
 //   shuffled          greedy in a random order of threads, over several gangs at a time (this shows what one block
 //                     sees of another's unfinished work)
-//   late_warps        greedy: always the first warp that can go on, the blocks' first warps before their second ones,
-//   of
-//                     several gangs, and of later warps the last block's first (this shows what a warp sees when its
-//                     own block has reported too early that it is ready)
+//   late_warps        the first warp of every block before all others; of these the one that is furthest behind, in the
+//                     block whose first warp ran last (this shows what a warp sees when the first one of its own block
+//                     has reported too early that the block is ready). Over several gangs at a time
 #pragma once
 
 #include <sys/mman.h>
@@ -22,8 +21,10 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "number_types.h"
@@ -279,11 +280,27 @@ inline void run_warps(const std::vector<WarpOf>& warps) {
   }
 }
 
-inline void run_late_warps(std::vector<WarpOf> warps) {
-  const auto later = std::stable_partition(warps.begin(), warps.end(), [](const WarpOf& at) { return at.warp == 0; });
-  std::reverse(later, warps.end());
-  std::stable_sort(later, warps.end(), [](const WarpOf& a, const WarpOf& b) { return a.warp < b.warp; });
-  for (size_t i = 0; i < warps.size();) i = run_warp_once(*warps[i].block, warps[i].warp, false) ? 0 : i + 1;
+inline void run_late_warps(const std::vector<WarpOf>& warps) {
+  std::map<const Block*, int> turn;  // in which a block's first warp ran last
+  std::vector<int> meetings(warps.size());
+  for (int now = 1;; ++now) {
+    std::vector<size_t> order(warps.size());
+    std::iota(order.begin(), order.end(), size_t{0});
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
+      const auto key = [&](size_t i) {
+        return std::tuple(warps[i].warp > 0, warps[i].warp ? meetings[i] : 0, -turn[warps[i].block], i);
+      };
+      return key(a) < key(b);
+    });
+    const auto next = std::find_if(order.begin(), order.end(), [&](size_t i) {
+      bool ran = false;
+      while (run_warp_once(*warps[i].block, warps[i].warp, false)) ran = true;
+      return ran;
+    });
+    if (next == order.end()) return;
+    ++meetings[*next];
+    if (warps[*next].warp == 0) turn[warps[*next].block] = now;
+  }
 }
 
 inline void run_gangs(const std::vector<std::unique_ptr<Gang>>& gangs) {
