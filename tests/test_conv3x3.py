@@ -1,5 +1,8 @@
 """3x3 convolutions by Winograd's method: the rule of accuracy without a floor, the choice, special numbers, modes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +117,46 @@ def test_the_mode_holds_inside_and_is_named():
     with pytest.raises(ValueError, match="set_conv3x3: mode must be one of fast, strict, library, got 'exact'"):
         set_conv3x3("exact")
     assert get_conv3x3() == "fast"
+
+
+def test_a_block_is_of_its_thread():
+    with set_conv3x3("library"), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(get_conv3x3).result() == "fast"
+    entered, left = threading.Barrier(2), threading.Barrier(2)
+
+    def block(mode: str) -> str:
+        with set_conv3x3(mode):
+            entered.wait(10)
+            here = get_conv3x3()
+            left.wait(10)
+        return here
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(block, ("strict", "library"))) == ["strict", "library"]
+    assert get_conv3x3() == "fast"
+
+
+@has_kernels
+@pytest.mark.parametrize("op", ["bn_relu_conv2d", "conv2d"])
+def test_backward_runs_in_the_mode_of_its_forward_call(op):
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 64, 3, 3).to(memory_format=torch.channels_last)
+
+    def call() -> Tensor:
+        if op == "conv2d":
+            return ops.conv2d(x, weight, padding=1)
+        return ops.bn_relu_conv2d(x, None, None, None, None, weight, padding=1, training=True)
+
+    def gradient(forward: str, backward: str) -> Tensor:
+        with set_conv3x3(forward):
+            out = call()
+        with set_conv3x3(backward):
+            return torch.autograd.grad(out.square().sum(), x)[0]
+
+    assert torch.equal(gradient("library", "fast"), gradient("library", "library"))
+    assert torch.equal(gradient("fast", "library"), gradient("fast", "fast"))
+    assert not torch.equal(gradient("fast", "fast"), gradient("library", "library"))
 
 
 @has_kernels
