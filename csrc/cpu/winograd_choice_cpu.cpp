@@ -30,7 +30,7 @@ bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
 bool f2x2_is_accurate(ConvPass pass, const ConvShape& s, bool strict) {
   const int64_t pixels = std::min(s.h, s.w), tiles = TileGrid<2>(s).count;
   if (pass != ConvPass::wgrad) return !strict || pixels > 1;
-  return strict ? pixels > 2 && tiles >= 512 : tiles >= 32;
+  return pixels > 2 && tiles >= (strict ? 512 : 32);
 }
 
 // Multiplications, for one channel in and out.
