@@ -1,0 +1,404 @@
+"""Converted networks give what they gave before, whatever is done with them."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ran_ext._convert import Deferring, convert, fused, revert
+from ran_ext._deferred import Deferred
+
+
+class PreAct(nn.Module):
+    """He et al. 2016: one activation feeds the convolution and the shortcut."""
+
+    def __init__(self, c_in, c_out, stride=1):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride) if c_in != c_out else None
+
+    def forward(self, x):
+        a = F.relu(self.bn1(x))
+        identity = x if self.shortcut is None else self.shortcut(a)
+        return self.conv2(F.relu(self.bn2(self.conv1(a)))) + identity
+
+
+class PostAct(nn.Module):
+    """He et al. 2015: ReLU in place, a normalisation with nothing behind it but the sum."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+
+class Mobile(nn.Sequential):
+    """Depthwise, ReLU6, and a normalisation straight into a convolution."""
+
+    def __init__(self, channels, act=nn.ReLU6):
+        super().__init__(
+            nn.Conv2d(channels, 2 * channels, 1, bias=False),
+            nn.BatchNorm2d(2 * channels),
+            act(),
+            nn.Conv2d(2 * channels, 2 * channels, 3, 1, 1, groups=2 * channels, bias=False),
+            nn.BatchNorm2d(2 * channels),
+            act(),
+            nn.Conv2d(2 * channels, channels, 1),
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, channels, 3, padding=2, dilation=2),
+        )
+
+
+class Dense(nn.Module):
+    def __init__(self, channels, layers=3, growth=8):
+        super().__init__()
+        widths = [channels + growth * i for i in range(layers)]
+        self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in widths)
+        self.convs = nn.ModuleList(nn.Conv2d(c, growth, 1) for c in widths)
+
+    def forward(self, x):
+        pieces = [x]
+        for bn, conv in zip(self.bns, self.convs, strict=True):
+            pieces.append(conv(F.relu(bn(torch.cat(pieces, 1)))))
+        return torch.cat(pieces, 1)
+
+
+def head(*body):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5)
+    )
+
+
+NETWORKS = {
+    "preact": lambda: head(PreAct(16, 16), PreAct(16, 24, 2), nn.BatchNorm2d(24), nn.ReLU()),
+    "postact": lambda: head(PostAct(16), nn.MaxPool2d(2), PostAct(16)),
+    "mobile": lambda: head(Mobile(16)),
+    "silu": lambda: head(Mobile(16, nn.SiLU)),
+    "hardswish in place": lambda: head(Mobile(16, lambda: nn.Hardswish(inplace=True))),
+    "leaky": lambda: head(Mobile(16, lambda: nn.LeakyReLU(0.2, inplace=True))),
+    "hardtanh": lambda: head(Mobile(16, lambda: nn.Hardtanh(-0.5, 2.0))),
+    "gelu": lambda: head(Mobile(16, nn.GELU)),
+    "dense": lambda: head(Dense(16)),
+    "without affine": lambda: head(nn.BatchNorm2d(16, affine=False), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+    "without tracking": lambda: head(nn.BatchNorm2d(16, track_running_stats=False), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+    "cumulative": lambda: head(nn.BatchNorm2d(16, momentum=None), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+    "normalised twice": lambda: head(nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+    "ends in a normalisation": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+    "reflected": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")),
+    "same": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding="same")),
+}
+
+
+def build(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    network = NETWORKS[name]().to(dtype)
+    with torch.no_grad():
+        network(torch.randn(2, 3, 9, 7, dtype=dtype))
+        for bn in network.modules():
+            if isinstance(bn, nn.BatchNorm2d) and bn.affine:
+                bn.weight.uniform_(0.5, 1.5)
+                bn.bias.uniform_(-0.5, 0.5)
+    return network
+
+
+def images(dtype=torch.float64, seed=1):
+    return torch.randn(4, 3, 9, 7, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def step(network, x, **options):
+    """Output, gradient of the input and of the parameters, after one step's backward pass."""
+    network.zero_grad()
+    x = x.clone().requires_grad_()
+    out = network(x, **options)
+    out.backward(torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2)))
+    return [out.detach(), x.grad, *(p.grad for p in network.parameters())]
+
+
+def assert_same(one, other):
+    assert len(one) == len(other)
+    for mine, theirs in zip(one, other, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-10)
+
+
+def pair(name, dtype=torch.float64):
+    plain = build(name, dtype)
+    return plain, convert(copy.deepcopy(plain))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_training_and_evaluation_are_the_same(name):
+    plain, ours = pair(name)
+    for seed in range(3):  # what a normalisation learns of its surroundings changes the later calls
+        x = images(seed=seed)
+        assert_same(step(plain, x), step(ours, x))
+        assert_same(list(plain.buffers()), list(ours.buffers()))
+    assert_same([plain.eval()(x)], [ours.eval()(x)])
+    assert type(ours(x)) is torch.Tensor
+    assert_same(step(plain.train(), x), step(ours.train(), x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float32_is_as_accurate_as_before(name):
+    plain, ours = pair(name, torch.float32)
+    x = images(torch.float32)
+    truth = step(copy.deepcopy(plain).double(), x.double())
+    scale = max(t.abs().max() for t in truth)
+    for mine, theirs, true in zip(step(ours, x), step(plain, x), truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * scale
+
+
+def test_keys_order_and_types_stay():
+    plain, ours = pair("preact")
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [type(m).__name__ for m in ours.modules()] == [type(m).__name__ for m in plain.modules()]
+    assert all(isinstance(mine, type(theirs)) for mine, theirs in zip(ours.modules(), plain.modules(), strict=True))
+    ours.load_state_dict(plain.state_dict())
+
+
+def count_kept(network, x):
+    kept = {}
+
+    def keep(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = network(x)
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    return sum(size for key, size in kept.items() if key not in parameters), out
+
+
+@pytest.mark.parametrize(("name", "most"), [("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("dense", 0.60)])
+def test_bytes_kept_fall(name, most):
+    plain, ours = pair(name, torch.float32)
+    x = torch.randn(8, 3, 32, 32)
+    step(ours, x)
+    assert count_kept(ours, x)[0] <= most * count_kept(plain, x)[0]
+
+
+def test_a_value_asked_for_without_gradients_is_not_kept():
+    """A logging hook must not cut the graph."""
+    plain, ours = pair("preact")
+    for network in (plain, ours):
+
+        def log(module, args, out):
+            with torch.no_grad():
+                out.abs().mean()
+
+        for module in network.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(log)
+    x = images()
+    assert_same(step(plain, x), step(ours, x))
+
+
+def test_hooks_on_a_normalisation_see_its_value():
+    plain, ours = pair("preact")
+    seen = []
+    for network in (plain, ours):
+        network[1].bn1.register_forward_hook(lambda module, args, out: seen.append(out))
+    x = images()
+    assert_same(step(plain, x), step(ours, x))
+    assert type(seen[1]) is torch.Tensor
+    torch.testing.assert_close(*seen)
+
+
+class Scale(torch.autograd.Function):
+    """Not reached by __torch_function__."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout * 2
+
+
+@pytest.mark.parametrize("act", [nn.Identity(), nn.ReLU(), nn.SiLU()], ids=["none", "relu", "silu"])
+def test_a_function_takes_a_deferred_tensor(act):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(3), act
+
+        def forward(self, x):
+            return Scale.apply(self.act(self.bn(x)))
+
+    plain = Net().double()
+    ours = convert(copy.deepcopy(plain))
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+def test_in_place_activation_whose_result_is_not_used():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.relu, self.conv = nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            out = self.bn(x)
+            self.relu(out)
+            return self.conv(out) + out.sum()
+
+    plain = Net().double()
+    ours = convert(copy.deepcopy(plain))
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+def test_an_input_written_to_names_the_module():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn, self.conv = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            out = F.relu(self.bn(x))
+            x.add_(1)
+            return self.conv(out)
+
+    with pytest.raises(RuntimeError, match=r"ran_ext.convert: the input of BatchNorm2d\(3, .* modified in place"):
+        convert(Net())(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("name", ["preact", "postact", "dense"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_as_before(name, reentrant):
+    plain, ours = pair(name)
+
+    def through(network):
+        return lambda x: checkpoint(network, x, use_reentrant=reentrant)
+
+    for network in (plain, ours):
+        network.zero_grad()
+    grads = []
+    for network in (plain, ours):
+        x = images().requires_grad_()
+        through(network)(x).square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in network.parameters()), *network.buffers()])
+    assert_same(*grads)
+
+
+def test_double_backward():
+    plain, ours = pair("preact")
+    found = []
+    for network in (plain, ours):
+        x = images().requires_grad_()
+        (grad,) = torch.autograd.grad(network(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append([x.grad, *(p.grad for p in network.parameters() if p.grad is not None)])
+    assert_same(*found)
+
+
+def test_function_transforms():
+    plain, ours = pair("preact")
+    for network in (plain, ours):
+        network.eval()
+    found = []
+    for network in (plain, ours):
+        parameters = dict(network.named_parameters())
+
+        def loss(parameters, x, network=network):
+            return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+        grads = torch.func.grad(loss)(parameters, images())
+        each = torch.func.vmap(lambda x, loss=loss, p=parameters: loss(p, x[None]))(images())
+        found.append([*grads.values(), each])
+    assert_same(*found)
+
+
+def test_autocast():
+    plain, ours = pair("preact", torch.float32)
+    x = images(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, theirs = ours(x), plain(x)
+    assert mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+
+
+def test_copies_pickles_and_files():
+    plain, ours = pair("preact")
+    x = images()
+    step(plain, x)
+    expected = step(plain.eval(), x)
+    step(ours, x)
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(file, weights_only=False)):
+        assert isinstance(twin[1].bn1, Deferring)
+        assert twin[1].bn1 is not ours[1].bn1
+        assert_same(step(twin.eval(), x), expected)
+
+
+def test_revert_and_the_block():
+    plain = build("preact")
+    kinds, hooks = [type(m) for m in plain.modules()], len(plain._forward_hooks)
+    with fused(plain) as ours:
+        assert ours is plain
+        assert isinstance(plain[1].bn1, Deferring)
+    assert [type(m) for m in plain.modules()] == kinds
+    assert len(plain._forward_hooks) == hooks
+    assert convert(convert(plain)) is plain
+    assert len(plain._forward_hooks) == hooks + 1
+    revert(plain)
+    assert [type(m) for m in plain.modules()] == kinds
+
+
+def test_a_deferred_tensor_is_one_in_every_respect():
+    bn = convert(nn.BatchNorm2d(3).double())
+    bn._forward_hooks.clear()
+    plain = revert(copy.deepcopy(bn))
+    x = images()
+    expected = plain(x)
+
+    def fresh():
+        bn.train()  # forgets that its output was written out
+        found = bn(x)
+        assert isinstance(found, Deferred)
+        return found
+
+    assert fresh().shape == expected.shape
+    assert fresh().requires_grad
+    assert fresh().stride() == expected.stride()
+    torch.testing.assert_close(fresh()[:, :1], expected[:, :1])
+    torch.testing.assert_close(torch.stack([fresh(), fresh()]), torch.stack([expected, expected]))
+    torch.testing.assert_close(fresh().detach().numpy(), expected.detach().numpy())
+    assert "BatchNorm" in repr(fresh())
+    assert copy.deepcopy(fresh().detach()).equal(expected.detach())
+    assert pickle.loads(pickle.dumps(fresh().detach())).equal(expected.detach())
+    assert fresh().sum().item() == pytest.approx(expected.sum().item())
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (torch.jit.script(nn.Sequential(nn.BatchNorm2d(3))), "not scripted"),
+        (torch.compile(nn.Sequential(nn.BatchNorm2d(3))), "is compiled"),
+        ("resnet18", "must be an nn.Module"),
+    ],
+)
+def test_what_cannot_be_converted(model, text):
+    with pytest.raises(TypeError, match=text):
+        convert(model)
+
+
+def test_a_network_without_the_pattern_is_left():
+    plain = nn.Sequential(nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match=r"found no nn.BatchNorm2d"):
+        assert convert(plain) is plain
+    assert not plain._forward_hooks
