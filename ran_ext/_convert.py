@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from . import _backend
-from ._deferred import Deferred, Recipe, identity, is_checkpointed, join
+from ._deferred import AS_WRITTEN, Deferred, Recipe, identity, is_checkpointed, join, tell
 from .ops.bn_relu import in_backward
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -27,6 +27,7 @@ class Deferring:
     def forward(self: Any, x: Tensor) -> Tensor:
         base = type(self).__mro__[2]
         if not _defers(self, x):
+            tell(self, AS_WRITTEN)
             return base.forward(self, x)  # type: ignore[no-any-return]
         if base is not nn.BatchNorm2d:  # its own forward, in which F.batch_norm is what is deferred
             with _Capture(self):

@@ -7,7 +7,8 @@ value, written out on the spot, so that no program can tell the difference but b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +58,36 @@ class Recipe(NamedTuple):
     def fused(self, x: Tensor) -> tuple[Any, ...]:
         """The first arguments of the compiled ops."""
         return x, self.weight, self.bias, self.mean, self.var, self.batch_stats
+
+
+#: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
+FUSED, RECOMPUTED, WRITTEN_OUT, AS_WRITTEN = "fused", "recomputed", "written out", "as written"
+
+#: What :func:`watch` was given: told of each normalisation, and of what became of its value.
+_watcher: Callable[[nn.Module, str], None] | None = None
+
+
+@contextmanager
+def watch(told: Callable[[nn.Module, str], None]) -> Iterator[None]:
+    """``told(module, outcome)`` for every use of a deferred value inside the block."""
+    global _watcher
+    before, _watcher = _watcher, told
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def tell(owner: nn.Module | None, outcome: str) -> None:
+    """Tell whoever watches."""
+    if _watcher is not None and owner is not None:
+        _watcher(owner, outcome)
+
+
+def _name(act: Activation) -> str:
+    """For people."""
+    function = act.func if isinstance(act, partial) else act
+    return "" if function is identity else f"{function.__name__} "
 
 
 def identity(z: Tensor) -> Tensor:
@@ -242,6 +273,7 @@ class Deferred(Tensor):
         if self.value is None:
             self.check_versions()
             self._tell_owner()
+            tell(self.owner, f"{WRITTEN_OUT}: {_name(self.act)}value used by something else than a convolution")
             value = self._compute()
             if not torch.is_grad_enabled():
                 return value  # has no history: whoever asks next may need one
@@ -429,8 +461,10 @@ def _convolution(
     plain = groups == 1 and not isinstance(padding, str) and _pair(dilation) == (1, 1) and recipe.mean is not None
     if plain and found.act is F.relu and _backend.use_native(x) and _same_dtype(x, weight, bias):
         if len(recipe.pieces) == 1:
+            tell(found.owner, FUSED)
             return _fused(recipe, x, weight, bias, _pair(stride), _pair(padding))
         if not torch.is_autocast_enabled(x.device.type):
+            tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
             joined: Tensor = _JoinedConvolution.apply(
                 recipe, _pair(stride), _pair(padding), weight, bias, *recipe.tensors
             )
@@ -439,6 +473,8 @@ def _convolution(
         return None
     if found.is_join:
         found.take_pieces()
+    grouped = "grouped " if groups > 1 else "dilated " if _pair(dilation) != (1, 1) else ""
+    tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
     out: Tensor = _Convolution.apply(
         recipe, found.act, (_pair(stride), _pair(padding), _pair(dilation), groups), weight, bias, *recipe.tensors
     )
