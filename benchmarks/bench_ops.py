@@ -3,7 +3,11 @@
 For ratios take ``compare.py``, which interleaves; this suite is for looking at one op closely.
 """
 
+import sys
 from typing import Any
+
+if __name__ == "__main__":
+    sys.exit("for pytest-benchmark (pip install pytest-benchmark): pytest benchmarks/bench_ops.py --benchmark-only")
 
 import pytest
 import torch

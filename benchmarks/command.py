@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from ran_ext._errors import one_line
 from ran_ext.data import DatasetError
 from ran_ext.train import TrainingError
 
@@ -18,7 +19,7 @@ def run_command(name: str, work: Callable[[], int | None], go_on: str = "the sam
     try:
         return work() or 0
     except (TrainingError, DatasetError, ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {one_line(error, most=2000)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {go_on}", file=sys.stderr)

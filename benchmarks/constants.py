@@ -6,7 +6,6 @@ python -m benchmarks.constants --out constants.json          then: python -m ben
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ran_ext import _json
+from ran_ext._command import Parser
+from ran_ext._files import write_json
 
 from .cases import BNReLUConv, units
 from .contenders import captured
@@ -89,7 +89,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: batch 1, bfloat16 only, one round")
     parser.add_argument("--out", type=Path, required=True, help="JSON")
@@ -106,9 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         times = ", ".join(f"{name} {1e6 * value:.1f}" for name, value in row.items() if isinstance(value, float))
         print(f"{row['unit']}, {row['dtype']}, us: {times}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = options.out.with_name(f"{options.out.name}.partial")
-    partial.write_text(_json.dumps(found) + "\n")
-    partial.replace(options.out)
+    write_json(options.out, found)
     return 0
 
 

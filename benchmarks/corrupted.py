@@ -8,9 +8,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ran_ext._files import write_atomically
 from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
-from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.png import png
 
 #: The two networks, of which the first is said to be the more robust; and their colours.

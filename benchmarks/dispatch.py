@@ -9,7 +9,6 @@ Rows of other architectures are kept. ``csrc/cuda_dispatch.h`` says how a row is
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -20,7 +19,9 @@ from typing import Any
 
 import torch
 
-from ran_ext import _backend, _json
+from ran_ext import _backend
+from ran_ext._command import Parser
+from ran_ext._files import write_json
 
 from .cases import BNReLUConv, ConvGate, conv_gates, units
 from .timing import Spread, environment, interleave
@@ -94,7 +95,7 @@ def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device,
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="a rehearsal: one small batch, two rounds")
     parser.add_argument("--out", type=Path, required=True, help="JSON")
@@ -113,9 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = [row for row in table["measured"] if row["arch"] != arch]
     table |= {"measured": kept + found, f"environment {arch}": environment(device)}
     for path in (options.out, *([_backend.DISPATCH_FILE] if options.install else [])):
-        partial = path.with_suffix(".partial")
-        partial.write_text(_json.dumps(table) + "\n")
-        partial.replace(path)
+        write_json(path, table)
     faster = sum(row["fused_us"] < row["library_us"] for row in found)
     print(f"fused is faster in {faster} of {len(found)} passes; {options.out}")
     return 0

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ran_ext._errors import one_line
 from ran_ext.train.report import write_result
 
 
@@ -40,7 +41,7 @@ class Ledger:
             content = json.loads(self.path.read_text())
             theirs, self.rows = content["settings"], content["rows"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} is damaged ({error}); delete it and measure anew") from error
+            raise ValueError(f"{self.path} is damaged ({one_line(error)}); delete it and measure anew") from error
         names = sorted(
             name for name in self.settings.keys() | theirs.keys() if self.settings.get(name) != theirs.get(name)
         )

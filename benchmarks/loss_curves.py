@@ -10,7 +10,6 @@ is right where its distance from plain PyTorch is of the size of that yardstick.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -20,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ran_ext import _json, models, set_backend
+from ran_ext import models, set_backend
+from ran_ext._command import Parser
+from ran_ext._files import write_atomically, write_json
 from ran_ext.data import CIFAR10, Normalize
-from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.png import png
 
 from .reference import networks as plain_networks
@@ -131,7 +131,7 @@ def draw(path: Path, runs: dict[str, Run], title: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Train, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, default=None, help="folder of CIFAR-10 (default: the 2,048 embedded images)")
     add("--images", type=int, default=5000, help="the first of the training set")
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         "runs": {name: {"seconds": run.seconds, "losses": run.losses} for name, run in runs.items()},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(_json.dumps(content) + "\n")
+    write_json(options.out, content)
     figure = options.out.with_suffix(".png")
     draw(figure, runs, f"ran_compact, {len(data)} images, batch {options.batch}, {options.dtype}")
     print(f"{figure}\n{options.out}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ran_ext import _json
-from ran_ext.train.checkpoint import write_atomically
+from ran_ext._files import write_atomically
 from ran_ext.train.png import png
 
 from .timing import Spread

@@ -9,12 +9,13 @@ A kernel takes its launch, and the longer of its traffic over the bandwidth and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from ran_ext._command import Parser
 
 from .cases import BNReLUConv, units
 
@@ -116,7 +117,7 @@ def table(batch: int, constants: Constants) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the constants, where each is from, and the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("constants", type=Path, nargs="?", help="JSON of constants.py; without it all are assumed")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     options = parser.parse_args(argv)

@@ -22,8 +22,12 @@ GateShape gate_shape(const Tensor& trunk, const Tensor& mask, int64_t scale) {
   }
   RAN_CHECK_VALUE(trunk.dim() == 4 && mask.dim() == 4, kOp, "trunk and mask must be (N, C, H, W), got trunk ",
                   trunk.sizes(), " and mask ", mask.sizes());
-  const GateShape shape{trunk.size(0), trunk.size(1), trunk.size(2),
-                        trunk.size(3), scale,         format_of(trunk) == at::MemoryFormat::ChannelsLast};
+  const GateShape shape{trunk.size(0),
+                        trunk.size(1),
+                        trunk.size(2),
+                        trunk.size(3),
+                        bounded_scale(scale, trunk.sizes()),
+                        format_of(trunk) == at::MemoryFormat::ChannelsLast};
   const std::array<int64_t, 4> expected{shape.n, shape.c, shape.mask_h(), shape.mask_w()};
   RAN_CHECK_VALUE(mask.sizes() == at::IntArrayRef(expected), kOp, "mask must be ", at::IntArrayRef(expected),
                   " for trunk ", trunk.sizes(), " and scale_factor ", scale, ", got ", mask.sizes());
@@ -58,8 +62,7 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
                                                    int64_t scale) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
-  RAN_CHECK_VALUE(dout_.sizes() == trunk.sizes() && dout_.scalar_type() == trunk.scalar_type(), kOp,
-                  "dout must have trunk's shape and dtype, got ", dout_.sizes(), " ", dout_.scalar_type());
+  check_as(kOp, "dout", dout_, trunk.sizes(), trunk);
   const DType dtype = dtype_of(trunk, kOp, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);

@@ -26,10 +26,13 @@ py::dict build_info() {
 
 // Forward, dgrad and wgrad of a convolution: whether each takes a fused kernel, and why.
 std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const at::Tensor& weight,
-                                                    std::vector<int64_t> stride, std::vector<int64_t> padding) {
+                                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                                    int64_t conv3x3) {
+  const ran::Convolution conv{stride, padding, ran::conv3x3_mode("conv_ways", conv3x3)};
+  ran::check_convolution("conv_ways", x, weight, conv);
   std::vector<std::pair<bool, std::string>> ways;
   for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
-    const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, {stride, padding});
+    const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, conv);
     ways.emplace_back(way.fused, way.why);
   }
   return ways;

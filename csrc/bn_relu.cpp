@@ -4,6 +4,8 @@
 #include <ATen/Functions.h>
 #include <torch/library.h>
 
+#include <vector>
+
 #include "autograd.h"
 #include "composed.h"
 #include "cuda_bn_relu.h"
@@ -31,7 +33,9 @@ BatchNormArgs::BatchNormArgs(const char* op, const Tensor& x, const OptTensor& w
       bias(channel_vector(op, x, bias_, "bias")),
       mean(channel_vector(op, x, mean_, "mean")),
       var(channel_vector(op, x, var_, "var")),
-      kernel{pointer(mean), pointer(var), pointer(weight), pointer(bias), eps} {}
+      kernel{pointer(mean), pointer(var), pointer(weight), pointer(bias), eps} {
+  RAN_CHECK_VALUE(mean.defined() && var.defined(), op, "mean and var must be tensors, got None");
+}
 
 Tensor dense_activation(const char* op, const Tensor& x) {
   RAN_CHECK_VALUE(x.dim() == 4, op, "x must be (N, C, H, W), got ", x.sizes());
@@ -39,9 +43,12 @@ Tensor dense_activation(const char* op, const Tensor& x) {
   return dense(x);
 }
 
+void check_statistics(const char* op, const OptTensor& mean, const OptTensor& var) {
+  RAN_CHECK_VALUE(present(mean) == present(var), op, "mean and var must be given both or neither");
+}
+
 Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like) {
-  RAN_CHECK_VALUE(dout.sizes() == like.sizes() && dout.scalar_type() == like.scalar_type(), op, "dout must be ",
-                  like.sizes(), " ", like.scalar_type(), ", got ", dout.sizes(), " ", dout.scalar_type());
+  check_as(op, "dout", dout, like.sizes(), like);
   return dout.contiguous(format_of(like));
 }
 
@@ -49,17 +56,23 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
   const ChannelView view = view_of(x);
   Tensor mean = at::empty({view.channels}, x.options().dtype(acc_type(x))), var = at::empty_like(mean);
   if (x.numel() == 0) {
-    mean.zero_();
-    var.zero_();
-  } else if (composed::needed(x)) {
-    std::tie(var, mean) = at::var_mean(x, at::IntArrayRef{0, 2, 3}, /*correction=*/0);
-#ifdef RAN_WITH_CUDA
-  } else if (x.is_cuda()) {
-    if (cuda_batch_norm_stats(mean, var, x, running)) return {mean, var};
-#endif
-  } else {
-    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+    running.count_batch();
+    return {mean.zero_(), var.zero_()};
   }
+  if (x.is_cpu()) {
+    std::vector<double> exact(running.kept() ? size_t(2 * view.channels) : 0);
+    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), running.kept() ? exact.data() : nullptr,
+                                   x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+    if (running.kept()) running.update(exact.data(), view.count());
+    return {mean, var};
+  }
+#ifdef RAN_WITH_CUDA
+  if (!composed::needed(x)) {
+    if (!cuda_batch_norm_stats(mean, var, x, running) && running.kept()) running.update(mean, var, view.count());
+    return {mean, var};
+  }
+#endif
+  std::tie(var, mean) = at::var_mean(x, at::IntArrayRef{0, 2, 3}, /*correction=*/0);
   if (running.kept()) running.update(mean, var, view.count());
   return {mean, var};
 }
@@ -129,6 +142,7 @@ std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList 
 Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
                  const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps) {
   const Tensor x = dense_activation(kOp, x_);
+  check_statistics(kOp, mean, var);
   if (!present(mean)) return bn_relu_batch(kOp, x, weight, bias, eps, Running(kOp, x, running, momentum));
   const auto none = [&] { return at::empty({0}, x.options().dtype(acc_type(x))); };
   return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), none(), none()};

@@ -18,6 +18,9 @@ struct BatchNormArgs {
 // Raises unless x is (N, C, H, W) of a dtype that the kernels take; else x, dense.
 Tensor dense_activation(const char* op, const Tensor& x);
 
+// Raises where one of the two was given without the other.
+void check_statistics(const char* op, const OptTensor& mean, const OptTensor& var);
+
 // `dout` in the memory format of the dense tensor `like`, whose shape and dtype it must have.
 Tensor gradient_like(const char* op, const Tensor& dout, const Tensor& like);
 

@@ -8,6 +8,7 @@
 #include "autograd.h"
 #include "composed.h"
 #include "conv_paths.h"
+#include "library_conv.h"
 
 namespace ran {
 namespace {
@@ -17,12 +18,8 @@ constexpr const char* kOp = "bn_relu_conv2d";
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-void check(const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  RAN_CHECK_VALUE(weight.dim() == 4 && weight.size(1) == x.size(1), kOp, "weight must be (C_out, ", x.size(1),
-                  ", kH, kW), got ", weight.sizes());
-  RAN_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), kOp, "weight must have x's dtype ", x.scalar_type(), ", got ",
-                 weight.scalar_type());
-  RAN_CHECK_VALUE(conv.stride.size() == 2 && conv.padding.size() == 2, kOp, "stride and padding must be pairs");
+std::array<int64_t, 4> out_sizes(const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  return {x.size(0), weight.size(0), conv.out_size(x, weight, 0), conv.out_size(x, weight, 1)};
 }
 
 // out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false; and
@@ -32,11 +29,13 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
                         const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
                         const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                         at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                        std::optional<double> next_momentum, bool) {
+                        std::optional<double> next_momentum, bool, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding};
-  check(x, weight, conv);
+  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
+  check_convolution(kOp, x, weight, conv);
   check_bias(kOp, bias, weight);
+  check_statistics(kOp, mean, var);
+  if (present(residual)) check_as(kOp, "residual", *residual, out_sizes(x, weight, conv), x);
   // The next normalisation's channels are the weight's rows.
   const NextStatistics next{next_stats, Running(kOp, weight.transpose(0, 1), next_running, next_momentum)};
   const ConvOutput y = conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kOp, x, running, momentum), eps}, weight,
@@ -57,15 +56,11 @@ Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptT
 Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
                                  const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
-                                 std::array<bool, 3> wanted, const OptTensor& dfork) {
+                                 std::array<bool, 3> wanted, const OptTensor& dfork, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding};
-  check(x, weight, conv);
-  const std::array<int64_t, 4> out_sizes{x.size(0), weight.size(0), conv.out_size(x, weight, 0),
-                                         conv.out_size(x, weight, 1)};
-  RAN_CHECK_VALUE(dout.sizes() == at::IntArrayRef(out_sizes) && dout.scalar_type() == x.scalar_type(), kOp,
-                  "dout must be ", at::IntArrayRef(out_sizes), " ", x.scalar_type(), ", got ", dout.sizes(), " ",
-                  dout.scalar_type());
+  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
+  check_convolution(kOp, x, weight, conv);
+  check_as(kOp, "dout", dout, out_sizes(x, weight, conv), x);
   const ConvGradients g =
       conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),
                     {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
@@ -86,13 +81,14 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight,
                                const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
                                const Statistics& stats, double eps, const Tensor& weight, const OptTensor& bias,
-                               const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding) {
+                               const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
+                               int64_t conv3x3) {
     static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var, next_mean, next_var, none] =
         op.call(x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps,
                 weight, bias, residual, stride, padding, stats.next_stats, stats.next_running.tensors,
-                stats.next_running.momentum, stats.fork);
+                stats.next_running.momentum, stats.fork, conv3x3);
     stats.running.mark_changed();
     stats.next_running.mark_changed();
     const bool given = present(mean);
@@ -103,6 +99,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["conv3x3"] = conv3x3;
     variable_list flat{batch_mean, batch_var, next_mean, next_var};
     if (!stats.fork) flat.push_back(none);
     ctx->mark_non_differentiable(flat);
@@ -112,7 +109,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(bn_relu_conv2d_backward)>("ran_ext::bn_relu_conv2d_backward");
-    variable_list result(12);
+    variable_list result(13);
     const Tensor& dfork = grads[5];
     if (!grads[0].defined()) {
       result[0] = dfork;
@@ -126,7 +123,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     if (ctx->saved_data["has_residual"].toBool()) result[9] = grads[0];
     if (at::GradMode::is_enabled()) {
       const Tensor a = composed::bn_relu(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
-      const Tensor out = at::conv2d(a, weight, bias, stride, padding);
+      const Tensor out = library::conv2d(a, weight, bias, stride, padding);
       const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin());
       std::copy_n(found.begin() + 3, 2, result.begin() + 7);
@@ -137,7 +134,7 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
                                      weight.requires_grad(), bias.defined() && bias.requires_grad()};
     auto [dx, dbn_weight, dbn_bias, dweight, dbias] =
         op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted,
-                dfork.defined() ? OptTensor(dfork) : std::nullopt);
+                dfork.defined() ? OptTensor(dfork) : std::nullopt, ctx->saved_data["conv3x3"].toInt());
     if (wanted[0]) {
       result[0] = dx;
       if (bn_weight.defined()) result[1] = dbn_weight.to(bn_weight.scalar_type());
@@ -154,10 +151,10 @@ Tensors6 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, co
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork) {
+                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
   const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}, fork};
-  const variable_list out =
-      BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias, residual, stride, padding);
+  const variable_list out = BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias,
+                                                      residual, stride, padding, conv3x3);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
@@ -170,7 +167,7 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
                                  std::optional<double> momentum, double eps, const Tensor& weight,
                                  const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork) {
+                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
   static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const bool wide_x = x.scalar_type() != lower && x.scalar_type() != at::kDouble;
@@ -183,18 +180,18 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
   if (!wide_x && !wide_residual)
     return op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                   residual, stride, padding, next_stats, next_running, next_momentum, fork);
+                   residual, stride, padding, next_stats, next_running, next_momentum, fork, conv3x3);
   Tensor out, batch_mean, batch_var, next_mean, next_var, identity = x;
   if (wide_x) {
     static const auto norm = find_op<BnReluOp>("ran_ext::bn_relu");
     Tensor a;
     std::tie(a, batch_mean, batch_var) =
         norm.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps);
-    out = at::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
+    out = library::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
   } else {
     std::tie(out, batch_mean, batch_var, next_mean, next_var, identity) =
         op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                std::nullopt, stride, padding, false, {}, std::nullopt, fork);
+                std::nullopt, stride, padding, false, {}, std::nullopt, fork, conv3x3);
   }
   if (present(residual)) out = out + *residual;
   static const auto take = find_op<BatchNormStatsOp>("ran_ext::batch_norm_stats");
@@ -211,13 +208,12 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
       "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool batch_stats, "
       "Tensor(a!)[] running, float? momentum, float eps, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork) -> "
+      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork, int conv3x3=0) -> "
       "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var, Tensor identity)");
   m.def(
       "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, "
-      "Tensor "
-      "weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, "
-      "Tensor? dfork) -> "
+      "Tensor weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, Tensor? dfork, "
+      "int conv3x3=0) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {

@@ -8,14 +8,16 @@ namespace {
 
 // `sizes` are the result's.
 Tensor upsampled(const Tensor& lower, at::IntArrayRef sizes, int64_t scale) {
+  scale = bounded_scale(scale, sizes);
   if (scale == 1) return lower;
   return lower.repeat_interleave(scale, 2).repeat_interleave(scale, 3).narrow(2, 0, sizes[2]).narrow(3, 0, sizes[3]);
 }
 
 // Of each scale x scale window, the last ones cut off at the border: the gradient of `upsampled`.
 Tensor window_sums(const Tensor& t, int64_t scale) {
+  scale = bounded_scale(scale, t.sizes());
   if (scale == 1) return t;
-  const int64_t h = (t.size(2) + scale - 1) / scale, w = (t.size(3) + scale - 1) / scale;
+  const int64_t h = divide_up(t.size(2), scale), w = divide_up(t.size(3), scale);
   const Tensor whole = at::constant_pad_nd(t, {0, w * scale - t.size(3), 0, h * scale - t.size(2)});
   return whole.reshape({t.size(0), t.size(1), h, scale, w, scale}).sum({3, 5});
 }
@@ -73,9 +75,11 @@ Tensor max_pool2d_backward(const Tensor& dout, const Tensor& index, int64_t heig
 
 Tensor bn_relu(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& var,
                bool batch_stats, double eps) {
-  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean);
-  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var);
-  return at::relu(at::batch_norm(x, weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
+  // In channels_last torch's derivative takes these for contiguous, whatever their strides are (2.13, on the CPU).
+  const OptTensor given_mean = batch_stats ? OptTensor() : OptTensor(mean.contiguous());
+  const OptTensor given_var = batch_stats ? OptTensor() : OptTensor(var.contiguous());
+  const OptTensor dense_weight = weight.defined() ? OptTensor(weight.contiguous()) : OptTensor();
+  return at::relu(at::batch_norm(x, dense_weight, bias, given_mean, given_var, batch_stats, 0.0, eps, false));
 }
 
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {

@@ -1,6 +1,5 @@
 // Torch side of the attention gate whose mask is the output of a 1x1 convolution. conv_paths.cpp says where one kernel
 // does both; elsewhere the convolution runs, then the gate.
-#include <ATen/Functions.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -8,6 +7,7 @@
 #include "composed.h"
 #include "conv_paths.h"
 #include "cuda_conv1x1.h"
+#include "library_conv.h"
 
 namespace ran {
 namespace {
@@ -22,8 +22,8 @@ void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t s
   RAN_CHECK_VALUE(scale >= 1, kOp, "scale_factor must be at least 1, got ", scale);
   RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kOp, "trunk and x must be (N, C, H, W), got trunk ", trunk.sizes(),
                   " and x ", x.sizes());
-  const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), (trunk.size(2) + scale - 1) / scale,
-                                        (trunk.size(3) + scale - 1) / scale};
+  const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), divide_up(trunk.size(2), scale),
+                                        divide_up(trunk.size(3), scale)};
   RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kOp, "x must be ", at::IntArrayRef(expected), " for trunk ",
                   trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
   const std::array<int64_t, 4> kernel{trunk.size(1), x.size(1), 1, 1};
@@ -46,7 +46,7 @@ Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor&
 #ifdef RAN_WITH_CUDA
   if (conv_gate_way(trunk, x, weight, scale).fused) return cuda_conv1x1_gate(trunk, x, weight, bias, scale);
 #endif
-  const Tensor mask = at::conv2d(x, weight, bias);
+  const Tensor mask = library::conv2d(x, weight, bias, {1, 1}, {0, 0});
   return {gate.call(trunk, mask, scale), mask};
 }
 
@@ -70,7 +70,7 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
     const Tensor &trunk = saved[0], &x = saved[1], &weight = saved[2], &bias = saved[3], &mask = saved[4];
     const int64_t scale = ctx->saved_data["scale"].toInt();
     if (at::GradMode::is_enabled()) {
-      const Tensor out = composed::attention_gate(trunk, at::conv2d(x, weight, bias), scale);
+      const Tensor out = composed::attention_gate(trunk, library::conv2d(x, weight, bias, {1, 1}, {0, 0}), scale);
       const variable_list found = differentiate(out, {trunk, x, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 4, result.begin());
       return result;
@@ -79,8 +79,7 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
     result[0] = dtrunk;
     const std::array<bool, 3> wanted{x.requires_grad(), weight.requires_grad(), bias.defined() && bias.requires_grad()};
     if (wanted[0] || wanted[1] || wanted[2])
-      std::tie(result[1], result[2], result[3]) = at::convolution_backward(
-          dmask, x, weight, at::IntArrayRef(weight.size(0)), {1, 1}, {0, 0}, {1, 1}, false, {0, 0}, 1, wanted);
+      std::tie(result[1], result[2], result[3]) = library::conv2d_backward(dmask, x, weight, {1, 1}, {0, 0}, wanted);
     return result;
   }
 };
@@ -103,7 +102,7 @@ Tensors2 conv_attention_gate_autocast(const Tensor& trunk, const Tensor& x, cons
       c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
   if (trunk.scalar_type() == lower) return op.call(trunk, cast(x), cast(weight), bias_cast, scale);
-  const Tensor mask = at::conv2d(cast(x), cast(weight), bias_cast);
+  const Tensor mask = library::conv2d(cast(x), cast(weight), bias_cast, {1, 1}, {0, 0});
   const at::ScalarType wider = c10::promoteTypes(trunk.scalar_type(), lower);
   return {gate.call(trunk.to(wider), mask.to(wider), scale), mask};
 }

@@ -32,6 +32,7 @@ bool on_16_bytes(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_d
 
 std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
   if (!running.kept() || !is_float_vector(running.mean) || !is_float_vector(running.var)) return std::nullopt;
+  if (running.momentum && !(*running.momentum >= 0)) return std::nullopt;  // the kernels' sign for a cumulative average
   return cuda::RunningStatistics{running.mean.mutable_data_ptr<float>(), running.var.mutable_data_ptr<float>(),
                                  running.batches.defined() ? running.batches.mutable_data_ptr<int64_t>() : nullptr,
                                  float(running.momentum.value_or(-1.0))};

@@ -6,7 +6,7 @@
 namespace ran {
 
 inline void check_pyramid(const char* op, const char* name, const Tensor& t) {
-  RAN_CHECK_VALUE(t.dim() == 4 && t.size(1) * t.size(2) * t.size(3) > 0, op, name,
+  RAN_CHECK_VALUE(t.dim() == 4 && t.size(1) > 0 && t.size(2) > 0 && t.size(3) > 0, op, name,
                   " must be (N, C, H, W), with nothing but N 0, got ", t.sizes());
 }
 

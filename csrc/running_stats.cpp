@@ -9,19 +9,8 @@
 namespace ran {
 namespace {
 
-// One loop over both vectors: four small ATen ops a layer would show in a training step's time.
-void blend(const Running& running, const Tensor& mean, const Tensor& var, double factor, double unbiased) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, running.mean.scalar_type(), "update_running_stats", [&] {
-    Tensor running_mean = running.mean, running_var = running.var;
-    auto running_m = running_mean.accessor<scalar_t, 1>(), running_v = running_var.accessor<scalar_t, 1>();
-    const Tensor m64 = mean.to(at::kDouble), v64 = var.to(at::kDouble);
-    const auto m = m64.accessor<const double, 1>(), v = v64.accessor<const double, 1>();
-    for (int64_t c = 0; c < m.size(0); ++c) {
-      running_m[c] = scalar_t((1 - factor) * double(running_m[c]) + factor * m[c]);
-      running_v[c] = scalar_t((1 - factor) * double(running_v[c]) + factor * unbiased * v[c]);
-    }
-  });
-}
+// From the biased to the unbiased variance.
+double bessel(int64_t count) { return count > 1 ? double(count) / double(count - 1) : 1.0; }
 
 // A GPU's: all of it is queued, nothing is read back, so that it can be captured into a graph. Its factor stays on the
 // device where it depends on the number of batches.
@@ -44,10 +33,15 @@ Running::Running(const char* op, const Tensor& x, at::TensorList tensors, std::o
   RAN_CHECK_VALUE(tensors.size() == 2 || tensors.size() == 3, op,
                   "running statistics must be mean, variance and perhaps the number of batches, got ", tensors.size(),
                   " tensors");
-  for (const Tensor& t : tensors.slice(0, 2))
-    RAN_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1) && t.device() == x.device() && t.is_floating_point(), op,
-                    "running statistics must be floating point [", x.size(1), "] on ", x.device(), ", got ",
-                    t.scalar_type(), " ", t.sizes(), " on ", t.device());
+  for (const Tensor& t : tensors.slice(0, 2)) {
+    dtype_of(t, op, "running statistics");
+    RAN_CHECK_VALUE(t.dim() == 1 && t.size(0) == x.size(1) && t.device() == x.device(), op,
+                    "running statistics must be [", x.size(1), "] on ", x.device(), ", got ", t.sizes(), " on ",
+                    t.device());
+  }
+  RAN_CHECK_TYPE(tensors[0].scalar_type() == tensors[1].scalar_type(), op,
+                 "the running mean and variance must have the same dtype, got ", tensors[0].scalar_type(), " and ",
+                 tensors[1].scalar_type());
   RAN_CHECK_VALUE(momentum_ || tensors.size() == 3, op, "momentum=None (cumulative average) needs num_batches_tracked");
   if (tensors.size() == 3)
     RAN_CHECK_VALUE(
@@ -61,19 +55,33 @@ Running::Running(const char* op, const Tensor& x, at::TensorList tensors, std::o
   momentum = momentum_;
 }
 
+void Running::count_batch() const {
+  at::NoGradGuard no_grad;
+  if (batches.defined()) batches.add_(1);
+}
+
 void Running::update(const Tensor& batch_mean, const Tensor& batch_var, int64_t count) const {
   at::NoGradGuard no_grad;
-  const double unbiased = count > 1 ? double(count) / double(count - 1) : 1.0;
-  if (!mean.is_cpu()) {
-    if (batches.defined()) batches.add_(1);
-    return blend_on_device(*this, batch_mean, batch_var, unbiased);
-  }
+  count_batch();
+  blend_on_device(*this, batch_mean, batch_var, bessel(count));
+}
+
+// One loop over both vectors: four small ATen ops a layer would show in a training step's time.
+void Running::update(const double* exact, int64_t count) const {
   double factor = momentum.value_or(0.0);
   if (batches.defined()) {
     const int64_t seen = *batches.mutable_data_ptr<int64_t>() += 1;
     if (!momentum) factor = 1.0 / double(seen);
   }
-  blend(*this, batch_mean, batch_var, factor, unbiased);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, mean.scalar_type(), "update_running_stats", [&] {
+    const auto blend = [&](Tensor kept, const double* batch, double scale) {
+      auto values = kept.accessor<scalar_t, 1>();
+      for (int64_t c = 0; c < values.size(0); ++c)
+        values[c] = scalar_t((1 - factor) * double(values[c]) + factor * scale * batch[c]);
+    };
+    blend(mean, exact, 1.0);
+    blend(var, exact + mean.size(0), bessel(count));
+  });
 }
 
 }  // namespace ran

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "cpu/kernels.h"
@@ -58,13 +59,22 @@ inline ChannelView view_of(const Tensor& dense_x) {
   return {n * pixels, c, 1};
 }
 
-// A convolution's bias, where there is one, is a vector of the weight's rows and dtype.
+// Raises unless `t` has these sizes and the dtype and device of `like`.
+inline void check_as(const char* op, const char* name, const Tensor& t, at::IntArrayRef sizes, const Tensor& like) {
+  RAN_CHECK_VALUE(t.sizes() == sizes, op, name, " must be ", sizes, ", got ", t.sizes());
+  RAN_CHECK_TYPE(t.scalar_type() == like.scalar_type(), op, name, " must have dtype ", like.scalar_type(), ", got ",
+                 t.scalar_type());
+  RAN_CHECK_VALUE(t.device() == like.device(), op, name, " must be on ", like.device(), ", got ", t.device());
+}
+
+// A convolution's bias, where there is one, is a vector of the weight's rows, dtype and device.
 inline void check_bias(const char* op, const OptTensor& bias, const Tensor& weight) {
-  if (!present(bias)) return;
-  RAN_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), op, "bias must be (", weight.size(0), "), got ",
-                  bias->sizes());
-  RAN_CHECK_TYPE(bias->scalar_type() == weight.scalar_type(), op, "bias must have weight's dtype ",
-                 weight.scalar_type(), ", got ", bias->scalar_type());
+  if (present(bias)) check_as(op, "bias", *bias, {weight.size(0)}, weight);
+}
+
+// A gate's up-sampling factor, no larger than its trunk: beyond that nothing changes, and products would overflow.
+inline int64_t bounded_scale(int64_t scale, at::IntArrayRef trunk_sizes) {
+  return trunk_sizes.size() == 4 ? std::min(scale, std::max({trunk_sizes[2], trunk_sizes[3], int64_t(1)})) : scale;
 }
 
 // Both devices' kernels have the CPU's signatures; the GPU's run on the current stream of the current device.

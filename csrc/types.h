@@ -7,6 +7,11 @@ namespace ran {
 
 enum class DType : int { f32, f64, bf16, f16 };
 
+// ceil(a / b) of a >= 0 and b >= 1, whatever their size.
+constexpr int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
+
+enum class ConvPass { forward, dgrad, wgrad, gate };  // gate: the forward pass with the attention gate behind it
+
 // A 4-d activation seen as [outer][channels][inner], dense: NCHW is (N, C, H*W), channels_last is (N*H*W, C, 1).
 struct ChannelView {
   int64_t outer, channels, inner;
@@ -20,8 +25,8 @@ struct GateShape {
   int64_t n, c, h, w;
   int64_t scale;
   bool channels_last;
-  int64_t mask_h() const { return (h + scale - 1) / scale; }
-  int64_t mask_w() const { return (w + scale - 1) / scale; }
+  int64_t mask_h() const { return divide_up(h, scale); }
+  int64_t mask_w() const { return divide_up(w, scale); }
   int64_t numel() const { return n * c * h * w; }
 };
 

@@ -1,10 +1,30 @@
 """Residual attention networks with fused BN-ReLU-Conv and attention-gate kernels for training in PyTorch."""
 
+import importlib
+
 from . import data, models, nn, ops
-from ._backend import get_backend, set_backend
+from ._backend import get_backend, get_conv3x3, set_backend, set_conv3x3
 from ._explain import explain
 from ._info import info
 from .inference import fold_for_inference
 
 __version__ = "0.1.0"
-__all__ = ["data", "explain", "fold_for_inference", "get_backend", "info", "models", "nn", "ops", "set_backend"]
+__all__ = [
+    "data",
+    "explain",
+    "fold_for_inference",
+    "get_backend",
+    "get_conv3x3",
+    "info",
+    "models",
+    "nn",
+    "ops",
+    "set_backend",
+    "set_conv3x3",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "train":  # on first use: who only calls the ops imports no trainer
+        return importlib.import_module("ran_ext.train")
+    raise AttributeError(f"module 'ran_ext' has no attribute {name!r}")

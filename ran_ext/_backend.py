@@ -10,14 +10,18 @@ import sys
 import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
 
+from ._choice import Choose, Setting
+from ._tracing import why_watched
+
 BACKENDS = ("auto", "native", "reference")
+CONV3X3_MODES = ("fast", "strict", "library")  # as in csrc/conv_paths.h
 
 
 def _is_beside(name: str) -> bool:
@@ -63,23 +67,34 @@ def _unfit(built: ModuleType | None) -> str:
     return ""
 
 
+def _other_copy() -> str:
+    """Why the ops cannot be registered: a copy of this package has done so, and a second time would end the process."""
+    file = PathFinder.find_spec("ran_ext._C", [str(Path(__file__).parent)]).origin  # type: ignore[union-attr]
+    if file in torch.ops.loaded_libraries or not hasattr(torch.ops.ran_ext, "bn_relu_conv2d"):
+        return ""
+    return "another copy of ran_ext was imported in this process before"
+
+
 def _load() -> tuple[ModuleType | None, str]:
     """The compiled module and "", or None and the reason. Not built is quiet; built but unfit warns once."""
     built = built_for()
     if not _is_beside("_C"):
         return None, f"not built: {(built and built.WHY_NO_NATIVE) or 'this source folder has not been built'}"
-    reason = _unfit(built)
-    if not reason:
+    reason, other = _unfit(built), _other_copy()
+    if not reason and not other:
         try:
-            return importlib.import_module("ran_ext._C"), ""
+            module = importlib.import_module("ran_ext._C")
+            torch.ops.loaded_libraries.add(module.__file__)
+            return module, ""
         except ImportError as error:
             reason = f"built, but does not load: {error}"
+    cure = f"To rebuild them: {rebuild_command()}" if reason else "Start Python anew to take this copy's"
     warnings.warn(
-        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason}. To rebuild them: {rebuild_command()}",
+        f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason or other}. {cure}",
         RuntimeWarning,
         stacklevel=2,
     )
-    return None, reason
+    return None, reason or other
 
 
 _C: ModuleType | None
@@ -104,8 +119,14 @@ if _C is not None and _cuda_built:
 _why_no_cuda = getattr(built_for(), "WHY_NO_CUDA", "") or "built without CUDA"
 
 
-class set_backend:
-    """Choose the backend of every following call; as a context manager, of the calls inside it.
+_backend = Setting("backend", "auto")
+
+
+class set_backend(Choose):
+    """Choose the backend of every following call of the process; as a context manager, of the calls inside it.
+
+    A block holds in its own thread (or asyncio task) and in the backward passes called from it; threads that are
+    started inside take the process's choice. A call inside a block holds until the block ends.
 
     Args:
         name: ``"auto"`` (native where it is built for the tensor's device, else reference), ``"native"`` (an error
@@ -120,29 +141,24 @@ class set_backend:
     'reference'
     """
 
+    setting = _backend
+
     def __init__(self, name: str):
-        global _choice
-        if name not in BACKENDS:
-            raise ValueError(f"set_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-        if name == "native" and _C is None:
-            raise RuntimeError(
-                f"set_backend: name 'native' needs the compiled kernels: {why_missing}; to build: {rebuild_command()}"
-            )
-        self._previous, _choice = _choice, name
+        _require("set_backend: name", name)
+        super().__init__(name)
 
-    def __enter__(self) -> None:
-        pass
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _choice
-        _choice = self._previous
+def _require(asked: str, name: str) -> None:
+    """Raise what :class:`set_backend` documents; ``asked`` says who gave the name."""
+    if name not in BACKENDS:
+        raise ValueError(f"{asked} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name == "native" and _C is None:
+        raise RuntimeError(f"{asked} 'native' needs the compiled kernels: {why_missing}; to build: {rebuild_command()}")
 
 
 def get_backend() -> str:
-    """The backend chosen: ``"auto"``, ``"native"`` or ``"reference"``."""
-    return _choice
+    """The backend chosen here: ``"auto"``, ``"native"`` or ``"reference"``."""
+    return _backend.chosen()
 
 
 def cuda_built() -> bool:
@@ -159,27 +175,75 @@ def why_not_native(device_type: str) -> str:
     return _why_no_cuda if device_type == "cuda" else f"there are none for {device_type}"
 
 
-def use_native(x: Tensor) -> bool:
-    """Whether an op on ``x`` takes the compiled kernels.
+def use_native(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on ``x`` and ``others`` takes the compiled kernels: the one place that decides.
 
-    Function transforms (``torch.func``) and forward-mode differentiation see the composed reference, which they can
-    look into; the compiled ops are opaque to them.
+    Tracers, exporters, transforms, modes and tensor subclasses get plain ops, whatever was chosen: see
+    :func:`ran_ext._tracing.why_watched`. Devices without kernels run as plain PyTorch under ``"auto"``.
+
+    Raises:
+        RuntimeError: ``"native"`` was chosen, and has no kernels for ``x``'s device.
     """
-    if _choice == "reference" or _C is None:
+    if _C is None or (name := _backend.chosen()) == "reference" or why_watched(x, *others):
         return False
-    missing = why_not_native(x.device.type)
-    if missing and _choice == "native":
+    missing = "" if x.is_cpu else why_not_native(x.device.type)  # a device's name takes long to ask for
+    if missing and name == "native":
         raise RuntimeError(
             f"ran_ext: the native backend was chosen, but has no kernels for device {x.device}: {missing}; choose "
             f"set_backend('auto'), or build them: {rebuild_command()}"
         )
-    if missing:
-        return False
-    if torch.compiler.is_compiling():
-        return True
-    in_transform = torch._C._functorch.peek_interpreter_stack() is not None
-    return not in_transform and torch.autograd.forward_ad._current_level < 0
+    return not missing
 
 
-_choice = "auto"
-set_backend(os.environ.get("RAN_EXT_BACKEND", "auto"))
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for ``x``'s device; asking torch about a device that has none, such as meta, fails."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+_conv3x3 = Setting("conv3x3", "fast")
+
+
+class set_conv3x3(Choose):
+    """Choose how accurate, and how fast, 3x3 convolutions in float32 are on the CPU; as a context manager, inside it.
+
+    It concerns stride 1 and padding 1 on channels_last tensors, forward and backward, both as chosen at the forward
+    call. Error below is the root of the mean square against float64, on dense inputs; ``explain`` prints what each pass
+    of a layer takes. A block holds in its own thread (or asyncio task); a call outside of blocks for the process.
+
+    Args:
+        mode: ``"fast"`` (the default: Winograd's F(4x4, 3x3) or F(2x2, 3x3), whichever is fastest at no more than twice
+            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times) or ``"library"``
+            (PyTorch's convolution).
+
+    Raises:
+        ValueError: ``mode`` is none of these.
+
+    Source: Lavin and Gray 2016, arXiv:1509.09308.
+
+    >>> with set_conv3x3("strict"):
+    ...     get_conv3x3()
+    'strict'
+    """
+
+    setting = _conv3x3
+
+    def __init__(self, mode: str):
+        if mode not in CONV3X3_MODES:
+            raise ValueError(f"set_conv3x3: mode must be one of {', '.join(CONV3X3_MODES)}, got {mode!r}")
+        super().__init__(mode)
+
+
+def get_conv3x3() -> str:
+    """The mode of 3x3 convolutions chosen here: ``"fast"``, ``"strict"`` or ``"library"``."""
+    return _conv3x3.chosen()
+
+
+def conv3x3_mode() -> int:
+    """The same as the ops take it: its place in ``CONV3X3_MODES``."""
+    return CONV3X3_MODES.index(_conv3x3.chosen())
+
+
+_initial = os.environ.get("RAN_EXT_BACKEND") or "auto"
+_require("the environment variable RAN_EXT_BACKEND", _initial)
+set_backend(_initial)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _backend
+from . import _backend, _fusion
+from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
 PASSES = ("forward", "dgrad", "wgrad")
@@ -37,6 +37,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
         model: holds modules of :mod:`ran_ext.nn`; convolutions of plain PyTorch are listed too.
         inputs: what ``model`` is called with, on its device.
 
+    Raises:
+        ValueError: ``model`` calls nothing that could be listed.
+
     >>> unit = nn.Sequential(BNReLUConv2d(8, 8, 1))
     >>> with _backend.set_backend("reference"):
     ...     explain(unit, torch.randn(2, 8, 4, 4))
@@ -50,24 +53,26 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
 def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
     """The calls in the order in which they are made."""
     found: list[Layer] = []
-    twin = copy.deepcopy(model)
-    # Asked before there are hooks, which part the two.
-    gates = {m.gate: m.gate_conv for m in twin.modules() if isinstance(m, AttentionModule) and m.gate_conv is not None}
+    twin = copied(unwrapped(model))
+    calls = _calls(twin)  # asked before there are hooks of ours, which would be reasons themselves
     taken: dict[nn.Module, Tensor] = {}
     for name, module in twin.named_modules():
-        if not isinstance(module, (BNReLUConv2d, BNReLU, AttentionGate, nn.Conv2d)):
+        if module not in calls:
             continue
 
-        def note(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            taken[module] = args[0]
-            found.append(_describe(name, module, args[0]))
-            if module in gates:
-                found[-1].ways["forward"] = _gate_way(module, args[0], gates[module], taken[gates[module]])
+        def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
+            taken[module] = x = next(iter((*args, *named.values())))
+            call = calls[module]
+            size = f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+            found.append(Layer(name, call.op, size, _ways(call, module, x, taken)))
 
-        module.register_forward_pre_hook(note)
+        module.register_forward_pre_hook(note, with_kwargs=True)
     devices = [x.device for x in inputs if x.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), eagerly():
         twin(*inputs)
+    if not found:
+        kind = type(model).__name__
+        raise ValueError(f"explain: model, a {kind}, calls no convolution, attention gate or fused batch normalisation")
     return found
 
 
@@ -87,39 +92,72 @@ def table(rows: list[Layer]) -> str:
     return "\n".join(text + [f"[{number}] {why}" for why, number in reasons.items()])
 
 
-def _describe(name: str, module: nn.Module, x: Tensor) -> Layer:
-    ops = {BNReLUConv2d: "bn_relu_conv2d", BNReLU: "bn_relu", AttentionGate: "attention_gate"}
-    op = ops.get(type(module), "conv2d")
-    size = f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-    if isinstance(module, nn.Conv2d):
-        return Layer(name, op, size, dict.fromkeys(PASSES, (LIBRARY, "")))
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Of which op a module's call is, why it is not fused ("" where it is), and the convolution in a gate's op."""
+
+    op: str
+    why: str = ""
+    conv: nn.Conv2d | None = None
+
+
+def _calls(model: nn.Module) -> dict[nn.Module, _Call]:
+    """The modules to list: all convolutions but those inside a fused op, and what this package runs in one."""
+    calls: dict[nn.Module, _Call] = {m: _Call("conv2d") for m in model.modules() if isinstance(m, nn.Conv2d)}
+    calls |= {m: _Call("attention_gate") for m in model.modules() if isinstance(m, AttentionGate)}
+    for module in model.modules():
+        if isinstance(module, BNReLUConv2d):
+            calls[module] = _Call("bn_relu_conv2d", _fusion.why_unfused(module.bn, module.conv))
+            if not calls[module].why:
+                calls.pop(module.conv, None)
+        elif isinstance(module, BNReLU):
+            calls[module] = _Call("bn_relu", _fusion.why_unfused(module.bn))
+        elif isinstance(module, AttentionModule) and module.gate in calls:
+            calls[module.gate] = _Call("attention_gate", module.why_gate_apart, module.gate_conv)
+        for name in getattr(module, "with_relu", ()):
+            if (bn := getattr(module, name)) is not None:
+                calls[bn] = _Call("bn_relu", _fusion.why_unfused(bn))
+    return calls
+
+
+def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -> dict[str, tuple[str, str]]:
+    """For each pass of the op what it runs on, and why."""
+    if call.op == "conv2d":
+        return dict.fromkeys(PASSES, (LIBRARY, ""))
     if missing := _why_plain(x):
-        return Layer(name, op, size, dict.fromkeys(PASSES, (PLAIN, missing)))
-    if isinstance(module, BNReLUConv2d):
-        return Layer(name, op, size, _conv_ways(module, x))
+        return dict.fromkeys(PASSES, (PLAIN, missing))
+    if call.op == "attention_gate":
+        if call.conv is not None and not _fusion.why_watched(x):
+            return {"forward": _gate_way(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}
+        why = call.why or (call.conv and _fusion.why_watched(x))
+        return {"forward": (FUSED, f"the convolution before it apart: {why}" if why else ""), "dgrad": (FUSED, "")}
+    if why := call.why or _fusion.why_watched(x):
+        return dict.fromkeys(PASSES, (PLAIN, f"{why}: runs as written"))
+    if call.op == "bn_relu_conv2d":
+        return _conv_ways(module, x)
     kernels: Any = _backend._C
-    if isinstance(module, BNReLU) and x.is_cuda:
+    if x.is_cuda:
         ways = zip(("forward", "dgrad"), kernels.bn_relu_ways(x), strict=True)
-        return Layer(name, op, size, {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in ways})
-    return Layer(name, op, size, {"forward": (FUSED, ""), "dgrad": (FUSED, "")})
+        return {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in ways}
+    return {"forward": (FUSED, ""), "dgrad": (FUSED, "")}
 
 
 def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
-    if not module.is_fusable:
-        why = "bn or conv is of a kind that runs unfused: see BNReLUConv2d"
-        return dict.fromkeys(PASSES, (PLAIN, why))
     conv, device = module.conv, x.device.type
     if torch.is_autocast_enabled(device) and x.dtype not in (torch.get_autocast_dtype(device), torch.float64):
         why = f"x is wider than autocast's {torch.get_autocast_dtype(device)}: normalised as it is, rounded once"
         return dict.fromkeys(PASSES, (LIBRARY, why))
     kernels: Any = _backend._C
-    ways = zip(PASSES, kernels.conv_ways(x, conv.weight.to(x.dtype), conv.stride, conv.padding), strict=True)
-    return {one: (FUSED, "") if fused else (LIBRARY, why) for one, (fused, why) in ways}
+    weight, mode = conv.weight.to(x.dtype), _backend.conv3x3_mode()
+    ways = zip(PASSES, kernels.conv_ways(x, weight, conv.stride, conv.padding, mode), strict=True)
+    # Winograd's kernels differ in accuracy; of the others there is one.
+    return {
+        one: (FUSED, why if why.startswith("Winograd") else "") if fused else (LIBRARY, why)
+        for one, (fused, why) in ways
+    }
 
 
 def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
-    if missing := _why_plain(x):
-        return PLAIN, missing
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if trunk.dtype != dtype:

@@ -8,6 +8,7 @@ import sys
 import torch
 
 from . import _backend
+from ._hardware import multiplies_bfloat16
 
 
 def _built() -> list[tuple[str, str]]:
@@ -35,7 +36,17 @@ def _running() -> list[tuple[str, str]]:
         rows.append((f"GPU {index}", f"{properties.name}, sm_{properties.major}{properties.minor}"))
     if not torch.cuda.device_count():
         rows.append(("GPU", "none"))
-    return rows
+    return [*rows, ("bfloat16", "; ".join(_bfloat16(device) for device in ("cpu", *_gpus())))]
+
+
+def _gpus() -> list[str]:
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
+def _bfloat16(device: str) -> str:
+    if multiplies_bfloat16(device):
+        return f"{device}: in hardware"
+    return f"{device}: emulated, slower than float32"
 
 
 def _taken(device: str) -> tuple[str, str]:
@@ -44,7 +55,8 @@ def _taken(device: str) -> tuple[str, str]:
     if _backend.get_backend() == "reference":
         return f"{device} calls take", "reference (chosen by set_backend or RAN_EXT_BACKEND)"
     if not missing:
-        return f"{device} calls take", "native"
+        kernels = f" ({_backend._C.build_info()['cpu_kernels']} kernels)" if device == "cpu" and _backend._C else ""
+        return f"{device} calls take", f"native{kernels}"
     return f"{device} calls take", f"{'an error' if _backend.get_backend() == 'native' else 'reference'}: {missing}"
 
 
@@ -53,6 +65,7 @@ def report() -> str:
     from . import __version__
 
     rows = [("ran_ext", __version__), *_built(), *_running(), ("backend", _backend.get_backend())]
+    rows.append(("3x3 on the CPU", f"{_backend.get_conv3x3()} (set_conv3x3)"))
     devices = ["cpu", *(["cuda"] if torch.version.cuda else [])]
     rows += [_taken(device) for device in devices]
     if any(_backend.why_not_native(device) for device in devices):

@@ -1,21 +1,21 @@
 """Modules over :mod:`ran_ext.ops`: they hold parameters and make calls, the mathematics lives in the ops.
 
 Submodules and state_dict keys are those of plain PyTorch (``nn.BatchNorm2d``, ``nn.Conv2d``), so checkpoints,
-initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` work as they always do.
+initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` work as they always do. What acts through
+a call of a submodule (hooks, other classes, a replaced ``forward``) acts here too: the modules are then called one
+after the other, and :func:`ran_ext.explain` says why.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import warnings
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import ops
-from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
+from . import _fusion, _tracing, ops
 
 
 class AttentionGate(nn.Module):
@@ -28,6 +28,8 @@ class AttentionGate(nn.Module):
     1.5
     """
 
+    __prepare_scriptable__ = _tracing.no_script
+
     def __init__(self, scale_factor: int = 1):
         super().__init__()
         self.scale_factor = scale_factor
@@ -39,34 +41,49 @@ class AttentionGate(nn.Module):
         return f"scale_factor={self.scale_factor}"
 
 
-class BNReLU(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` and a ReLU in one op; parameters, buffers and keys are ``nn.BatchNorm2d``'s.
+class BNReLU(nn.Module):
+    """``relu(bn(x))`` in one op. The submodule ``bn`` is a plain ``nn.BatchNorm2d``, or what a tool puts in its place.
+
+    A state_dict with keys of ``nn.BatchNorm2d`` itself (``weight`` for ``bn.weight``) loads too.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as in ``nn.BatchNorm2d``.
 
     >>> BNReLU(8)(torch.randn(2, 8, 4, 4)).min().item()
     0.0
     """
 
+    __prepare_scriptable__ = _tracing.no_script
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _bn_relu(self, x)
+        return _fusion.bn_relu(self.bn, x)
 
-
-class SyncBNReLU(nn.SyncBatchNorm):
-    """:class:`BNReLU` with the statistics of all processes; made by :func:`convert_sync_batchnorm`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _bn_relu(self, x)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [key for key in state_dict if key.startswith(prefix) and "." not in key[len(prefix) :]]:
+            state_dict[f"{prefix}bn.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class BNReLUConv2d(nn.Module):
     """Pre-activation convolution ``conv(relu(bn(x))) + residual`` in one op.
 
     Submodules ``bn`` (``nn.BatchNorm2d``) and ``conv`` (``nn.Conv2d``) hold the parameters. ``nn.SyncBatchNorm`` in
-    the place of ``bn`` (by torch's own converter) keeps the fusion. Any other module there, or a convolution with
-    groups, dilation or non-zero padding mode, is run as written, unfused. Forward hooks on ``bn`` and ``conv`` are not
-    called by the fused path.
-
-    With ``following``, the module that takes the result next, a call returns the result, in training the statistics
-    that ``following`` takes with it, and ``x``: see :func:`ran_ext.ops.chained_bn_relu_conv2d`.
+    the place of ``bn`` (by torch's own converter) and ``nn.utils.parametrizations`` keep the fusion. Any other module
+    there, a convolution with groups, dilation or non-zero padding mode, and modules on which anything else acts than
+    their own forward (hooks, adapters, sharded or pruned parameters) are run as written, unfused.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, bias: as in ``nn.Conv2d``.
@@ -78,6 +95,8 @@ class BNReLUConv2d(nn.Module):
     >>> list(unit.state_dict())[:2]
     ['bn.weight', 'bn.bias']
     """
+
+    __prepare_scriptable__ = _tracing.no_script
 
     def __init__(
         self,
@@ -100,48 +119,36 @@ class BNReLUConv2d(nn.Module):
         residual: Tensor | None = None,
         statistics: ops.BatchStatistics | None = None,
         following: BNReLUConv2d | None = None,
+    ) -> Tensor:
+        if (statistics is not None or following is not None) and isinstance(x, Tensor):  # torch.fx passes no None
+            return self._chained(x, residual, statistics, following)
+        return _fusion.bn_relu_conv2d(self.bn, self.conv, x, residual)
+
+    @property
+    def is_fusable(self) -> bool:
+        """Whether the op runs, and not ``bn`` and ``conv`` one after the other."""
+        return not _fusion.why_unfused(self.bn, self.conv)
+
+    def _chained(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        statistics: ops.BatchStatistics | None,
+        following: BNReLUConv2d | None,
     ) -> Any:
-        chains = self._chains and (following is None or following._chains)
-        if not chains or (statistics is None and following is None):
-            out = self._plain(x, residual)
+        """With ``following``, the module that takes the result next: what the op of the same name returns."""
+        warnings.warn(
+            "BNReLUConv2d: statistics and following are deprecated; use ran_ext.ops.chained_bn_relu_conv2d",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        chains = _fusion.chains(self.bn, self.conv)
+        if not chains or not (following is None or _fusion.chains(following.bn, following.conv)):
+            out = self(x, residual)
             return out if following is None else ops.Chained(out, None, x)
         next_bn = None if following is None else following.bn
         chained = ops.chained_bn_relu_conv2d(x, self.bn, self.conv, residual, statistics, next_bn)
         return chained.out if following is None else chained
-
-    @property
-    def is_fusable(self) -> bool:
-        """Whether ``bn`` and ``conv`` are of the kinds that the op takes."""
-        return isinstance(self.bn, (nn.BatchNorm2d, nn.SyncBatchNorm)) and _is_plain(self.conv)
-
-    @property
-    def _chains(self) -> bool:
-        """Whether this call is fused and normalises with the statistics of this process's batch."""
-        return type(self.bn) is nn.BatchNorm2d and self.bn.training and _is_plain(self.conv)
-
-    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        bn, conv = self.bn, self.conv
-        if not self.is_fusable:
-            out = conv(F.relu(bn(x)))
-            return out if residual is None else out + residual
-        if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
-            return sync_bn_relu_conv2d(x, bn, conv, residual)
-        return ops.bn_relu_conv2d(
-            x,
-            bn.weight,
-            bn.bias,
-            bn.running_mean,
-            bn.running_var,
-            conv.weight,
-            conv.bias,
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            training=bn.training,
-            momentum=bn.momentum,
-            eps=bn.eps,
-            residual=residual,
-            num_batches_tracked=bn.num_batches_tracked,
-        )
 
 
 class ResidualUnit(nn.Module):
@@ -169,11 +176,20 @@ class ResidualUnit(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h, statistics, x = self.conv1(x, following=self.conv2)
-        identity = x if self.shortcut is None else self.shortcut(x)
-        h = self.conv2(h, statistics=statistics)
-        out: Tensor = self.conv3(h, residual=identity)
-        return out
+        first, second, third = self.conv1, self.conv2, self.conv3
+        why = _fusion.why_called
+        units = why("conv1", first, _UNITS) or why("conv2", second, _UNITS) or why("conv3", third, _UNITS)
+        called, chained = bool(units or _fusion.why_watched(x)), False
+        if not called:
+            (bn1, conv1), (bn2, conv2) = (first.bn, first.conv), (second.bn, second.conv)
+            chained = _fusion.chains(bn1, conv1) and _fusion.chains(bn2, conv2)
+        if chained:
+            h, statistics, x = ops.chained_bn_relu_conv2d(x, bn1, conv1, next_bn=bn2)
+        else:
+            h = first(x)
+        identity = x if self.shortcut is None else _fusion.conv2d(self.shortcut, x)
+        h = ops.chained_bn_relu_conv2d(h, bn2, conv2, statistics=statistics).out if chained else second(h)
+        return third(h) + identity if called else third(h, identity)
 
 
 class SoftMaskBranch(nn.Module):
@@ -208,10 +224,10 @@ class SoftMaskBranch(nn.Module):
             lower, upper = self.up[level](x), pyramid[level - 1]
             skip = self.skip[level - 1](upper) if len(self.skip) else None
             x = ops.upsample_add(lower, skip, upper.shape[2:])
-        return self.conv1(self.up[0](x))  # type: ignore[no-any-return]
+        return _fusion.conv2d(self.conv1, self.up[0](x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.features(x))
+        return _fusion.conv2d(self.conv2, self.features(x))
 
 
 class AttentionModule(nn.Module):
@@ -252,14 +268,14 @@ class AttentionModule(nn.Module):
         return 2 ** (self.depth - 1) + 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if min(x.shape[-2:]) < self.min_size:
+        if not _tracing.is_symbolic(x) and min(x.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"AttentionModule: depth {self.depth} needs an input of at least {self.min_size}x{self.min_size} "
                 f"pixels, got {x.shape[-2]}x{x.shape[-1]}; use a larger image or a smaller depth"
             )
         x = self.pre(x)
         trunk, conv = self.trunk(x), None if torch.compiler.is_compiling() else self.gate_conv
-        if conv is None:
+        if conv is None or _fusion.why_watched(trunk):
             return self.post(self.gate(trunk, self.mask(x)))
         mask = self.mask.features(x)
         return self.post(ops.conv_attention_gate(trunk, mask, conv.weight, conv.bias, self.gate.scale_factor))
@@ -267,80 +283,69 @@ class AttentionModule(nn.Module):
     @property
     def gate_conv(self) -> nn.Conv2d | None:
         """The convolution that runs in the gate's op; None where the gate runs by itself."""
-        if type(self.gate) is not AttentionGate or type(self.mask) is not SoftMaskBranch:
-            return None
-        conv = self.mask.conv2
-        geometry = (getattr(conv, name, None) for name in ("kernel_size", "stride", "padding"))
-        if type(conv) is not nn.Conv2d or tuple(geometry) != ((1, 1), (1, 1), (0, 0)) or not _is_plain(conv):
-            return None
-        return None if any(map(_is_hooked, (self.gate, self.mask, conv))) or _has_any_global_hook() else conv
+        return None if self.why_gate_apart else self.mask.conv2
+
+    @property
+    def why_gate_apart(self) -> str:
+        """What keeps ``mask.conv2`` from running in the gate's op; "" where nothing does."""
+        gate, mask = self.gate, self.mask
+        why = _fusion.why_called("gate", gate, _GATES) or _fusion.why_called("mask", mask, _MASKS)
+        return why or _fusion.why_conv("mask.conv2", conv := mask.conv2) or _why_not_1x1(conv)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """``module`` with every batch normalisation synchronised over the processes, fusions kept.
+    """``nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)``, which keeps every fusion: use that.
 
-    ``nn.SyncBatchNorm.convert_sync_batchnorm`` does the same for all but :class:`BNReLU`, whose ReLU it would drop.
-    Keys of the state_dict stay as they are.
+    Deprecated.
+    """
+    warnings.warn(
+        "ran_ext.nn.convert_sync_batchnorm is deprecated: nn.SyncBatchNorm.convert_sync_batchnorm does the same",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    return converted
+
+
+class SyncBNReLU(BNReLU):
+    """A :class:`BNReLU` whose ``bn`` is an ``nn.SyncBatchNorm``, as torch's converter makes it. Deprecated.
 
     Args:
-        module: converted in place; what is returned replaces it where ``module`` itself is a batch normalisation.
-        process_group: None for all processes.
-
-    >>> type(convert_sync_batchnorm(BNReLU(8))).__name__
-    'SyncBNReLU'
+        num_features, eps, momentum, affine, track_running_stats, process_group: as in ``nn.SyncBatchNorm``.
     """
-    if isinstance(module, BNReLU):
-        converted = SyncBNReLU(
-            module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, process_group
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+    ):
+        warnings.warn(
+            "ran_ext.nn.SyncBNReLU is deprecated: nn.SyncBatchNorm.convert_sync_batchnorm(BNReLU(...)) does the same",
+            DeprecationWarning,
+            stacklevel=2,
         )
-        converted.weight, converted.bias = module.weight, module.bias
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            setattr(converted, name, getattr(module, name))
-        return converted.train(module.training)
-    if isinstance(module, nn.BatchNorm2d):
-        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group))
-    for name, child in module.named_children():
-        setattr(module, name, convert_sync_batchnorm(child, process_group))
-    return module
+        super().__init__(num_features)
+        self.bn = nn.SyncBatchNorm(  # type: ignore[assignment]
+            num_features, eps, momentum, affine, track_running_stats, process_group
+        )
 
 
 def _units(channels: int, count: int, bias: bool) -> nn.Sequential:
     return nn.Sequential(*(ResidualUnit(channels, channels, channels, bias=bias) for _ in range(count)))
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    return (
-        isinstance(conv, nn.Conv2d)
-        and conv.groups == 1
-        and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and not isinstance(conv.padding, str)
-    )
+_UNITS = {BNReLUConv2d: BNReLUConv2d.forward}
+_GATES = {AttentionGate: AttentionGate.forward}
+_MASKS = {SoftMaskBranch: SoftMaskBranch.forward}
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)  # replaced on the object itself, as some libraries do
-
-
-def _synchronises(bn: nn.SyncBatchNorm) -> bool:
-    return bn.training and dist.is_available() and dist.is_initialized()
-
-
-def _bn_relu(bn: nn.BatchNorm2d | nn.SyncBatchNorm, x: Tensor) -> Tensor:
-    if isinstance(bn, nn.SyncBatchNorm) and _synchronises(bn):
-        return sync_bn_relu(x, bn)
-    return ops.bn_relu(
-        x,
-        bn.weight,
-        bn.bias,
-        bn.running_mean,
-        bn.running_var,
-        training=bn.training,
-        momentum=bn.momentum,
-        eps=bn.eps,
-        num_batches_tracked=bn.num_batches_tracked,
-    )
+def _why_not_1x1(conv: nn.Conv2d) -> str:
+    geometry = conv.kernel_size, conv.stride, conv.padding
+    return "" if geometry == ((1, 1), (1, 1), (0, 0)) else "mask.conv2 is no plain 1x1 convolution"
 
 
 __all__ = [

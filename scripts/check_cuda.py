@@ -162,7 +162,7 @@ def print_table(usages: Sequence[Usage]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--archs", nargs="+", default=ARCHS, metavar="X.Y")
     parser.add_argument("--files", nargs="+", default=[], metavar="STEM", help="only these files of csrc/cuda")
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name} with what was found")

@@ -158,13 +158,14 @@ def _experiments(
     folder = out / "record"
     record = ["-m", "scripts.record", "--out", folder, *common]
     short = [*record, "--target", "0.893", "--seeds", "1" if quick else "5"]
+    plain = [*short, "--contender", "reference"]
     best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
     report = ["-m", "scripts.reproduce_report", "--out", out / "report", "--minutes", "{minutes}", *data]
     robust = ["-m", "scripts.robustness", "--out", out / "robustness", *data]
     return [
         script("record-time", 4, *short, found=folder / "0.893.json", skip=skip),
         script("record-best", 8, *best, found=folder / "best.json", skip=skip),
-        script("record-reference", 6, *short, "--reference", found=folder / "0.893_reference.json", skip=skip),
+        script("record-reference", 6, *plain, found=folder / "0.893_reference.json", skip=skip),
         script("report", 9, *report, "--scale", "smoke" if quick else "full", "--device", options.device, skip=skip),
         script("robustness", 9, *robust, *(["--quick"] if quick else ["--scale", "full"]), skip=skip),
     ]

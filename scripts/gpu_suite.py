@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import targets
+from ran_ext._command import Parser
+from ran_ext._files import write_atomically, write_json
 
 from .gpu_stages import stages
-from .stages import Runner, Stage, limit, write_json
+from .stages import Runner, Stage, limit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,14 +62,14 @@ def summarize(runner: Runner) -> tuple[str, list[dict[str, Any]]]:
         reason = outcome["reason"].replace("|", "\\|")[:200]
         lines.append(f"| {outcome['stage']} | {outcome['status']} | {outcome['seconds']:.0f} | {reason} |")
     text = "\n".join([*lines, "", targets.table(checked), ""])
-    (runner.out / "summary.md").write_text(text)
+    write_atomically(runner.out / "summary.md", text.encode())
     write_json(runner.out / "summary.json", {"stages": outcomes, "targets": checked})
     return text, outcomes
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the results; give the same again to go on")
     add("--minutes", type=float, default=None, help="for all stages (default 90; with --quick 10)")

@@ -9,7 +9,6 @@ and one more for the first COUNT % 10 classes. Atlases are lossless; their pixel
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ran_ext._command import Parser
 from ran_ext.data import CIFAR10, CLASSES
 from ran_ext.data.cifar10 import SAMPLE, SAMPLE_FOLDER
 
@@ -34,7 +34,7 @@ def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
 
 def main() -> None:
     """Write the atlases and label files, print sizes and checksums."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, help="folder that holds CIFAR-10")
     parser.add_argument("--out", type=Path, default=SAMPLE_FOLDER)
     args = parser.parse_args()

@@ -1,9 +1,13 @@
 #!/usr/bin/env python
 """Test accuracy on CIFAR-10 against the clock, by the rules of the public speed records.
 
-python -m scripts.record --target 0.893 --data data --seeds 5 --reference
+python -m scripts.record --target 0.893 --data data --seeds 5
+python -m scripts.record --target 0.893 --data data --seeds 1 --contender ran_ext eager compile reference --curve
 python -m scripts.record --target best --data data --seeds 3
 python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal, whose figures mean nothing
+
+Contenders: ran_ext; eager and compile, which are plain PyTorch, channels_last, with the same recipe, seeds, batches and
+dtype; and the reference, in the report's own way: eager, float32, NCHW, its own recipe.
 
 Claims. Not measured yet: the first two commands, on a GPU, print what belongs here, and write it to --out.
     0.893   ran_compact, 10 epochs: not measured yet. Predicted: 0.90, as 6 epochs gave 0.873 on a CPU (n = 1).
@@ -16,31 +20,36 @@ Rules, after https://github.com/KellerJordan/cifar10-airbench: the schedule is f
 epoch's, never the best one's. The clock starts when the images are on the device and stops with the last prediction:
 setting up the weights, capturing the step, writing checkpoints and testing are inside. A warm-up on random labels, in
 which kernels are chosen and compiled, is outside. The logits of each test image and of its mirror image are averaged,
-inside the clock. Finished seeds are not repeated; one cut short goes on from its checkpoint, and its row says so.
+inside the clock. Finished seeds are not repeated; one cut short goes on from its checkpoint, and its row says so. With
+--curve the test images are also predicted after each epoch, inside the clock, and accuracy over time is drawn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import ran_ext
 from benchmarks.command import run_command
 from benchmarks.ledger import Ledger
 from benchmarks.reference import training as reference_training
 from benchmarks.timing import environment
+from ran_ext._command import Parser
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint
+from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
+from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST
@@ -64,8 +73,11 @@ RECIPES = {
 REHEARSAL = "REHEARSAL: a narrow network, 2 epochs of 512 embedded images; the figures mean nothing"
 REHEARSAL_IMAGES = 512
 WARM_UP_STEPS = 8
-#: Epochs between two checkpoints; a short run writes the last one alone.
-CHECKPOINT_EVERY = 10
+CONTENDERS = ("ran_ext", "eager", "compile", "reference")
+#: What the report says of its network.
+REPORT = {"accuracy": 0.893, "seconds": 3600.0}
+#: Epochs between two checkpoints; a short run on a GPU writes the last one alone.
+CHECKPOINT_EVERY = {"cuda": 10, "cpu": 1}
 
 
 def rehearsal(config: Config) -> Config:
@@ -73,18 +85,31 @@ def rehearsal(config: Config) -> Config:
     return dataclasses.replace(config, model_options={**config.model_options, "width": 0.125}, epochs=2)
 
 
-def warm_up(config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device) -> None:
+@contextlib.contextmanager
+def running_as(contender: str) -> Iterator[str]:
+    """The backend of a contender, and the kind of training step that it takes."""
+    with ran_ext.set_backend("auto" if contender == "ran_ext" else "reference"):
+        yield {"ran_ext": "auto", "eager": "eager", "compile": "compile"}[contender]
+
+
+def warm_up(config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device, step: str = "auto") -> None:
     """A few steps and a test on random labels: what is chosen, compiled and cached for the run's shapes is so then."""
     few = train_set.subset(torch.arange(min(len(train_set), WARM_UP_STEPS * config.batch_size), device=device))
     few.labels = torch.randint(len(few.classes), (len(few),), device=device)
     config = dataclasses.replace(config, epochs=1)
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks(0, 1, device)
-        fit(config.create_model(), few, None, config, folder, test_set=test_set, ranks=ranks, quiet=True)
+        fit(config.create_model(), few, None, config, folder, test_set=test_set, ranks=ranks, quiet=True, step=step)
 
 
 def measure(
-    config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device, folder: Path
+    config: Config,
+    train_set: CIFAR10,
+    test_set: CIFAR10,
+    device: torch.device,
+    folder: Path,
+    step: str = "auto",
+    curve: bool = False,
 ) -> dict[str, Any]:
     """Train and test one seed against the clock.
 
@@ -92,12 +117,14 @@ def measure(
         config: its seed is that of the run.
         train_set, test_set: on ``device``.
         folder: of the checkpoints; where there is one already, the run goes on from it, and so does the clock.
+        step: the kind of training step.
+        curve: whether the test images are predicted after each epoch too.
 
     Raises:
         KeyboardInterrupt: the run was asked to stop; its checkpoint is in ``folder``.
     """
     resumed = (folder / LAST).exists()
-    earlier = load_checkpoint(folder / LAST)["seconds"] if resumed else 0.0
+    earlier = read_entries(folder / LAST, ("seconds",))["seconds"] if resumed else 0.0
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()
@@ -105,13 +132,14 @@ def measure(
     result = fit(
         config.create_model(),
         train_set,
-        None,
+        test_set if curve else None,
         config,
         folder,
         test_set=test_set,
         ranks=Ranks(0, 1, device),
         resume=True,
-        checkpoint_every=CHECKPOINT_EVERY,
+        step=step,
+        checkpoint_every=CHECKPOINT_EVERY[device.type],
     )
     if result.test is None:
         raise KeyboardInterrupt
@@ -170,27 +198,51 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def table(rows: Sequence[dict[str, Any]], reference: dict[str, Any] | None) -> str:
-    """A line a seed, mean and standard deviation, and how many times as long the reference takes."""
-    lines = ["| seed | test accuracy | seconds | seconds an epoch |", "| --- | ---: | ---: | ---: |"]
-    for row in rows:
-        note = " (resumed)" if row["resumed"] else ""
-        lines.append(
-            f"| {row['seed']} | {row['accuracy']:.4f} | {row['seconds']:.2f}{note} | {row['epoch_seconds']:.3f} |"
-        )
-    columns = [
-        spread([row[name] for row in rows], digits)
-        for name, digits in (("accuracy", 4), ("seconds", 2), ("epoch_seconds", 3))
-    ]
-    lines.append(f"| mean ± std, n = {len(rows)} | {' | '.join(columns)} |")
-    if reference:
-        lines.append(
-            f"| reference, n = 1 | {reference['accuracy']:.4f} | {reference['seconds']:.2f} "
-            f"| {reference['epoch_seconds']:.3f} |"
-        )
-        ratio = reference["seconds"] / statistics.mean(row["seconds"] for row in rows)
-        lines.append(f"\nThe reference, at as many epochs, takes {ratio:.1f} times as long.")
+def table(rows: Mapping[str, Sequence[dict[str, Any]]]) -> str:
+    """A line a seed, a contender's mean and standard deviation, and how many times as long as ran_ext each takes."""
+    lines = ["| contender | seed | test accuracy | seconds | seconds an epoch |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, seeds in rows.items():
+        for row in seeds:
+            seconds = f"{row['seconds']:.2f}{' (resumed)' if row.get('resumed') else ''}"
+            lines.append(f"| {name} | {row['seed']} | {row['accuracy']:.4f} | {seconds} | {row['epoch_seconds']:.3f} |")
+        if len(seeds) > 1:
+            columns = [
+                spread([row[column] for row in seeds], digits)
+                for column, digits in (("accuracy", 4), ("seconds", 2), ("epoch_seconds", 3))
+            ]
+            lines.append(f"| {name} | mean ± std, n = {len(seeds)} | {' | '.join(columns)} |")
+    ours = rows.get("ran_ext")
+    for name, seeds in rows.items():
+        if ours and name != "ran_ext" and seeds:
+            ratio = _mean(seeds, "epoch_seconds") / _mean(ours, "epoch_seconds")
+            lines.append(f"\nAn epoch of {name} takes {ratio:.2f} times as long as one of ran_ext.")
     return "\n".join(lines)
+
+
+def _mean(rows: Sequence[dict[str, Any]], column: str) -> float:
+    return statistics.mean(row[column] for row in rows)
+
+
+def draw(path: Path, title: str, rows: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Test accuracy after each epoch over minutes, a line a contender (its first seed); the report's result marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # fails where matplotlib is missing, so not at import
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, seeds in rows.items():
+        epochs = [e for e in seeds[0]["epochs"] if e["val_accuracy"] is not None] if seeds else []
+        if epochs:
+            minutes = [e["seconds"] / 60 for e in epochs]
+            axes.plot(minutes, [e["val_accuracy"] for e in epochs], marker="o", markersize=3, label=name)
+    axes.axhline(REPORT["accuracy"], color="grey", linewidth=0.8, linestyle="--")
+    axes.plot(REPORT["seconds"] / 60, REPORT["accuracy"], "k*", label="the report: 0.893 in about an hour, on a GPU")
+    axes.set(xlabel="minutes", ylabel="test accuracy", title=title)
+    axes.legend(loc="lower right")
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -201,6 +253,7 @@ def run(options: argparse.Namespace) -> None:
         print(REHEARSAL)
     if options.epochs:
         config = dataclasses.replace(config, epochs=options.epochs)
+    config = resolve_dtype(config, Ranks(0, 1, device))
     torch.backends.cudnn.benchmark = True
     train_set, _, test_set = load_data(SAMPLE if options.quick else str(options.data), config)
     if options.quick:
@@ -212,48 +265,58 @@ def run(options: argparse.Namespace) -> None:
         "recipe": config.to_dict(),
         "parameters": sum(p.numel() for p in config.create_model().parameters()),
         "images": [len(train_set), len(test_set)],
+        "curve": options.curve,
         "device": facts["device"],
         "torch": facts["torch"],
     }
-    ledger = Ledger(options.out / f"{options.target}.json", settings, facts)
-    missing = [seed for seed in range(options.seeds) if not ledger.find(seed=seed)]
-    if missing:
-        warm_up(config, train_set, test_set, device)
-    for seed in missing:
-        print(f"part {seed + 1} of {options.seeds}: seed {seed}", flush=True)
-        folder = options.out / options.target / f"seed{seed}"
-        seeded = dataclasses.replace(config, seed=seed)
-        ledger.add(measure(seeded, train_set, test_set, device, folder))
-        (folder / LAST).unlink()  # model.pt stays
-    reference = None
-    if options.reference:
-        baseline = Ledger(options.out / f"{options.target}_reference.json", settings, facts)
-        if not baseline.rows:
-            baseline.add(measure_reference(config, train_set, test_set, device))
-        reference = baseline.rows[0]
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for contender in options.contender:
+        name = options.target if contender == "ran_ext" else f"{options.target}_{contender}"
+        ledger = Ledger(options.out / f"{name}.json", settings, facts)
+        seeds = options.seeds if contender != "reference" else 1
+        missing = [seed for seed in range(seeds) if not ledger.find(seed=seed)]
+        if contender == "reference":
+            if missing:
+                ledger.add(measure_reference(config, train_set, test_set, device))
+        else:
+            with running_as(contender) as step:
+                if missing:
+                    warm_up(config, train_set, test_set, device, step)
+                for seed in missing:
+                    print(f"{contender}, part {seed + 1} of {seeds}: seed {seed}", flush=True)
+                    folder = options.out / name / f"seed{seed}"
+                    seeded = dataclasses.replace(config, seed=seed)
+                    ledger.add(measure(seeded, train_set, test_set, device, folder, step, options.curve))
+                    (folder / LAST).unlink()  # model.pt stays
+        rows[contender] = [row for row in ledger.rows if row["seed"] < seeds]
     schedule, parameters = f"{config.epochs} epochs of batches of {config.batch_size}", settings["parameters"]
-    print(f"{config.model}, {parameters:,} parameters, {schedule}, {facts['device']}, torch {facts['torch']}")
-    print(table([row for row in ledger.rows if row["seed"] < options.seeds], reference))
-    print(REHEARSAL if options.quick else ledger.path)
+    title = f"{config.model}, {parameters:,} parameters, {schedule}, {config.dtype}"
+    print(f"{title}, {facts['device']}, torch {facts['torch']}")
+    print(table(rows))
+    if options.curve:
+        draw(options.out / f"{options.target}.png", title, rows)
+        print(options.out / f"{options.target}.png")
+    print(REHEARSAL if options.quick else options.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--target", choices=RECIPES, required=True, help="the report's accuracy in the least time, or the highest")
     add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; --quick needs none)")
-    add("--seeds", type=int, default=5, help="how many, from 0 (default: 5)")
+    add("--seeds", type=int, default=5, help="how many, from 0 (default: 5); the reference has one")
     add("--epochs", type=int, help="another length of the schedule than the recipe's")
-    add("--reference", action="store_true", help="also time plain PyTorch, in the report's way, for as many epochs")
+    add("--contender", nargs="+", choices=CONTENDERS, default=["ran_ext"], help="who trains (default: ran_ext)")
+    add("--curve", action="store_true", help="also test after each epoch, inside the clock, and draw that")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--out", type=Path, default=Path("runs/record"), help="folder of the figures and checkpoints")
     add("--quick", action="store_true", help="rehearse: a narrow network, 2 epochs of the embedded images")
     options = parser.parse_args(argv)
     if options.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {options.seeds}")
-    if options.reference and options.target == "best":
-        parser.error("--reference goes with --target 0.893: the other target's network has no plain counterpart")
+    if "reference" in options.contender and options.target == "best":
+        parser.error("--contender reference goes with --target 0.893: the other network has no plain counterpart")
     return run_command("record", lambda: run(options))
 
 

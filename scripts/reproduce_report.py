@@ -12,6 +12,7 @@ was stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,12 +27,14 @@ from benchmarks.experiments.runs import Deadline, Runner, Stopped, load_images
 from benchmarks.experiments.sections import build
 from benchmarks.experiments.tables import write_tables
 from benchmarks.timing import environment
+from ran_ext._command import Parser
+from ran_ext.train import Config, Ranks, resolve_dtype
 from ran_ext.train.distributed import choose_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, also when --minutes are over, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the runs and of the page")
     add("--scale", choices=SCALES, default="subset", help="how large the runs are (default: subset)")
@@ -46,7 +49,9 @@ def reproduce(options: argparse.Namespace) -> int:
     """Train what is missing, then write the page; the exit status."""
     device, deadline = choose_device(options.device), Deadline(options.minutes)
     torch.backends.cudnn.benchmark = True
-    study = Study(options.scale, SCALES[options.scale], options.out, environment(device)["device"])
+    dtype = resolve_dtype(Config(), Ranks(0, 1, device)).dtype
+    scale = dataclasses.replace(SCALES[options.scale], dtype=dtype)
+    study = Study(options.scale, scale, options.out, environment(device)["device"])
     images = load_images(study.scale, options.data)
     try:
         Runner(study, images, device, deadline).run_all()

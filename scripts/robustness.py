@@ -27,6 +27,8 @@ from benchmarks.command import run_command
 from benchmarks.corrupted import ATTENTION, TRUNK, Seed, draw, table
 from benchmarks.ledger import Ledger
 from benchmarks.timing import environment
+from ran_ext._command import Parser
+from ran_ext._files import write_atomically
 from ran_ext.data import CIFAR10, CORRUPTIONS, corrupt
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train import (
@@ -35,12 +37,12 @@ from ran_ext.train import (
     Ranks,
     evaluate,
     fit,
-    load_checkpoint,
+    load_config,
     load_model,
     load_normalize,
+    resolve_dtype,
 )
 from ran_ext.train.arguments import SAMPLE
-from ran_ext.train.checkpoint import write_atomically
 from ran_ext.train.cli import load_data
 from ran_ext.train.distributed import choose_device
 from ran_ext.train.run import LAST, SELECTED
@@ -79,7 +81,7 @@ def network_of(checkpoint: Path) -> tuple[str, int]:
     Raises:
         ValueError: it holds neither.
     """
-    config = Config.from_dict(load_checkpoint(checkpoint)["config"])
+    config = load_config(checkpoint)
     if config.model != "ran_compact":
         raise ValueError(f"--checkpoint takes ran_compact, with masks or without; {checkpoint} is {config.model}")
     return (ATTENTION if config.model_options.get("attention", True) else TRUNK), config.seed
@@ -100,7 +102,7 @@ def train(config: Config, train_set: CIFAR10, folder: Path, device: torch.device
 
 def accuracies(checkpoint: Path, test_set: CIFAR10, device: torch.device) -> dict[str, Any]:
     """Accuracy on ``test_set`` as it is, and by corruption at each strength; every network sees the same images."""
-    config = Config.from_dict(load_checkpoint(checkpoint)["config"])
+    config = load_config(checkpoint)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model = load_model(checkpoint, device).to(memory_format=layout)  # type: ignore[call-overload]
     normalize = load_normalize(checkpoint, layout)
@@ -152,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
     """Train and test what is missing, then write table and figure."""
     device, scale = choose_device(options.device), SCALES[options.scale]
     torch.backends.cudnn.benchmark = True
-    config = config_of(scale, ATTENTION, 0)
+    config = resolve_dtype(config_of(scale, ATTENTION, 0), Ranks(0, 1, device))
     train_set, _, test_set = load_data(SAMPLE if options.scale == "quick" else str(options.data), config)
     train_set = train_set.subset(torch.arange(scale.train_images)).to(device)
     test_set = test_set.subset(torch.arange(scale.test_images)).to(device)
@@ -185,7 +187,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder of the runs, the table and the figure")
     add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; --quick needs none)")

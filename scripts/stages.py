@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from ran_ext._files import write_json
+
 #: Seconds between two lines of progress, and those that a process has between being asked to stop and being killed.
 SAY_EVERY, GRACE = 15.0, 10.0
 #: The share of its own limit below which a stage is not begun: it would be cut short with nothing to show.
@@ -192,10 +194,3 @@ def last_line(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - 2000))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
     return next((line.strip()[:100] for line in reversed(lines) if line.strip()), "")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write to the side and rename."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from ran_ext import _backend
+from ran_ext import _backend, _files
 
 # Threads that wait for one another on cores taken by other workers are many times slower than one thread.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -15,6 +15,22 @@ torch.set_num_threads(1 if WORKERS > 1 else min(2, torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """``full_disk(True)``: from now on every write of a checkpoint or a result fails as on a full disk."""
+    full = False
+
+    def switch(on: bool) -> None:
+        nonlocal full
+        full = on
+
+    def open_file(path, mode):
+        return open("/dev/full", "wb") if full else open(path, mode)
+
+    monkeypatch.setattr(_files, "open", open_file, raising=False)
+    return switch
 
 
 @pytest.fixture

@@ -4,9 +4,13 @@ As strict as a graph: the recording changes nothing, Python numbers and branches
 the recording's, and reading a value back to Python is found out.
 """
 
+from unittest import mock
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ran_ext import _tracing
 
 
 class CpuGraph:
@@ -38,6 +42,16 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.ops, self.waits = [], []
         self.made, self.before = set(), {}
+        # As a graph does, it holds the kernels that run without it; modules show a mode PyTorch's own ops instead.
+        self.unnoticed = mock.patch.object(_tracing, "_len_torch_dispatch_stack", return_value=0)
+
+    def __enter__(self):
+        self.unnoticed.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.unnoticed.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, assert_accurate, strided_views
+from accuracy import DTYPES, LAYOUTS, MEANS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,10 +12,10 @@ from ran_ext import _backend, ops, set_backend
 pytestmark = pytest.mark.usefixtures("native")
 
 
-def make(shape: tuple[int, ...], scale: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+def make(shape: tuple[int, ...], scale: int, spread: float = 3.0, mean: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     n, c, h, w = shape
     mask = torch.randn(n, c, -(-h // scale), -(-w // scale), dtype=torch.float64) * spread
-    return torch.randn(shape, dtype=torch.float64), mask, torch.randn(shape, dtype=torch.float64)
+    return torch.randn(shape, dtype=torch.float64) + mean, mask, torch.randn(shape, dtype=torch.float64)
 
 
 def run(fn, trunk: Tensor, mask: Tensor, dout: Tensor, scale: int) -> list[Tensor]:
@@ -25,8 +25,10 @@ def run(fn, trunk: Tensor, mask: Tensor, dout: Tensor, scale: int) -> list[Tenso
     return [out.detach(), trunk.grad, mask.grad]
 
 
-def check(shape: tuple[int, ...], scale: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    exact_in = [t.to(dtype).double() for t in make(shape, scale)]
+def check(
+    shape: tuple[int, ...], scale: int, dtype: torch.dtype, layout: torch.memory_format, mean: float = 0.0
+) -> None:
+    exact_in = [t.to(dtype).double() for t in make(shape, scale, mean=mean)]
     cast = [t.to(dtype).contiguous(memory_format=layout) for t in exact_in]
     exact = run(ops.attention_gate_ref, *exact_in, scale)
     eager = run(ops.attention_gate_ref, *cast, scale)
@@ -50,9 +52,10 @@ def test_values_and_gradients(shape, scale, dtype, layout):
     scale=st.integers(1, 4),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS.values())),
+    mean=st.sampled_from(MEANS),
 )
-def test_any_shape(shape, scale, dtype, layout):
-    check(shape, scale, dtype, layout)
+def test_any_shape(shape, scale, dtype, layout, mean):
+    check(shape, scale, dtype, layout, mean)
 
 
 def test_sliced_expanded_and_transposed_inputs():
@@ -150,7 +153,7 @@ def test_keeps_trunk_and_mask_only():
     [
         (torch.zeros(2, 3), torch.zeros(1, 3), 1, ValueError, r"same shape, got trunk \[2, 3\] and mask \[1, 3\]"),
         (torch.zeros(2), torch.zeros(2).half(), 1, TypeError, "same floating-point dtype, got trunk torch.float32"),
-        (torch.zeros(2).int(), torch.zeros(2).int(), 1, TypeError, "floating-point"),
+        (torch.zeros(2).int(), torch.zeros(2).int(), 1, TypeError, "trunk must be floating point, got torch.int32"),
         (torch.zeros(2, 3), torch.zeros(2, 3), 2, ValueError, r"must be \(N, C, H, W\)"),
         (torch.zeros(1, 2, 5, 5), torch.zeros(1, 2, 2, 2), 2, ValueError, r"mask must be \[1, 2, 3, 3\]"),
         (torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 4, 4), 0, ValueError, "whole number >= 1, got 0"),

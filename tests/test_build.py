@@ -78,6 +78,10 @@ def call(folder: Path, *words: str, **environment: str) -> subprocess.CompletedP
     return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=clean)
 
 
+#: Files of the package that the small project has, too.
+COPIED = ("_backend.py", "_choice.py", "_hardware.py", "_tracing.py", "_info.py", "info.py", "_C.pyi", "py.typed")
+
+
 def make_project(folder: Path) -> Path:
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -85,7 +89,7 @@ def make_project(folder: Path) -> Path:
     shutil.copytree(ROOT / "_build", folder / "_build", ignore=shutil.ignore_patterns("__pycache__"))
     package = folder / "ran_ext"
     package.mkdir()
-    for name in ("_backend.py", "_info.py", "info.py", "_C.pyi", "py.typed"):
+    for name in COPIED:
         shutil.copy(ROOT / "ran_ext" / name, package)
     (package / "__init__.py").write_text("from . import _backend\n__version__ = '0.1.0'\n")
     (folder / "csrc/cpu").mkdir(parents=True)
@@ -169,7 +173,7 @@ def test_pure_wheel_holds_no_leftovers(project):
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next((project / "dist").glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if name.startswith("ran_ext/")}
-        names = ("__init__.py", "_C.pyi", "_backend.py", "_built_for.py", "_info.py", "info.py", "py.typed")
+        names = ("__init__.py", "_built_for.py", *COPIED)
         assert held == {f"ran_ext/{name}" for name in names}
         notes = wheel.read("ran_ext/_built_for.py").decode()
         assert "WHY_NO_NATIVE = 'RAN_EXT_NO_NATIVE=1 was set at installation'" in notes

@@ -60,6 +60,7 @@ class Training:
 
     def __init__(self, images, device, captured, **config):
         torch.manual_seed(3)
+        config = {"dtype": "float32"} | config
         self.config = Config(model_options={"width": 0.125}, dropout=0.3, channels_last=True, **config)
         model = self.config.create_model().to(device, memory_format=torch.channels_last).train()
         self.optimizer = build_optimizer(model, self.config, device)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from ran_ext.data import CIFAR10, CLASSES, DatasetError, cifar10, sample, split_validation, to_float
+from ran_ext.data import CIFAR10, DatasetError, cifar10, sample, split_validation, to_float
 
 WHOLE = Path(__file__).parent.parent / "data"
 
@@ -97,7 +97,7 @@ def test_validation_split(test_set, count, seed):
 def test_validation_split_depends_on_the_seed_and_refuses_too_many(test_set):
     first, second = (split_validation(test_set, 50, seed)[1].images for seed in (0, 1))
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match=rf"takes 52 of class {CLASSES[2]}, which has 51"):
+    with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got 520"):
         split_validation(test_set, 520)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got -1"):
         split_validation(test_set, -1)

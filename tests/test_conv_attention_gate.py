@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy import DTYPES, LAYOUTS, assert_accurate, strided_views
+from accuracy import DTYPES, LAYOUTS, MEANS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,10 +32,10 @@ def run(fn, inputs: list[Tensor | None], dout: Tensor, scale: int) -> list[Tenso
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def check(shape, c_in, scale, dtype, layout, bias: bool = True, times: float = 2) -> None:
+def check(shape, c_in, scale, dtype, layout, bias: bool = True, times: float = 2, mean: float = 0.0) -> None:
     (trunk, x, *rest), dout = make(shape, c_in, scale, bias)
     # Positive, so that the sums over pixels do not cancel, which would leave rounding alone to be compared.
-    inputs, dout = [trunk.abs(), x.abs(), *rest], dout.abs()
+    inputs, dout = [trunk.abs() + abs(mean), x.abs(), *rest], dout.abs()
     cast = [t if t is None else t.to(dtype) for t in inputs]
     exact_in, dout = [t if t is None else t.double() for t in cast], dout.to(dtype)
     cast = [t if t is None or t.dim() != 4 else t.contiguous(memory_format=layout) for t in cast]
@@ -63,9 +63,10 @@ def test_values_and_gradients(shape, scale, dtype, layout):
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS.values())),
     bias=st.booleans(),
+    mean=st.sampled_from(MEANS),
 )
-def test_any_shape(shape, c_in, scale, dtype, layout, bias):
-    check(shape, c_in, scale, dtype, layout, bias, times=4)
+def test_any_shape(shape, c_in, scale, dtype, layout, bias, mean):
+    check(shape, c_in, scale, dtype, layout, bias, times=4, mean=mean)
 
 
 def test_sliced_expanded_and_transposed_inputs():
@@ -190,6 +191,6 @@ def test_compiled_op_checks_for_itself():
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight[1:], None, 1)
     with pytest.raises(TypeError, match="same dtype"):
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight.half(), None, 1)
-    with pytest.raises(ValueError, match=r"bias must be \(8\)"):
+    with pytest.raises(ValueError, match=r"bias must be \[8\]"):
         torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, torch.zeros(4), 1)
     assert _backend._C is not None

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ran_ext._lock import FolderLock
 from ran_ext.data import CIFAR10, get_cifar10
 from ran_ext.data.download import Archive
 from ran_ext.data.formats import SPLITS, Batch
@@ -263,3 +264,28 @@ def test_auto_with_no_source_left_says_how_to_carry_the_data_over(tmp_path, monk
     assert "refused" in error
     assert "copy its cifar-10-batches-bin folder here, and run: python -m ran_ext.data.get_cifar10 --source" in error
     assert not (Path(tmp_path) / "out" / "cifar-10-batches-bin").exists()
+
+
+# --- two at once, and what is no archive ------------------------------------------------------------------------------
+
+
+def test_the_second_of_two_is_refused_in_a_sentence(tmp_path, records, capsys):
+    source, out = tmp_path / "good.tar.gz", tmp_path / "out"
+    source.write_bytes(tar_of(binaries(records)))
+    out.mkdir()
+    with FolderLock(out):
+        assert main(["--source", str(source), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"get_cifar10: {out} is in use by another process (process ")
+    assert said.count("\n") == 1
+    assert list(out.iterdir()) == []
+    assert main(["--source", str(source), "--out", str(out)]) == 0
+    assert_got(out, records)
+
+
+def test_an_unreadable_archive_is_one_line(tmp_path, capsys):
+    (tmp_path / "bad.tar.gz").write_bytes(b"no archive")
+    assert main(["--source", str(tmp_path / "bad.tar.gz"), "--out", str(tmp_path / "out")]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "files" not in line]
+    assert len(said) == 1
+    assert "bad.tar.gz: not a readable tar archive (file could not be opened successfully" in said[0]

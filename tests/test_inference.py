@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ran_ext import models, set_backend
 from ran_ext.inference import FoldedConv2d, fold_for_inference
-from ran_ext.nn import AttentionModule, BNReLUConv2d
+from ran_ext.nn import AttentionModule
 
 
 def trained(name: str, **options) -> torch.nn.Module:
@@ -75,15 +75,14 @@ def test_parts_fold_too_and_unfused_modules_stay():
     module, x = AttentionModule(16, 2).eval(), torch.randn(2, 16, 9, 9)
     with torch.no_grad():
         torch.testing.assert_close(fold_for_inference(module)(x), module(x), rtol=1e-4, atol=1e-4)
-    assert isinstance(fold_for_inference(BNReLUConv2d(4, 4, 1)), BNReLUConv2d)
     with pytest.raises(TypeError, match="dtype must be a floating-point type"):
         fold_for_inference(module, torch.int8)
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the kernel is for AVX-512")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="the kernel needs AVX2")
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shape", [(2, 32, 9, 7), (1, 64, 2, 1), (3, 32, 16, 16)])
+@pytest.mark.parametrize("shape", [(2, 32, 9, 7), (17, 64, 2, 1), (3, 64, 16, 16)])
 def test_3x3_in_float32_takes_the_kernel(shape, relu):
     conv, x = nn.Conv2d(shape[1], 96, 3, padding=1), torch.randn(shape).to(memory_format=torch.channels_last)
     folded = FoldedConv2d(conv, conv.weight.double(), conv.bias.double(), relu, torch.float32)
@@ -92,13 +91,12 @@ def test_3x3_in_float32_takes_the_kernel(shape, relu):
         eager, exact = (
             F.conv2d(x.to(d), conv.weight.to(d), conv.bias.to(d), padding=1) for d in (x.dtype, torch.double)
         )
-    assert folded._panels is not None
-    assert folded._packed is None
+    [panels] = [kept._made[-1] for kept in folded._panels.values() if kept._made is not None]
+    assert folded._packed._made is None
     assert_accurate("out", out, *((F.relu(t) if relu else t) for t in (eager, exact)))
-    assert copy.deepcopy(folded)._panels is None
     with pytest.raises(ValueError, match="conv3x3: panels must be"):
-        torch.ops.ran_ext.conv3x3_packed(x, folded._panels[1:], folded.bias, relu)
-    with pytest.raises(ValueError, match=r"conv3x3: there is no kernel for x .* 16 output channels"):
-        torch.ops.ran_ext.conv3x3_packed(x, folded._panels, folded.bias[:16], relu)
+        torch.ops.ran_ext.conv3x3_packed(x, panels[1:], folded.bias, relu)
+    with pytest.raises(ValueError, match=r"conv3x3: panels must be .*got .*\[16\]"):
+        torch.ops.ran_ext.conv3x3_packed(x, panels, folded.bias[:16], relu)
     with pytest.raises(ValueError, match="conv3x3: there is no kernel"):
-        torch.ops.ran_ext.conv3x3_pack(conv.weight[..., :2], x)
+        torch.ops.ran_ext.conv3x3_pack(conv.weight[..., :2], x, 2)

@@ -13,9 +13,10 @@ TESTS = Path(__file__).parent
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_values_and_gradients(capability):
-    names = ("attention_gate", "bn_relu", "bn_relu_conv", "max_pool", "upsample_add")
+    names = ("attention_gate", "bn_relu", "bn_relu_conv", "conv2d", "conv3x3", "max_pool", "upsample_add", "statistics")
     files = [str(TESTS / f"test_{name}.py") for name in names]
-    chosen = "values_gradients or values_and_gradients or nan or large_mean"
+    chosen = "values_gradients or values_and_gradients or nan or large_mean or costs_no_digit or whole_numbers"
+    chosen += " or any_channels or without_a_floor"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen, *files],
         cwd=TESTS.parent,

@@ -10,13 +10,14 @@ from accuracy import LAYOUTS, assert_accurate
 from torch import Tensor, nn
 
 from ran_ext import set_backend
-from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit, convert_sync_batchnorm
+from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
+from ran_ext.ops import chained_bn_relu_conv2d
 
 
 def test_state_dict_keys_are_plain_pytorchs():
     plain = nn.ModuleDict({"bn": nn.BatchNorm2d(4), "conv": nn.Conv2d(4, 6, 3)})
     assert list(BNReLUConv2d(4, 6, 3).state_dict()) == list(plain.state_dict())
-    assert list(BNReLU(4).state_dict()) == list(nn.BatchNorm2d(4).state_dict())
+    assert list(BNReLU(4).state_dict()) == list(nn.ModuleDict({"bn": nn.BatchNorm2d(4)}).state_dict())
 
 
 def test_residual_unit_is_the_preactivation_bottleneck():
@@ -44,21 +45,27 @@ def train_once(unit: nn.Module, x: Tensor, backend: str) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_residual_unit_chains_the_statistics(dtype, layout, channels, momentum):
     """conv2's batch normalisation takes what conv1 gave it: the same values, gradients and running statistics."""
-    unit = ResidualUnit(*channels, bias=False)  # before a batch normalisation a bias's gradient is rounding alone
-    for module in unit.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = momentum
-    x = (torch.randn(3, channels[0], 9, 7).to(dtype) + 1).to(memory_format=LAYOUTS[layout])
-    for module in unit.modules():
-        if isinstance(module, nn.Conv2d):
-            module.to(dtype, memory_format=LAYOUTS[layout])
-    exact = train_once(copy.deepcopy(unit).double(), x.double(), "reference")
-    if dtype == torch.float64:
-        unit = unit.double()
-    results = zip(*(train_once(unit, x, backend) for backend in ("native", "reference")), exact, strict=True)
-    for i, (ours, eager, wanted) in enumerate(results):
+    rows = []
+    for _ in range(8 if dtype == torch.bfloat16 else 1):
+        unit = ResidualUnit(*channels, bias=False)  # before a batch normalisation a bias's gradient is rounding alone
+        for module in unit.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = momentum
+        x = (torch.randn(3, channels[0], 9, 7).to(dtype) + 1).to(memory_format=LAYOUTS[layout])
+        for module in unit.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(dtype, memory_format=LAYOUTS[layout])
+        exact = train_once(copy.deepcopy(unit).double(), x.double(), "reference")
+        if dtype == torch.float64:
+            unit = unit.double()
+        results = (train_once(unit, x, backend) for backend in ("native", "reference"))
+        rows.append(list(zip(*results, exact, strict=True)))
+    # A rounding that changes the sign of one value before a ReLU changes a gradient by more than all others do: of 16
+    # bits several units are taken together.
+    for i, each in enumerate(zip(*rows, strict=True)):
+        ours, eager, wanted = (torch.stack(of) for of in zip(*each, strict=True))
         if ours.is_floating_point():
-            assert_accurate(f"tensor {i}", ours, eager, wanted, times=4)
+            assert_accurate(f"tensor {i}", ours, eager, wanted, times=4 if len(rows) == 1 else 2)
         else:
             assert torch.equal(ours, wanted)
 
@@ -70,7 +77,7 @@ def test_chained_statistics_are_those_of_the_stored_result():
         x = torch.randn(5, 64, 6, 7).to(dtype, memory_format=torch.channels_last)
         unit = copy.deepcopy(first)
         unit.conv.to(dtype)
-        out, statistics, _ = unit(x, following=second)
+        out, statistics, _ = chained_bn_relu_conv2d(x, unit.bn, unit.conv, next_bn=second.bn)
         var, mean = torch.var_mean(out.double(), (0, 2, 3), correction=0)
         torch.testing.assert_close(statistics.mean.double(), mean, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(statistics.var.double(), var, rtol=1e-5, atol=1e-6)
@@ -84,12 +91,12 @@ def test_identity_adds_its_gradient_in_the_convolutions_backward(case):
     """``x`` used elsewhere too, through ``identity``: gradients as autograd would add them; the two alone and twice."""
     c_in, c_out, kernel, padding = case
     unit = BNReLUConv2d(c_in, c_out, kernel, padding=padding).double()
-    following = BNReLUConv2d(c_out, 4, 1).double()
+    following = nn.BatchNorm2d(c_out).double()
     x = torch.randn(3, c_in, 5, 4, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(3, c_in, 5, 4, dtype=torch.float64)
 
     def loss(use_out: bool, use_identity: bool) -> Tensor:
-        out, _, identity = unit(x, following=following)
+        out, _, identity = chained_bn_relu_conv2d(x, unit.bn, unit.conv, next_bn=following)
         assert torch.equal(identity, x)
         return (out.square().sum() if use_out else 0) + ((weights * identity.square()).sum() if use_identity else 0)
 
@@ -98,19 +105,28 @@ def test_identity_adds_its_gradient_in_the_convolutions_backward(case):
     )
     torch.testing.assert_close(identity_alone, 2 * weights * x)
     torch.testing.assert_close(both, out_alone + identity_alone, rtol=1e-12, atol=1e-12)
-    torch.autograd.gradgradcheck(lambda x: unit(x, following=following)[::2], (x,))
+    torch.autograd.gradgradcheck(lambda x: chained_bn_relu_conv2d(x, unit.bn, unit.conv, next_bn=following)[::2], (x,))
 
 
 @pytest.mark.usefixtures("native")
 def test_chain_is_broken_where_it_would_not_hold():
     unit, x = ResidualUnit(32, 32, 32), torch.randn(2, 32, 5, 5)
-    assert unit.eval().conv1(x, following=unit.conv2).statistics is None
-    unit.train().conv2.conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
-    assert unit.conv1(x, following=unit.conv2).statistics is None
-    unit(x)
+    with pytest.warns(DeprecationWarning, match="use ran_ext.ops.chained_bn_relu_conv2d"):
+        out, statistics, identity = unit.conv1(x, following=unit.conv2)
+    assert identity.data_ptr() == x.data_ptr()
     assert unit.conv2.bn.num_batches_tracked == 1
-    with set_backend("reference"):
-        assert ResidualUnit(32, 32, 32).conv1(x, following=ResidualUnit(32, 32, 32).conv2).statistics is None
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        torch.testing.assert_close(unit.conv2(out, statistics=statistics), unit.conv2(out))
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        assert unit.eval().conv1(x, following=unit.conv2).statistics is None
+    unit.train().conv2.conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
+    with pytest.warns(DeprecationWarning, match="deprecated"):
+        assert unit.conv1(x, following=unit.conv2).statistics is None
+    unit(x)
+    assert unit.conv2.bn.num_batches_tracked == 3
+    unit = ResidualUnit(32, 32, 32)
+    with set_backend("reference"), pytest.warns(DeprecationWarning, match="deprecated"):
+        assert unit.conv1(x, following=unit.conv2).statistics is None
 
 
 def test_attention_module_equals_masks_at_full_resolution():
@@ -138,8 +154,9 @@ def test_a_hook_between_mask_and_gate_is_called_and_changes_no_bit(training):
         assert torch.equal(copy.deepcopy(module)(x), copy.deepcopy(alone)(x))
         handle.remove()
     assert len(seen) == 3
-    with torch.nn.modules.module.register_module_forward_hook(lambda *args: None):
-        assert module.gate_conv is None
+    with torch.nn.modules.module.register_module_forward_hook(lambda part, *args: seen.append(part)):
+        assert torch.equal(copy.deepcopy(module)(x), copy.deepcopy(alone)(x))
+    assert {AttentionGate, SoftMaskBranch} < {type(part) for part in seen[3:]}
     module.gate.forward = lambda trunk, mask: trunk  # as libraries that wrap modules do
     assert module.gate_conv is None
 
@@ -152,7 +169,7 @@ def test_a_hook_between_mask_and_gate_is_called_and_changes_no_bit(training):
         lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 1, groups=2)),
         lambda module: setattr(module.mask, "conv2", nn.Conv2d(8, 8, 3, 1, "same")),
         lambda module: setattr(module, "mask", nn.AvgPool2d(2, ceil_mode=True)),
-        lambda module: nn.utils.parametrizations.weight_norm(module.mask.conv2),
+        lambda module: nn.utils.weight_norm(module.mask.conv2),
     ],
 )
 def test_other_kinds_of_mask_run_as_written(change):
@@ -180,7 +197,7 @@ def inputs(sizes: tuple[int, ...]) -> list[Tensor]:
 def sync_worker(rank: int, port: int, sizes: tuple[int, ...], backend: str, results) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=len(sizes))
-    model = convert_sync_batchnorm(network())
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
     x = inputs(sizes)[rank].requires_grad_()
     with set_backend(backend):
         out = model(x)
@@ -213,7 +230,7 @@ def test_processes_together_equal_one(sizes, backend):
 
 
 def test_without_processes_a_synchronised_module_is_an_ordinary_one():
-    plain, synchronised = network(), convert_sync_batchnorm(network())
+    plain, synchronised = network(), nn.SyncBatchNorm.convert_sync_batchnorm(network())
     x = inputs((4,))[0]
     torch.testing.assert_close(synchronised(x), plain(x))
     assert list(synchronised.state_dict()) == list(plain.state_dict())

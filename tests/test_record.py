@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import ran_ext
 from ran_ext.data import sample
 from ran_ext.train import Callback, load_checkpoint, load_model
 from scripts import record
@@ -52,7 +53,7 @@ def test_the_rehearsal_runs_whole_and_says_so(few_images, tmp_path, capsys, targ
 def test_finished_seeds_are_not_repeated_and_other_recipes_not_mixed(tmp_path, capsys, monkeypatch):
     seeds = []
 
-    def measure(config, train_set, test_set, device, folder):
+    def measure(config, train_set, test_set, device, folder, step, curve):
         seeds.append(config.seed)
         folder.mkdir(parents=True)
         (folder / "last.pt").touch()
@@ -71,7 +72,7 @@ def test_finished_seeds_are_not_repeated_and_other_recipes_not_mixed(tmp_path, c
 def test_the_figure_is_the_final_epochs_with_the_mirror(tmp_path):
     train_set, test_set = sample("train").subset(torch.arange(96)), sample("test").subset(torch.arange(50))
     row = record.measure(CONFIG, train_set, test_set, CPU, tmp_path)
-    model, normalize = load_model(tmp_path / "model.pt"), record.load_checkpoint(tmp_path / "model.pt")["normalize"]
+    model, normalize = load_model(tmp_path / "model.pt"), load_checkpoint(tmp_path / "model.pt")["normalize"]
     x = test_set.images * normalize["scale"] + normalize["offset"]
     with torch.no_grad():
         predicted = (model(x) + model(x.flip(3))).argmax(1)
@@ -119,10 +120,39 @@ def test_the_table_has_mean_deviation_and_the_references_ratio():
         {"seed": seed, "accuracy": 0.89 + seed / 100, "seconds": 10.0, "epoch_seconds": 1.0, "resumed": seed == 1}
         for seed in range(3)
     ]
-    text = record.table(rows, {"accuracy": 0.8, "seconds": 55.0, "epoch_seconds": 5.5})
-    assert "| mean ± std, n = 3 | 0.9000 ± 0.0100 | 10.00 ± 0.00 | 1.000 ± 0.000 |" in text
-    assert "| 1 | 0.9000 | 10.00 (resumed) | 1.000 |" in text
-    assert "takes 5.5 times as long" in text
+    reference = {"seed": 0, "accuracy": 0.8, "seconds": 55.0, "epoch_seconds": 5.5}
+    text = record.table({"ran_ext": rows, "reference": [reference]})
+    assert "| ran_ext | mean ± std, n = 3 | 0.9000 ± 0.0100 | 10.00 ± 0.00 | 1.000 ± 0.000 |" in text
+    assert "| ran_ext | 1 | 0.9000 | 10.00 (resumed) | 1.000 |" in text
+    assert "| reference | 0 | 0.8000 | 55.00 | 5.500 |" in text
+    assert "An epoch of reference takes 5.50 times as long as one of ran_ext." in text
+
+
+def test_contenders_have_the_same_batches_and_their_own_backend(few_images, tmp_path, capsys, monkeypatch):
+    said, fit = [], record.fit
+
+    def watched(*arguments, **options):
+        if not options.get("quiet"):
+            said.append((ran_ext.get_backend(), options["step"]))
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(record, "fit", watched)
+    flags = ["--target", "0.893", "--seeds", "1", "--curve", "--contender"]
+    assert quick(tmp_path, *flags, "ran_ext", "eager", "reference") == 0
+    assert said == [("auto", "auto"), ("reference", "eager")]
+    rows = {
+        name: json.loads((tmp_path / f"0.893{name}.json").read_text())["rows"][0]
+        for name in ("", "_eager", "_reference")
+    }
+    first, second = (rows[name]["epochs"][0]["train_loss"] for name in ("", "_eager"))
+    assert first == pytest.approx(second, rel=0.05)  # the same weights and batches, up to rounding
+    assert all(epoch["val_accuracy"] > 0 for row in rows.values() for epoch in row["epochs"])
+    assert rows[""]["accuracy"] > 0
+    text = capsys.readouterr().out
+    assert "An epoch of eager takes" in text
+    assert (tmp_path / "0.893.png").stat().st_size > 10_000
+    assert quick(tmp_path, *flags, "eager") == 0  # all is there
+    assert len(said) == 2
 
 
 def test_the_reference_trains_as_many_epochs_in_its_own_way(capsys):
@@ -136,8 +166,8 @@ def test_the_reference_trains_as_many_epochs_in_its_own_way(capsys):
 
 def test_misuse_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        quick(tmp_path, "--target", "best", "--reference")
-    assert "--reference goes with --target 0.893" in capsys.readouterr().err
+        quick(tmp_path, "--target", "best", "--contender", "reference")
+    assert "--contender reference goes with --target 0.893" in capsys.readouterr().err
     assert record.main(["--target", "best", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.startswith("record: error: ")
 

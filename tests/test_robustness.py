@@ -11,7 +11,7 @@ from PIL import Image
 
 from benchmarks.corrupted import ALL, ATTENTION, LESS_CLEAN, TRUNK, Difference, Seed, conclusion, differences, table
 from ran_ext.data import CORRUPTIONS, corrupt, sample
-from ran_ext.train import evaluate, load_model, load_normalize
+from ran_ext.train import Config, evaluate, load_checkpoint, load_model, load_normalize
 from scripts import robustness
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,14 +77,15 @@ def test_accuracies_are_those_of_the_corrupted_images(rehearsed):
     test_set = sample("test").subset(torch.arange(40))
     found = robustness.accuracies(checkpoint, test_set, torch.device("cpu"))
     model, normalize = load_model(checkpoint), load_normalize(checkpoint, torch.channels_last)
-    clean = evaluate(model, test_set, normalize, dtype=torch.bfloat16).accuracy
+    dtype = Config.from_dict(load_checkpoint(checkpoint)["config"]).torch_dtype
+    clean = evaluate(model, test_set, normalize, dtype=dtype).accuracy
     test_set.images = corrupt(test_set.images, "contrast", 5)
-    low = evaluate(model, test_set, normalize, dtype=torch.bfloat16).accuracy
+    low = evaluate(model, test_set, normalize, dtype=dtype).accuracy
     assert (found["clean"], found["corrupted"]["contrast"][4]) == (clean, low)
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(robustness, "load_checkpoint", lambda path: {"config": {"model": "ran_paper"}})
+    monkeypatch.setattr(robustness, "load_config", lambda path: Config(model="ran_paper"))
     flags = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--checkpoint", "x.pt"]
     assert robustness.main(flags) == 1
     assert "robustness: error: --checkpoint takes ran_compact" in capsys.readouterr().err

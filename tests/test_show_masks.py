@@ -53,21 +53,6 @@ def test_prints_the_network_s_own_predictions_and_draws(show_masks, checkpoint, 
     assert Image.open(out).size[0] > 1000
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "LA"])
-def test_reads_every_mode(show_masks, tmp_path, mode):
-    image = show_masks.read_picture(picture(tmp_path / "picture.png", mode, (40, 64)), 32)
-    assert image.shape == (3, 32, 32)
-    assert image.dtype == torch.uint8
-    assert image.float().std() > 10
-
-
-def test_transparent_is_white_and_deep_grey_is_kept(show_masks, tmp_path):
-    Image.new("RGBA", (9, 5), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert show_masks.read_picture(tmp_path / "clear.png", 8).unique().tolist() == [255]
-    Image.fromarray(np.full((9, 5), 0x8000, np.uint16)).save(tmp_path / "grey.png")
-    assert show_masks.read_picture(tmp_path / "grey.png", 8).unique().tolist() == [0x80]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -77,6 +62,10 @@ def test_transparent_is_white_and_deep_grey_is_kept(show_masks, tmp_path):
         (["CHECKPOINT", "missing.png"], "there is no picture"),
         (["CHECKPOINT", "text.png"], "as a picture"),
         (["CHECKPOINT", "own.png", "--size", "64"], "--size must be 32, got 64"),
+        (["CHECKPOINT", "own.png", "--out", "/dev/null"], "cannot write /dev/null"),
+        (["CHECKPOINT", "empty"], "the folder empty holds no pictures"),
+        (["CHECKPOINT", *101 * ["own.png"]], "101 pictures do not fit into one figure"),
+        (["unmasked.pt", "own.png"], "has no attention"),
         (["CHECKPOINT", "own.png", "--out", "nowhere/masks.png"], "cannot write nowhere/masks.png"),
     ],
 )
@@ -84,12 +73,30 @@ def test_refuses_in_one_sentence(show_masks, checkpoint, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "own.png")
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "empty").mkdir()
     save_checkpoint("other.pt", {"weights": torch.zeros(1)})
+    state = torch.load(checkpoint, weights_only=True)
+    state["config"]["model_options"]["attention"] = False
+    state["model"] = create_model("ran_compact", width=0.125, attention=False).state_dict()
+    torch.save(state, "unmasked.pt")
     assert show_masks.main([str(checkpoint) if name == "CHECKPOINT" else name for name in arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("show_masks: error: ")
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_takes_a_folder_and_says_how_greys_were_scaled(show_masks, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    picture(folder / "b.png")
+    Image.fromarray(np.linspace(0, 1, 1024, dtype=np.float32).reshape(32, 32)).save(folder / "a.tiff")
+    (folder / "notes.txt").write_text("no picture")
+    assert show_masks.main([str(checkpoint), str(folder), "--out", str(tmp_path / "masks.png")]) == 0
+    said = capsys.readouterr()
+    shown = [line.partition(":")[0] for line in said.out.splitlines()[:2]]
+    assert shown == [str(folder / "a.tiff"), str(folder / "b.png")]
+    assert said.err == f"{folder / 'a.tiff'}: greys 0 to 1 as black to white\n"
 
 
 def test_product_is_the_gate_of_trunk_and_mask():

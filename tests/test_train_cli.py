@@ -1,5 +1,6 @@
 """The command: what it writes and says, how it is interrupted, continued and misused."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -7,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from ran_ext.data import CIFAR10
+from ran_ext.data import CIFAR10, Batches
 from ran_ext.train import Config, Ranks, cli, load_checkpoint
 from ran_ext.train import arguments as train_arguments
 from ran_ext.train.arguments import parse
@@ -74,7 +76,7 @@ def check_tensorboard(folder, result):
 #: The command in a process of its own, on the same few images as `few_images`.
 PROGRAM = """
 import sys, torch
-from ran_ext.data import CIFAR10
+from ran_ext.data import CIFAR10, Batches
 from ran_ext.train.cli import main
 whole = CIFAR10.sample
 CIFAR10.sample = staticmethod(lambda split="train": whole(split).subset(torch.arange(80 if split == "train" else 30)))
@@ -142,6 +144,23 @@ def test_resume_keeps_the_runs_settings_and_refuses_others(few_images, tmp_path,
         (["--data", "sample", "--val-images", "5000"], "choose a smaller count"),
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--data", "sample", "--device", "abacus"], "no device named 'abacus'"),
+        (["--data", "sample", "--device", "meta"], "device meta cannot be used here"),
+        (["--data", "sample", "--device", "xpu"], "device xpu cannot be used here"),
+        (["--data", "sample", "--device", "vulkan"], "device vulkan cannot be used here"),
+        (["--data", "sample", "--model-option", "num_classes=3"], "num_classes must be more than 9, got 3"),
+        (["--data", "sample", "--model-option", "attention=no"], "attention must be true or false, got 'no'"),
+        (["--data", "sample", "--model-option", "width=1e6"], " parameters, which take "),
+        (["--data", "sample", "--model-option", "width=1e300"], "model_options do not fit ran_compact"),
+        (["--data", "sample", "--model-option", "width=wide"], "model_options do not fit ran_compact"),
+        (["--data", "sample", "--model-option", "in_channels=1"], "images must be (N, 1, H, W)"),
+        (["--data", "sample", "--out", 300 * "x"], "File name too long"),
+        (["--data", "sample", "--out", "/dev/null"], "/dev/null"),
+        (["--data", "sample", "--out", "/proc/none"], "/proc/none"),
+        (["--data", "sample", "--seed", str(2**70)], "seed must be a whole number >= 0"),
+        (["--data", "sample", "--lr", "1e999"], "lr must be positive"),
+        (["--data", "sample", "--momentum", "0.5"], "--momentum has no effect where optimizer is 'adam'"),
+        (["--data", "sample", "--warmup", "0.5", "--schedule", "step"], "--warmup has no effect where schedule is"),
+        (["--data", "sample", "--protocol", "report", "--val-images", "9"], "--val-images has no effect where"),
         (["--data", "sample", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
         (["--data", "sample", "--val-images", "0", "--select", "best"], "without val_set"),
         (["--data", "sample", "--model-option", "depth=3"], "model_options do not fit ran_compact"),
@@ -154,6 +173,53 @@ def test_a_misuse_is_one_line_and_status_1(flags, message, tmp_path, capsys, mon
     assert message in said
     assert said.startswith("ran-ext-train: error: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--epoch", "2"], "unrecognized arguments: --epoch 2; did you mean --epochs?"),
+        (["--num-classes", "5"], "--num-classes: it is an option of the network, --model-option num_classes=VALUE"),
+        (["--width=0.5"], "it is an option of the network, --model-option width=VALUE"),
+        (["--colour"], "unrecognized arguments: --colour"),
+        (["--epochs", "two"], "argument --epochs: invalid int value: 'two'"),
+    ],
+)
+def test_a_flag_that_there_is_not_is_one_line_and_status_2(flags, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(flags)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ran-ext-train: error: ")
+    assert hint in said
+    assert said.count("\n") == 1
+
+
+def test_no_command_takes_an_abbreviation():
+    """Every parser in the package is our own, or says so itself."""
+    root, parsers = Path(__file__).resolve().parent.parent, 0
+    for path in sorted(root.glob("[!.]*/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "ArgumentParser":
+                parsers += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("allow_abbrev") == "False", path
+    assert parsers
+
+
+def test_a_run_interrupted_in_its_first_epoch_warns_of_nothing(few_images, tmp_path, capsys, recwarn, monkeypatch):
+    load = Batches.load
+
+    def load_and_interrupt(self, *plan):
+        signal.raise_signal(signal.SIGINT)
+        return load(self, *plan)
+
+    monkeypatch.setattr(Batches, "load", load_and_interrupt)
+    out = tmp_path / "run"
+    assert cli.main([*SMALL, "--batch-size", "20", "--val-images", "20", "--no-tensorboard", "--out", str(out)]) == 130
+    assert "epochs     0 of 20 (interrupted)" in capsys.readouterr().out
+    assert not (out / "curves.png").exists()
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_the_data_is_the_folder_where_there_is_one_else_the_sample(tmp_path, monkeypatch):
@@ -202,10 +268,9 @@ def test_missing_tensorboard_and_matplotlib_cost_one_line_each(few_images, tmp_p
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_a_full_disk_at_the_end_is_one_line(few_images, tmp_path, capsys):
+def test_a_full_disk_at_the_end_is_one_line(few_images, tmp_path, capsys, full_disk, monkeypatch):
     out = tmp_path / "run"
-    out.mkdir()
-    (out / "result.json.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(cli, "result_dict", lambda *values: full_disk(True) or {})
     flags = ["--epochs", "1", "--batch-size", "40", "--val-images", "20", "--out", str(out), "--quiet"]
     assert cli.main([*SMALL, *flags]) == 1
     assert "cannot write" in (said := capsys.readouterr().err)

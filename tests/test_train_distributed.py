@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from ran_ext._lock import FolderLock
 from ran_ext.train import load_checkpoint
 
 #: One run of two epochs; dropout is off, as its masks differ from process to process. In float64: in float32 a rounding
@@ -26,7 +27,8 @@ class Double(torch.nn.Module):
     def l2_penalty(self):
         return self.network.l2_penalty()
 config = Config(
-    model_options={"width": 0.125}, dropout=0.0, optimizer="nesterov", lr=0.01, batch_size=8, epochs=2, augment="report"
+    model_options={"width": 0.125}, dropout=0.0, optimizer="nesterov", lr=0.01, batch_size=8, epochs=2,
+    augment="report", dtype="float32",
 )
 train_set = CIFAR10.sample("train").subset(torch.arange(32))
 val_set = CIFAR10.sample("test").subset(torch.arange(21))  # an odd number: the shares differ
@@ -42,8 +44,8 @@ with process_group("cpu") as ranks:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of the run in one process and in two."""
+def launch(tmp_path_factory):
+    """Runs the program in a folder, in one process or two."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     program = tmp_path_factory.mktemp("program") / "run.py"
     program.write_text(PROGRAM)
@@ -51,12 +53,21 @@ def runs(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+
+    def run(folder, processes):
+        command = [*(torchrun if processes == 2 else [sys.executable]), str(program), str(folder)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, launch):
+    """Folders of the run in one process and in two."""
     folders = {}
-    for name, command in (("one", [sys.executable]), ("two", torchrun)):
+    for processes, name in ((1, "one"), (2, "two")):
         folders[name] = tmp_path_factory.mktemp(name)
-        done = subprocess.run(
-            [*command, str(program), str(folders[name])], env=environment, capture_output=True, text=True, timeout=120
-        )
+        done = launch(folders[name], processes)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
@@ -78,3 +89,12 @@ def test_two_processes_report_the_figures_of_all_images(runs):
 
 def test_the_first_process_alone_writes(runs):
     assert sorted(path.name for path in runs["two"].iterdir()) == ["figures.pt", "last.pt", "model.pt"]
+
+
+def test_a_folder_in_use_is_refused_by_every_process(tmp_path, launch):
+    with FolderLock(tmp_path):
+        done = launch(tmp_path, 2)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert done.returncode == 1
+    assert done.stderr.count(f"TrainingError: {tmp_path} is in use by another process (process {os.getpid()}") >= 1
+    assert "SIGKILL" not in done.stderr

@@ -31,6 +31,7 @@ CONFIG = Config(
     epochs=3,
     patience=0,
     ema=0.9,
+    dtype="float32",
     channels_last=True,
 )
 
@@ -252,14 +253,15 @@ def test_out_of_memory_is_one_sentence(images, val_images, tmp_path):
         run(images, val_images, CONFIG, tmp_path, make_step=greedy)
 
 
-def test_a_full_disk_ends_the_run_with_the_checkpoint_before_it(images, val_images, tmp_path):
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before_it(images, val_images, tmp_path, full_disk):
     class FillDisk(Callback):
         def on_epoch(self, figures, state):
-            (tmp_path / "last.pt.partial").symlink_to("/dev/full")
+            full_disk(True)
 
     with pytest.raises(CheckpointError, match="the disk is full; free some space, then continue with --resume"):
         run(images, val_images, CONFIG, tmp_path, callbacks=[FillDisk()])
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+    full_disk(False)
     result = run(images, val_images, CONFIG, tmp_path, resume=True)
     assert len(result.figures) == 3
 

@@ -209,14 +209,16 @@ def test_a_missing_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path / "last.pt")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path):
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path, full_disk):
     path = tmp_path / "last.pt"
     save_checkpoint(path, {"epoch": 1})
-    (tmp_path / "last.pt.partial").symlink_to("/dev/full")  # every write fails as on a full disk
+    full_disk(True)
     with pytest.raises(CheckpointError, match="the disk is full; free some space") as caught:
         save_checkpoint(path, {"epoch": 2})
     assert "\n" not in str(caught.value)
     assert load_checkpoint(path)["epoch"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    full_disk(False)
     save_checkpoint(path, {"epoch": 3})  # the failed attempt has left nothing in the way
     assert load_checkpoint(path)["epoch"] == 3
 

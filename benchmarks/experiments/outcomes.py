@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ran_ext import _json
-from ran_ext.train.checkpoint import write_atomically
+from ran_ext._errors import one_line
+from ran_ext._files import write_json
 
 from .plan import VARIANTS, Run, Scale, plan
 
@@ -77,7 +77,7 @@ class Outcome:
 
     def save(self, folder: Path) -> None:
         """Write ``result.json``, whole or not at all."""
-        write_atomically(folder / RESULT, (_json.dumps(dataclasses.asdict(self)) + "\n").encode())
+        write_json(folder / RESULT, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
@@ -92,7 +92,9 @@ class Outcome:
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
-            raise StudyError(f"{path} is no result of this experiment ({error}); delete it to run it again") from error
+            raise StudyError(
+                f"{path} is no result of this experiment ({one_line(error)}); delete it to run it again"
+            ) from error
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

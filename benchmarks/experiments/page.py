@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from ran_ext.train.checkpoint import write_atomically
+from ran_ext._files import write_atomically
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1f2328; --soft: #5b6470; --line: #d8dde3; --head: #f3f5f7;

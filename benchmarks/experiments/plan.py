@@ -60,6 +60,7 @@ class Scale:
         val_images: held out of the training set.
         workers: processes that prepare the reference's pictures.
         sample: whether the images are those embedded in the package.
+        dtype: of ran_ext's networks; the reference knows float32 alone.
     """
 
     seeds: int
@@ -73,6 +74,7 @@ class Scale:
     test_images: int | None
     workers: int = 0
     sample: bool = False
+    dtype: str = "bfloat16"
 
 
 #: ``subset`` ends where the report's SGD did, in the third learning rate: 18 epochs to a step of 7, as 48 to 20.
@@ -106,7 +108,7 @@ class Run:
         return f"{self.implementation}: {VARIANTS[self.variant].label}, seed {self.seed}"
 
     def config(self, scale: Scale) -> Config:
-        """Of ran_ext: the report's recipe, in bfloat16 and channels_last, the last epoch's weights kept."""
+        """Of ran_ext: the report's recipe, in the scale's dtype and channels_last, the last epoch's weights kept."""
         variant = VARIANTS[self.variant]
         return Config(
             model=variant.model,
@@ -120,7 +122,7 @@ class Run:
             patience=scale.patience,
             select="last",
             val_images=scale.val_images,
-            dtype="bfloat16",
+            dtype=scale.dtype,
             channels_last=True,
             seed=self.seed,
         )

@@ -76,7 +76,7 @@ def conditions(study: Study, images: Images) -> Table:
         ["training", f"batch {scale.batch_size}, {scale.epochs} epochs at most, {stop}; learning rate / 10 every "
                      f"{scale.lr_step_epochs} epochs; images turned, mirrored and shifted at random"],
         ["learning rates", "Adam 0.001; Nesterov SGD 0.01 (0.1 is tried too: see figure 4)"],
-        ["implementations", "ran_ext: bfloat16, channels_last; reference: float32, NCHW"],
+        ["implementations", f"ran_ext: {scale.dtype}, channels_last; reference: float32, NCHW"],
     ]  # fmt: skip
     for name in ("device", "cpu", "cores", "threads", "torch", "cuda", "ran_ext", "backend", "python"):
         found = {str(outcome.environment[name]) for outcome in study.outcomes.values()}

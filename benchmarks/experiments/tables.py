@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ran_ext.train.checkpoint import write_atomically
+from ran_ext._files import write_atomically
 
 from .outcomes import Outcome
 from .plan import Run

@@ -61,6 +61,18 @@ struct Sigmoid {
     }
     complement = e * s;
   }
+
+  // The gradient of the mask, `product` being dout * trunk. Of an infinity torch makes NaN where its own gate, rounded
+  // to T, is 0 or 1: there the slope is worked out as torch does.
+  Vec<Acc<T>> gradient(Vec<Acc<T>> product, Vec<Acc<T>> mask) const {
+    if (__builtin_expect(is_finite(product), true)) return product * s * complement;
+    Vec<Acc<T>> exact;
+    for (int i = 0; i < VecOf<Acc<T>>::lanes; ++i) exact[i] = 1 / (1 + std::exp(-mask[i]));
+    T stored[VecOf<Acc<T>>::lanes];
+    store(stored, exact);
+    exact = load(stored);
+    return product - product == 0 ? product * s * complement : product * exact * (1 - exact);
+  }
 };
 
 template <typename T, typename A = Acc<T>>
@@ -75,15 +87,16 @@ inline void forward_row(T* out, const T* trunk, const T* mask, int64_t size) {
 // scale square of the trunk, cut at the border.
 template <typename Body>
 void for_mask_pixels(GateShape g, Body&& body) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, g.w * g.c * g.scale));
+  const int64_t high = std::min(g.scale, g.h), wide = std::min(g.scale, g.w);  // of a square
+  const int64_t grain = std::max<int64_t>(1, kGrain / (g.w * g.c * high));
   parallel_for(0, g.n * g.mask_h(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> square(size_t(g.scale * g.scale));
+    std::vector<int64_t> square(size_t(high * wide));
     for (int64_t row = begin; row < end; ++row)
       for (int64_t mx = 0; mx < g.mask_w(); ++mx) {
         const int64_t image = row / g.mask_h(), top = row % g.mask_h() * g.scale, left = mx * g.scale;
-        int count = 0;
-        for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y)
-          for (int64_t x = left; x < std::min(left + g.scale, g.w); ++x)
+        int64_t count = 0;
+        for (int64_t y = top; y < std::min(top + high, g.h); ++y)
+          for (int64_t x = left; x < std::min(left + wide, g.w); ++x)
             square[count++] = ((image * g.h + y) * g.w + x) * g.c;
         body((row * g.mask_w() + mx) * g.c, square.data(), count);
       }
@@ -92,10 +105,10 @@ void for_mask_pixels(GateShape g, Body&& body) {
 
 template <typename T, typename A = Acc<T>>
 void forward_scaled_last(T* out, const T* trunk, const T* mask, GateShape g) {
-  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
+  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int64_t count) {
     for_lanes<A>(g.c, [&](int64_t c, int n) {
       const Vec<A> s = Sigmoid<T>(load(mask + at + c, n)).s;
-      for (int i = 0; i < count; ++i) {
+      for (int64_t i = 0; i < count; ++i) {
         const Vec<A> t = load(trunk + square[i] + c, n);
         store(out + square[i] + c, fma(s, t, t), n);
       }
@@ -105,16 +118,21 @@ void forward_scaled_last(T* out, const T* trunk, const T* mask, GateShape g) {
 
 template <typename T, typename A = Acc<T>>
 void backward_scaled_last(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
-  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int count) {
+  for_mask_pixels(g, [&](int64_t at, const int64_t* square, int64_t count) {
     for_lanes<A>(g.c, [&](int64_t c, int n) {
-      const Sigmoid<T> gate(load(mask + at + c, n));
-      Vec<A> total{};
-      for (int i = 0; i < count; ++i) {
+      const Vec<A> logits = load(mask + at + c, n);
+      const Sigmoid<T> gate(logits);
+      constexpr int64_t kShort = 16;  // terms of a sum in the accumulators' precision
+      WideSum<A> total;
+      Vec<A> product{};
+      for (int64_t i = 0; i < count; ++i) {
         const Vec<A> d = load(dout + square[i] + c, n);
         store(dtrunk + square[i] + c, fma(gate.s, d, d), n);
-        total = fma(d, load(trunk + square[i] + c, n), total);
+        product = fma(d, load(trunk + square[i] + c, n), product);
+        if ((i + 1) % kShort == 0) total += product, product = Vec<A>{};
       }
-      store(dmask + at + c, total * gate.s * gate.complement, n);
+      if (count >= kShort) total += product, product = total.rounded();
+      store(dmask + at + c, gate.gradient(product, logits), n);
     });
   });
 }
@@ -137,10 +155,10 @@ void backward_flat(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* 
   parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
     for_lanes<A>(end - begin, [&](int64_t i, int n) {
       const int64_t at = begin + i;
-      const Vec<A> g = load(dout + at, n), t = load(trunk + at, n);
-      const Sigmoid<T> gate(load(mask + at, n));
+      const Vec<A> g = load(dout + at, n), product = g * load(trunk + at, n), logits = load(mask + at, n);
+      const Sigmoid<T> gate(logits);
       store(dtrunk + at, fma(gate.s, g, g), n);
-      store(dmask + at, g * t * gate.s * gate.complement, n);
+      store(dmask + at, gate.gradient(product, logits), n);
     });
   });
 }
@@ -148,29 +166,29 @@ void backward_flat(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* 
 // One row of the NCHW mask: every image row that it gates adds its dout * trunk, then the gate's slope is applied once.
 template <typename T, typename A = Acc<T>>
 void backward_scaled_rows(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / (g.w * g.scale));
+  const int64_t high = std::min(g.scale, g.h), grain = std::max<int64_t>(1, kGrain / (g.w * high));
   parallel_for(0, g.n * g.c * g.mask_h(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> s(size_t(g.mask_w()), A(0)), slope(s), sums(s), wide(static_cast<size_t>(g.w)), product(wide);
+    std::vector<A> s(static_cast<size_t>(g.mask_w())), totals(s), wide(static_cast<size_t>(g.w)), product(wide);
+    std::vector<double> sums(s.size());  // of up to scale x scale values each
     for (int64_t row = begin; row < end; ++row) {
       const int64_t plane = row / g.mask_h(), top = row % g.mask_h() * g.scale, first = row * g.mask_w();
-      for_lanes<A>(g.mask_w(), [&](int64_t i, int n) {
-        const Sigmoid<T> gate(load(mask + first + i, n));
-        store(s.data() + i, gate.s, n);
-        store(slope.data() + i, gate.s * gate.complement, n);
-      });
-      std::fill(sums.begin(), sums.end(), A(0));
+      for_lanes<A>(g.mask_w(),
+                   [&](int64_t i, int n) { store(s.data() + i, Sigmoid<T>(load(mask + first + i, n)).s, n); });
+      std::fill(sums.begin(), sums.end(), 0.0);
       for (int64_t x = 0; x < g.w; ++x) wide[x] = s[x / g.scale];
-      for (int64_t y = top; y < std::min(top + g.scale, g.h); ++y) {
+      for (int64_t y = top; y < std::min(top + high, g.h); ++y) {
         const int64_t at = (plane * g.h + y) * g.w;
         for_lanes<A>(g.w, [&](int64_t i, int n) {
           const Vec<A> d = load(dout + at + i, n);
           store(dtrunk + at + i, fma(load(wide.data() + i, n), d, d), n);
           store(product.data() + i, d * load(trunk + at + i, n), n);
         });
-        for (int64_t x = 0; x < g.w; ++x) sums[x / g.scale] += product[x];
+        for (int64_t x = 0; x < g.w; ++x) sums[x / g.scale] += double(product[x]);
       }
+      std::copy(sums.begin(), sums.end(), totals.begin());
       for_lanes<A>(g.mask_w(), [&](int64_t i, int n) {
-        store(dmask + first + i, load(sums.data() + i, n) * load(slope.data() + i, n), n);
+        const Vec<A> logits = load(mask + first + i, n), total = load(totals.data() + i, n);
+        store(dmask + first + i, Sigmoid<T>(logits).gradient(total, logits), n);
       });
     }
   });

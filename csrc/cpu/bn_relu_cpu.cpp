@@ -44,12 +44,14 @@ void for_row_tiles(ChannelView v, Body&& body) {
 }
 
 template <typename T, typename A = Acc<T>>
-void stats_rows(A* mean, A* var, const T* x, ChannelView v) {
-  std::vector<A> tiles(size_t(tiles_of(v.outer, kTileRows) * 3 * v.channels));
+void stats_rows(A* mean, A* var, double* exact, const T* x, ChannelView v) {
+  const int64_t count = tiles_of(v.outer, kTileRows);
+  std::vector<double> tiles(size_t(count * 3 * v.channels));
   for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
     tile_moments(tiles.data() + tile * 3 * v.channels, x, v.channels, row, rows, c, channels);
   });
-  merge_tiles(mean, var, tiles.data(), kTileRows, v.outer, v.channels);
+  merge_tiles(mean, var, exact, tiles.data(), count, v.channels,
+              [&](int64_t tile) { return std::min(kTileRows, v.outer - tile * kTileRows); });
 }
 
 template <typename T, typename A = Acc<T>>
@@ -70,14 +72,20 @@ void reduce_rows(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelVi
   const int64_t tiles = tiles_of(v.outer, kTileRows);
   std::vector<A> partial(size_t(tiles * v.channels * 2));
   for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    tile_sums<2>(partial.data() + tile * 2 * v.channels, v.channels, row, rows, c, channels,
-                 [&](Vec<A>* s, int64_t r, int64_t i, int n) {
-                   const Vec<A> value = load(x + r * v.channels + i, n);
-                   const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
-                   const Vec<A> dz = z <= Vec<A>{} ? Vec<A>{} : load(dout + r * v.channels + i, n);
-                   s[0] += dz;
-                   s[1] = fma(dz, value - load(bn.mean + i, n), s[1]);
-                 });
+    for_lanes<A>(channels, [&](int64_t i, int n) {
+      const Vec<A> scale = load(table.scale + c + i, n), shift = load(table.shift + c + i, n);
+      const Vec<A> mean = load(bn.mean + c + i, n);
+      const auto sums = sum_in_runs<Pair<Vec<A>>>(rows, [&](Pair<Vec<A>>& s, int64_t r) {
+        const int64_t at = (row + r) * v.channels + c + i;
+        const Vec<A> value = load(x + at, n);
+        const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + at, n);
+        s.first += dz;
+        s.second = fma(dz, value - mean, s.second);
+      });
+      A* const to = partial.data() + tile * 2 * v.channels + c + i;
+      store(to, sums.first, n);
+      store(to + v.channels, sums.second, n);
+    });
   });
   finish_sums(sum_dz, sum_dz_xhat, partial.data(), tiles, v.channels, bn);
 }
@@ -114,37 +122,17 @@ void for_planes(ChannelView v, Body&& body) {
 }
 
 template <typename T, typename A = Acc<T>>
-void stats_planes(A* mean, A* var, const T* x, ChannelView v) {
-  std::vector<Moments<double>> partial(size_t(v.outer * v.channels), Moments<double>{0, 0, 0});
-  for_planes(v, [&](int64_t plane, int64_t, int64_t at) {
-    for (int64_t start = 0; start < v.inner; start += kPlaneTile) {
-      const int64_t size = std::min(kPlaneTile, v.inner - start);
-      const T* const tile = x + at + start;
-      Vec<A> total{};
-      for_lanes<A>(size, [&](int64_t i, int n) { total += load(tile + i, n); });
-      const A tile_mean = sum<A>(total) / A(size);
-      Vec<A> m1{}, m2{};
-      for_lanes<A>(size, [&](int64_t i, int n) {
-        const Vec<A> d = load(tile + i, n) - tile_mean;
-        m1 += d;
-        m2 = fma(d, d, m2);
-      });
-      // The lanes past the end read as 0, each a deviation of -tile_mean: they are taken out again.
-      const double extra = double((VecOf<A>::lanes - size % VecOf<A>::lanes) % VecOf<A>::lanes),
-                   about = double(tile_mean);
-      const double deviations = double(sum<A>(m1)) + extra * about,
-                   squares = double(sum<A>(m2)) - extra * about * about;
-      const double count = double(size);
-      partial[plane] = merge(partial[plane], Moments<double>{count, about + deviations / count,
-                                                             std::max(0.0, squares - deviations * deviations / count)});
+void stats_planes(A* mean, A* var, double* exact, const T* x, ChannelView v) {
+  const int64_t tiles_each = tiles_of(v.inner, kPlaneTile);
+  const auto size_of = [&](int64_t tile) { return std::min(kPlaneTile, v.inner - tile % tiles_each * kPlaneTile); };
+  std::vector<double> tiles(size_t(v.outer * tiles_each * 3 * v.channels));
+  for_planes(v, [&](int64_t plane, int64_t c, int64_t at) {
+    for (int64_t i = 0; i < tiles_each; ++i) {
+      double* const to = tiles.data() + (plane / v.channels * tiles_each + i) * 3 * v.channels + c;
+      run_moments(to, v.channels, x + at + i * kPlaneTile, size_of(i));
     }
   });
-  for (int64_t c = 0; c < v.channels; ++c) {
-    Moments<double> all{0, 0, 0};
-    for (int64_t n = 0; n < v.outer; ++n) all = merge(all, partial[n * v.channels + c]);
-    mean[c] = A(all.mean);
-    var[c] = A(std::max(0.0, all.m2) / all.count);
-  }
+  merge_tiles(mean, var, exact, tiles.data(), v.outer * tiles_each, v.channels, size_of);
 }
 
 template <typename T, typename A = Acc<T>>
@@ -163,16 +151,18 @@ void reduce_planes(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, Channel
   for_planes(v, [&](int64_t plane, int64_t c, int64_t at) {
     const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
     for (int64_t start = 0; start < v.inner; start += kPlaneTile) {
-      Vec<A> s0{}, s1{};
-      for_lanes<A>(std::min(kPlaneTile, v.inner - start), [&](int64_t i, int n) {
-        const Vec<A> value = load(x + at + start + i, n);
-        const Vec<A> z = fma(value, scale, shift);
-        const Vec<A> dz = z <= Vec<A>{} ? Vec<A>{} : load(dout + at + start + i, n);
-        s0 += dz;
-        s1 = fma(dz, value - bn.mean[c], s1);
-      });
-      partial[plane * 2] += double(sum<A>(s0));
-      partial[plane * 2 + 1] += double(sum<A>(s1));
+      const int64_t size = std::min(kPlaneTile, v.inner - start), whole = size / VecOf<A>::lanes;
+      const auto add = [&](Pair<Vec<A>>& s, int64_t i, int n) {
+        const int64_t from = at + start + i * VecOf<A>::lanes;
+        const Vec<A> value = load(x + from, n);
+        const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + from, n);  // 0 past the end
+        s.first += dz;
+        s.second = fma(dz, first(value - bn.mean[c], n), s.second);
+      };
+      auto sums = sum_in_runs<Pair<Vec<A>>>(whole, [&](Pair<Vec<A>>& s, int64_t i) { add(s, i, VecOf<A>::lanes); });
+      add(sums, whole, int(size % VecOf<A>::lanes));
+      partial[plane * 2] += sum<A>(sums.first);
+      partial[plane * 2 + 1] += sum<A>(sums.second);
     }
   });
   for (int64_t c = 0; c < v.channels; ++c) {
@@ -205,11 +195,11 @@ void apply_planes(T* dx, const T* dout, const T* x, const T* residual, ChannelVi
 
 }  // namespace
 
-void batch_norm_stats(void* mean, void* var, const void* x, DType dtype, ChannelView v) {
+void batch_norm_stats(void* mean, void* var, double* exact, const void* x, DType dtype, ChannelView v) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const auto run = v.inner == 1 ? &stats_rows<T> : &stats_planes<T>;
-    run(static_cast<Acc<T>*>(mean), static_cast<Acc<T>*>(var), static_cast<const T*>(x), v);
+    run(static_cast<Acc<T>*>(mean), static_cast<Acc<T>*>(var), exact, static_cast<const T*>(x), v);
   });
 }
 

@@ -1,26 +1,36 @@
-// The matrix product under the 1x1 convolutions, for AVX-512: register tiles of 8 x 32 over packed operands.
+// The matrix product under the 1x1 convolutions and the weight gradients: register tiles of kRows x two vectors over
+// packed operands, for 256- and 512-bit vectors.
 //
-// A "word" is 32 bits: one float, or a pair of bfloat16 along the summed dimension that one vdpbf16ps instruction
-// multiplies and adds. Both dtypes then share every layout and loop:
-//   A strip  [K / 16][8 rows][16 words]   broadcast word by word
-//   B panel  [K][32 columns]              two vectors a step
+// A "word" is 32 bits: one float, or, where the processor multiplies bfloat16, a pair of them along the summed
+// dimension that one vdpbf16ps instruction multiplies and adds. Other 16-bit values become floats as they are packed.
+// All then share every layout and loop:
+//   A strip  [K / kChunk][kRows][kChunk words]   broadcast word by word
+//   B panel  [K][kColumns]                       two vectors a step
+// What is missing to a whole strip, panel or chunk is filled up with zeros.
 #pragma once
 
 #include <algorithm>
 
 #include "vec.h"
 
-#if defined(__AVX512F__)
+#if defined(__FMA__)
 
 namespace ran::cpu::RAN_ISA {
 
-constexpr int kRows = 8;      // of a register tile
-constexpr int kColumns = 32;  // of a register tile: two vectors
-constexpr int kChunk = 16;    // words of one A vector
+constexpr int kRows = kBytes == 64 ? 8 : 4;  // of a register tile
+constexpr int kColumns = 2 * kLanes;         // of a register tile
+constexpr int kChunk = kLanes;               // words of one A vector
 
 template <typename T>
 struct WordOf {
-  static constexpr int values = 4 / int(sizeof(T));  // along the summed dimension
+#if defined(__AVX512BF16__)
+  static constexpr bool is_pair = std::is_same_v<T, bf16>;
+#else
+  static constexpr bool is_pair = false;
+#endif
+  static constexpr int values = is_pair ? 2 : 1;  // along the summed dimension
+  // Words that hold `count` values; a whole number of chunks.
+  static int64_t words(int64_t count) { return round_up((count + values - 1) / values, kChunk); }
 };
 
 template <typename T>
@@ -28,22 +38,29 @@ struct Tile {
   Vec<float> at[kRows][2];
 };
 
-template <typename T>
-inline Vec<float> multiply_add(Vec<float> sum, uint32_t a, const uint32_t* b) {
-  const __m512i broadcast = _mm512_set1_epi32(int(a));
-  const __m512i column = _mm512_loadu_si512(b);
-  if constexpr (std::is_same_v<T, float>) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(broadcast), _mm512_castsi512_ps(column), sum);
-  } else {
-#if defined(__AVX512BF16__)
-    return _mm512_dpbf16_ps(sum, (__m512bh)broadcast, (__m512bh)column);
-#else
-    return sum;  // not reached: conv1x1_supported() says no
-#endif
-  }
+inline Vec<float> floats_of(Bits32 bits) {
+  Vec<float> v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+inline Bits32 bits_of(Vec<float> v) {
+  Bits32 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  return bits;
 }
 
-// tile += A strip * B panel, over `words` (a multiple of 16).
+template <typename T>
+inline Vec<float> multiply_add(Vec<float> sum, uint32_t a, const uint32_t* b) {
+  Bits32 column;
+  std::memcpy(&column, b, sizeof column);
+  const Bits32 broadcast = a - Bits32{};
+#if defined(__AVX512BF16__)
+  if constexpr (WordOf<T>::is_pair) return _mm512_dpbf16_ps(sum, (__m512bh)broadcast, (__m512bh)column);
+#endif
+  return fma(floats_of(broadcast), floats_of(column), sum);
+}
+
+// tile += A strip * B panel, over `words` (a multiple of kChunk).
 template <typename T>
 inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
   for (int64_t k = 0; k < words; k += kChunk, a += kRows * kChunk) {
@@ -52,61 +69,72 @@ inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, 
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         tile.at[r][0] = multiply_add<T>(tile.at[r][0], a[r * kChunk + i], b);
-        tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r * kChunk + i], b + 16);
+        tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r * kChunk + i], b + kLanes);
       }
     }
   }
 }
 
-// tile += A^T * B, A being [words][16] with the tile's 8 rows side by side, a line of the cache a word: the weight
-// gradient, summed over pixels.
+// tile += A^T * B, A being [words][kChunk] with the tile's rows side by side, a vector a word: the weight gradient,
+// summed over pixels.
 template <typename T>
 inline void multiply_columns(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
   for (int64_t k = 0; k < words; ++k, a += kChunk, b += kColumns) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       tile.at[r][0] = multiply_add<T>(tile.at[r][0], a[r], b);
-      tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r], b + 16);
+      tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r], b + kLanes);
     }
   }
 }
 
-inline Bits32 bits_of(Vec<float> v) {
-  Bits32 bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  return bits;
-}
-
 // Two rows of values as words: row `even` in the low halves, `odd` in the high ones.
-inline Bits32 interleave(Vec<float> even, Vec<float> odd) {
-  return __builtin_convertvector(to_bf16(even), Bits32) | (__builtin_convertvector(to_bf16(odd), Bits32) << 16);
-}
+inline Bits32 interleave(Vec<float> even, Vec<float> odd) { return widen(to_bf16(even)) | (widen(to_bf16(odd)) << 16); }
 
-// The transpose of a weight (n, k words): panels [n / 32][k][32].
-inline void pack_transposed(uint32_t* panels, const uint32_t* weight, int64_t n, int64_t k) {
-  for (int64_t column = 0; column < n; ++column) {
-    uint32_t* const out = panels + column / kColumns * k * kColumns + column % kColumns;
-    for (int64_t i = 0; i < k; ++i) out[i * kColumns] = weight[column * k + i];
+// The transpose of columns [begin, end) of a weight (columns, k values): panels [column / kColumns][k words][kColumns].
+template <typename T>
+inline void pack_transposed(uint32_t* panels, const T* weight, int64_t begin, int64_t end, int64_t columns, int64_t k) {
+  constexpr int values = WordOf<T>::values;
+  const int64_t count = WordOf<T>::words(k);
+  for (int64_t column = begin; column < end; ++column) {
+    uint32_t* const out = panels + column / kColumns * count * kColumns + column % kColumns;
+    const T* const row = weight + column * k;
+    const int64_t whole = column < columns ? k / values : 0;
+    const auto word = [&](int64_t i, int n) {  // of n values
+      uint32_t bits = 0;
+      if constexpr (WordOf<T>::is_pair) {
+        std::memcpy(&bits, row + i * values, size_t(n) * sizeof(T));
+      } else {
+        const float value = to_float(row[i]);
+        std::memcpy(&bits, &value, sizeof bits);
+      }
+      return bits;
+    };
+    for (int64_t i = 0; i < whole; ++i) out[i * kColumns] = word(i, values);
+    for (int64_t i = whole; i < count; ++i) out[i * kColumns] = column < columns && i * values < k ? word(i, 1) : 0;
   }
 }
 
-// A weight (k values, n) as panels [n / 32][k words][32].
+// A weight (k values, columns) as panels [column / kColumns][k words][kColumns].
 template <typename T>
-inline void pack_rows(uint32_t* panels, const T* weight, int64_t k, int64_t n) {
+inline void pack_rows(uint32_t* panels, const T* weight, int64_t k, int64_t columns) {
   constexpr int values = WordOf<T>::values;
-  for (int64_t word = 0; word < k / values; ++word)
-    for (int64_t column = 0; column < n; column += kChunk) {
-      const T* const row = weight + word * values * n + column;
+  const int64_t count = WordOf<T>::words(k);
+  for (int64_t word = 0; word < count; ++word)
+    for (int64_t column = 0; column < round_up(columns, kColumns); column += kLanes) {
+      const int lanes = int(std::clamp<int64_t>(columns - column, 0, kLanes));
+      const auto row = [&](int64_t i) {
+        return i < k && lanes ? load(weight + i * columns + column, lanes) : Vec<float>{};
+      };
       Bits32 words;
-      if constexpr (values == 1)
-        words = bits_of(load(row));
+      if constexpr (WordOf<T>::is_pair)
+        words = interleave(row(2 * word), row(2 * word + 1));
       else
-        words = interleave(load(row), load(row + n));
-      std::memcpy(panels + (column / kColumns * (k / values) + word) * kColumns + column % kColumns, &words,
-                  sizeof words);
+        words = bits_of(row(word * values));
+      std::memcpy(panels + (column / kColumns * count + word) * kColumns + column % kColumns, &words, sizeof words);
     }
 }
 
 }  // namespace ran::cpu::RAN_ISA
 
-#endif  // __AVX512F__
+#endif  // __FMA__

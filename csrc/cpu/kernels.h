@@ -21,6 +21,10 @@ struct ConvShape {
   bool is_pointwise() const { return taps() == 1 && stride_h == 1 && stride_w == 1 && pad_h == 0 && pad_w == 0; }
 };
 
+// What a 3x3 convolution (stride 1, padding 1) runs on: the library, or Winograd's minimal filtering F(m x m, 3x3),
+// whose value is m.
+enum class Conv3x3 : int { library = 0, f2x2 = 2, f4x4 = 4 };
+
 struct Kernels {
   const char* name;
 
@@ -37,8 +41,9 @@ struct Kernels {
   void (*max_pool_forward)(void* out, uint8_t* index, const void* x, DType, GateShape);
   void (*max_pool_backward)(void* dx, const void* dout, const uint8_t* index, DType, GateShape);
 
-  // mean and biased variance of each channel; both (channels,)
-  void (*batch_norm_stats)(void* mean, void* var, const void* x, DType, ChannelView);
+  // mean and biased variance of each channel; both (channels,). exact: the same before they are rounded, [2][channels],
+  // for the running ones; or null
+  void (*batch_norm_stats)(void* mean, void* var, double* exact, const void* x, DType, ChannelView);
   // out = relu(x * scale + shift)
   void (*bn_relu_forward)(void* out, const void* x, DType, ChannelView, BatchNorm<void>);
   // dz = dout where z > 0: sum_dz, and sum_dz_xhat = sum dz * (x - mean) / sqrt(var + eps)
@@ -51,9 +56,9 @@ struct Kernels {
 
   // Whether the three below take this convolution; the first two take pointwise ones only.
   bool (*conv_supported)(DType, ConvShape);
-  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean and out_var (biased):
-  // the channels' statistics of out, or null
-  void (*conv1x1_forward)(void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+  // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean, out_var (biased) and
+  // exact: the channels' statistics of out, as above, or null
+  void (*conv1x1_forward)(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
                           const float* bias, const void* residual, DType, ConvShape, BatchNorm<void>);
   // dz = (dout * weight^T) where z > 0, with the two sums of bn_relu_backward_reduce
   void (*conv1x1_data_gradient)(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
@@ -62,19 +67,23 @@ struct Kernels {
   void (*conv_weight_gradient)(void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
                                const BatchNorm<void>* bn);
 
-  // Whether those below, of the same meaning and in float, take this convolution: 3x3, stride 1, padding 1.
+  // Whether those below, of the same meaning, take this convolution: 3x3, stride 1, padding 1. Points and products are
+  // float.
   bool (*conv3x3_supported)(DType, ConvShape);
   // The weight as the forward pass takes it, and how many floats that is.
-  int64_t (*conv3x3_panels_size)(ConvShape);
-  void (*conv3x3_pack)(float* panels, const float* weight, ConvShape);
-  // From panels, or, where they are null, from the weight. bn may be null (x as it is); a ReLU of the result where
-  // `with_relu`
-  void (*conv3x3_forward)(float* out, const float* x, const float* weight, const float* panels, const float* bias,
-                          const float* residual, bool with_relu, ConvShape, const BatchNorm<void>* bn);
-  void (*conv3x3_data_gradient)(float* dz, float* sum_dz, float* sum_dz_xhat, const float* dout, const float* x,
-                                const float* weight, ConvShape, BatchNorm<void>);
-  void (*conv3x3_weight_gradient)(float* dweight, float* dbias, const float* dout, const float* x, ConvShape,
-                                  BatchNorm<void>);
+  int64_t (*conv3x3_panels_size)(Conv3x3, ConvShape);
+  void (*conv3x3_pack)(Conv3x3, float* panels, const void* weight, DType, ConvShape);
+  // From panels, or, where they are null, from the weight; a ReLU of the result where `with_relu`. In all three bn may
+  // be null: x as it is, and the data gradient needs neither x nor the sums.
+  void (*conv3x3_forward)(Conv3x3, void* out, float* out_mean, float* out_var, const void* x, const void* weight,
+                          const float* panels, const float* bias, const void* residual, bool with_relu, DType,
+                          ConvShape, const BatchNorm<void>* bn);
+  void (*conv3x3_data_gradient)(Conv3x3, void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
+                                const void* weight, DType, ConvShape, const BatchNorm<void>* bn);
+  void (*conv3x3_weight_gradient)(Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType,
+                                  ConvShape, const BatchNorm<void>* bn);
+  // What a pass of a supported one had best run on: the fastest that is accurate enough; `strict`, F(2x2) at most.
+  Conv3x3 (*conv3x3_choice)(ConvPass, DType, ConvShape, bool strict);
 };
 
 }  // namespace ran::cpu

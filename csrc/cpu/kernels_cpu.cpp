@@ -16,6 +16,7 @@ const Kernels table = {
     conv1x1_forward,         conv1x1_data_gradient,  conv_weight_gradient,
     conv3x3_supported,       conv3x3_panels_size,    conv3x3_pack,
     conv3x3_forward,         conv3x3_data_gradient,  conv3x3_weight_gradient,
+    conv3x3_choice,
 };
 
 }  // namespace ran::cpu::RAN_ISA

@@ -1,9 +1,9 @@
-// Mean and variance of the columns of a (rows, channels) tensor, tile by tile.
+// Mean and variance of each channel, tile by tile.
 //
-// Two passes over a tile that fits a core's cache: its mean, then the deviations from it, of which the second pass sums
-// the values too. What is left of those is the rounding of the tile's mean, and corrects both moments (Chan, Golub and
-// LeVeque 1983, the corrected two-pass algorithm). Exact where sum and sum of squares would cancel, at one read of
-// memory.
+// Two passes over a tile that fits a core's cache: the sum of its values, in double, then the deviations from its mean
+// and their squares (the corrected two-pass algorithm: Chan, Golub and LeVeque 1983). Sums are exact for whole numbers,
+// and infinities and NaN reach both moments as they do in torch. Nothing cancels, however large the mean is, at one
+// read of memory.
 #pragma once
 
 #include <algorithm>
@@ -13,59 +13,109 @@
 
 namespace ran::cpu::RAN_ISA {
 
-// Column sums over the rows of a tile of K quantities that f(vector of x, row, channel, lanes) gives. Each is summed in
-// four runs: a quarter of the additions that a rounding error passes through, and no addition waits for the last.
-template <int K, typename A, typename F>
-inline void tile_sums(A* out, int64_t out_stride, int64_t row, int64_t rows, int64_t c, int64_t channels, F&& f) {
+// The sum of `count` terms, add(sum, i) each, in four runs: a quarter of the additions that a rounding error passes
+// through, and no addition waits for the last.
+template <typename Sum, typename Add>
+inline Sum sum_in_runs(int64_t count, Add&& add) {
   constexpr int kRuns = 4;
-  for_lanes<A>(channels, [&](int64_t i, int n) {
-    Vec<A> total[kRuns][K] = {};
-    int64_t r = 0;
-    for (; r + kRuns <= rows; r += kRuns)
-      for (int run = 0; run < kRuns; ++run) f(total[run], row + r + run, c + i, n);
-    for (int run = 0; r < rows; ++r, ++run) f(total[run], row + r, c + i, n);
-    for (int k = 0; k < K; ++k)
-      store(out + k * out_stride + c + i, (total[0][k] + total[1][k]) + (total[2][k] + total[3][k]), n);
-  });
+  Sum total[kRuns] = {};
+  int64_t i = 0;
+  for (; i + kRuns <= count; i += kRuns)
+    for (int run = 0; run < kRuns; ++run) add(total[run], i + run);
+  for (int run = 0; i < count; ++i, ++run) add(total[run], i);
+  return (total[0] + total[1]) + (total[2] + total[3]);
 }
 
-// tile [3][stride]: mean, sum of deviations from it, sum of their squares; of columns [c, c + channels) of x, whose
-// rows are `stride` values apart, over rows [row, row + rows).
-template <typename T, typename A = Acc<T>>
-void tile_moments(A* tile, const T* x, int64_t stride, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-  tile_sums<1>(tile, 0, row, rows, c, channels,
-               [&](Vec<A>* s, int64_t r, int64_t i, int n) { s[0] += load(x + r * stride + i, n); });
-  for (int64_t i = c; i < c + channels; ++i) tile[i] /= A(rows);
-  tile_sums<2>(tile + stride, stride, row, rows, c, channels, [&](Vec<A>* s, int64_t r, int64_t i, int n) {
-    const Vec<A> d = load(x + r * stride + i, n) - load(tile + i, n);
-    s[0] += d;
-    s[1] = fma(d, d, s[1]);
-  });
+// Two sums that grow together.
+template <typename V>
+struct Pair {
+  V first, second;
+  Pair operator+(const Pair& other) const { return {first + other.first, second + other.second}; }
+};
+
+template <typename V>
+inline void add_deviation(Pair<V>& sums, V deviation) {
+  sums.first += deviation;
+  sums.second = fma(deviation, deviation, sums.second);
 }
 
-// Chan's merge of all tiles of `tile_rows` rows (the last may have fewer) at once: the mean of the means, then the
-// squares within the tiles and between them. var is biased.
+// What the deviations of a tile of `count` values are taken from.
 template <typename A>
-void merge_tiles(A* mean, A* var, const A* tiles, int64_t tile_rows, int64_t rows, int64_t channels) {
-  const int64_t count = (rows + tile_rows - 1) / tile_rows;
-  const auto rows_of = [&](int64_t tile) { return double(std::min(tile_rows, rows - tile * tile_rows)); };
-  std::vector<double> total(size_t(channels), 0.0), m2(size_t(channels), 0.0);
-  for (int64_t tile = 0; tile < count; ++tile) {
-    const A* const p = tiles + tile * 3 * channels;
-    for (int64_t i = 0; i < channels; ++i) total[i] += rows_of(tile) * double(p[i]) + double(p[channels + i]);
+inline A centre(double sum, int64_t count) {
+  return A(sum / double(count));
+}
+
+// tile [3][stride]: the sum, and the sums of the deviations from centre(sum, rows) and of their squares; of columns
+// [c, c + channels) of x, whose rows are `stride` values apart, over rows [row, row + rows).
+template <typename T, typename A = Acc<T>>
+void tile_moments(double* tile, const T* x, int64_t stride, int64_t row, int64_t rows, int64_t c, int64_t channels) {
+  for_lanes<A>(channels, [&](int64_t i, int n) {
+    const T* const column = x + row * stride + c + i;
+    double* const sums = tile + c + i;
+    sum_in_runs<WideSum<A>>(rows, [&](WideSum<A>& s, int64_t r) {
+      s += load(column + r * stride, n);
+    }).store_to(sums, n);
+    Vec<A> about{};
+    for (int lane = 0; lane < n; ++lane) about[lane] = centre<A>(sums[lane], rows);
+    const auto left = sum_in_runs<Pair<Vec<A>>>(
+        rows, [&](Pair<Vec<A>>& s, int64_t r) { add_deviation(s, load(column + r * stride, n) - about); });
+    for (int lane = 0; lane < n; ++lane) {
+      sums[stride + lane] = double(left.first[lane]);
+      sums[2 * stride + lane] = double(left.second[lane]);
+    }
+  });
+}
+
+// The same of `size` values that follow one another; the three are `stride` apart.
+template <typename T, typename A = Acc<T>>
+void run_moments(double* sums, int64_t stride, const T* x, int64_t size) {
+  constexpr int lanes = VecOf<A>::lanes;
+  const int64_t whole = size / lanes;
+  const int rest = int(size % lanes);
+  auto total = sum_in_runs<WideSum<A>>(whole, [&](WideSum<A>& s, int64_t i) { s += load(x + i * lanes); });
+  if (rest) total += load(x + whole * lanes, rest);
+  sums[0] = total.total();
+  const Vec<A> about = splat(centre<A>(sums[0], size));
+  constexpr int64_t kShort = 64;  // vectors: squares are of one sign, and a long sum of them loses digits
+  WideSum<A> deviations, squares;
+  const auto add = [&](const Pair<Vec<A>>& part) { deviations += part.first, squares += part.second; };
+  for (int64_t begin = 0; begin < whole; begin += kShort)
+    add(sum_in_runs<Pair<Vec<A>>>(std::min(kShort, whole - begin), [&](Pair<Vec<A>>& s, int64_t i) {
+      add_deviation(s, load(x + (begin + i) * lanes) - about);
+    }));
+  if (rest) {
+    Pair<Vec<A>> last{};
+    add_deviation(last, first(load(x + whole * lanes, rest) - about, rest));
+    add(last);
   }
-  for (int64_t i = 0; i < channels; ++i) total[i] /= double(rows);
+  sums[stride] = deviations.total();
+  sums[2 * stride] = squares.total();
+}
+
+// The moments of tiles [count][3][channels] as the two above leave them, tile t of size_of(t) values a channel; var is
+// biased. `exact`: both once more, in double, mean before var; or null.
+template <typename A, typename Size>
+void merge_tiles(A* mean, A* var, double* exact, const double* tiles, int64_t count, int64_t channels, Size&& size_of) {
+  std::vector<double> means(size_t(channels), 0.0), squares(size_t(channels), 0.0);
+  int64_t size = 0;
   for (int64_t tile = 0; tile < count; ++tile) {
-    const A* const p = tiles + tile * 3 * channels;
+    size += size_of(tile);
+    for (int64_t i = 0; i < channels; ++i) means[i] += tiles[tile * 3 * channels + i];
+  }
+  for (int64_t i = 0; i < channels; ++i) means[i] /= double(size);
+  for (int64_t tile = 0; tile < count; ++tile) {
+    const double* const p = tiles + tile * 3 * channels;
     for (int64_t i = 0; i < channels; ++i) {
-      // The sum of squares about the whole's mean, from that about a point p[i] near the tile's mean.
-      const double d = double(p[i]) - total[i], deviations = double(p[channels + i]);
-      m2[i] += double(p[2 * channels + i]) + 2 * d * deviations + rows_of(tile) * d * d;
+      // The squares about the whole's mean, from those about a point near the tile's.
+      const double d = double(centre<A>(p[i], size_of(tile))) - means[i];
+      squares[i] += p[2 * channels + i] + 2 * d * p[channels + i] + double(size_of(tile)) * d * d;
     }
   }
   for (int64_t i = 0; i < channels; ++i) {
-    mean[i] = A(total[i]);
-    var[i] = A(std::max(0.0, m2[i] / double(rows)));
+    const double variance = squares[i] / double(size), kept = variance < 0 ? 0 : variance;  // NaN stays
+    mean[i] = A(means[i]);
+    var[i] = A(kept);
+    if (exact) exact[i] = means[i], exact[channels + i] = kept;
   }
 }
 

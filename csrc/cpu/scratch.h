@@ -27,7 +27,7 @@ class ScratchPool {
   }
   // The smallest block kept that is neither too small nor twice too large, or a new one.
   Block take(size_t bytes) {
-    bytes = (bytes + kLine - 1) / kLine * kLine;
+    bytes = (bytes + kLine - 1) / kLine * kLine + (bytes ? 0 : kLine);
     size_t best = kept_.size();
     for (size_t i = 0; i < kept_.size(); ++i)
       if (kept_[i].bytes >= bytes && kept_[i].bytes <= 2 * bytes &&

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../types.h"
 
@@ -55,9 +56,13 @@ struct VecOf {
 template <typename A>
 using Vec = typename VecOf<A>::type;
 
+constexpr int kLanes = VecOf<float>::lanes;
+
 typedef uint16_t Half16 __attribute__((vector_size(kBytes / 2)));
 typedef uint32_t Bits32 __attribute__((vector_size(kBytes)));
 typedef int32_t Int32 __attribute__((vector_size(kBytes)));
+
+constexpr int64_t round_up(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
 template <typename A>
 inline Vec<A> splat(A value) {
@@ -137,10 +142,14 @@ inline V relu(V x) {
   return x <= V{} ? V{} : x;
 }
 
+#if defined(__AVX512F__)
+constexpr __mmask16 kEvery = 0xffff;  // lane; without a mask GCC 12 warns of an uninitialised value that there is not
+#endif
+
 // The conversions between lanes of 16 and 32 bits: GCC 12 takes four instructions for what is one.
 inline Bits32 widen(Half16 h) {
 #if defined(__AVX512F__)
-  return Bits32(_mm512_cvtepu16_epi32(__m256i(h)));
+  return Bits32(_mm512_maskz_cvtepu16_epi32(kEvery, __m256i(h)));
 #elif defined(__AVX2__)
   return Bits32(_mm256_cvtepu16_epi32(__m128i(h)));
 #else
@@ -150,7 +159,7 @@ inline Bits32 widen(Half16 h) {
 
 inline Half16 narrow(Bits32 bits) {
 #if defined(__AVX512F__)
-  return Half16(_mm512_cvtepi32_epi16(__m512i(bits)));
+  return Half16(_mm512_maskz_cvtepi32_epi16(kEvery, __m512i(bits)));
 #elif defined(__AVX2__)
   const __m256i lanes = __m256i(bits);
   return Half16(_mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)));
@@ -195,7 +204,7 @@ inline Vec<float> load(const bf16* p) {
 }
 inline Vec<float> load(const f16* p) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_maskz_cvtph_ps(kEvery, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -217,7 +226,7 @@ inline void store(bf16* p, Vec<float> v) {
 }
 inline void store(f16* p, Vec<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kEvery, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
@@ -244,6 +253,21 @@ inline void store(T* p, Vec<Acc<T>> v, int n) {
   std::memcpy(p, lanes, size_t(n) * sizeof(T));
 }
 
+inline float to_float(float x) { return x; }
+template <typename T>
+inline float to_float(T x) {
+  return load(&x, 1)[0];
+}
+
+// v as memory of type T holds it.
+template <typename T>
+inline Vec<float> rounded_to(Vec<float> v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  T lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+
 // Calls body(i, n) for i = 0, lanes, 2 * lanes, ...; n is `lanes`, or what is left at the end. Inlined, the body is
 // there twice: where n is the constant `lanes` the partial loads and stores above become whole ones.
 template <typename A, typename Body>
@@ -254,6 +278,65 @@ inline void for_lanes(int64_t size, Body&& body) {
   if (i < size) body(i, int(size - i));
 }
 
+template <typename V>
+inline bool is_finite(V v) {
+  const V zero = v - v;  // NaN of an infinity or NaN
+  uint64_t words[sizeof v / 8], any = 0;
+  std::memcpy(words, &zero, sizeof v);
+  for (uint64_t word : words) any |= word;
+  return any == 0;
+}
+
+// The first `n` lanes; the others become 0.
+template <typename V>
+inline V first(V v, int n) {
+  if (n * sizeof v[0] == sizeof v) return v;
+  V kept{};
+  std::memcpy(&kept, &v, size_t(n) * sizeof v[0]);
+  return kept;
+}
+
+// The sum of vectors, each lane in double: of whole numbers it is exact, and no sum of floats leaves its range.
+template <typename A>
+struct WideSum {
+  static constexpr int parts = int(sizeof(double) / sizeof(A)), lanes = VecOf<double>::lanes;
+  Vec<double> part[parts] = {};
+
+  typedef A Part __attribute__((vector_size(kBytes / parts)));
+  // Of a vector's sums, as store_to() left them.
+  static WideSum at(const double* p) {
+    WideSum sum;
+    std::memcpy(sum.part, p, sizeof sum.part);
+    return sum;
+  }
+  void operator+=(Vec<A> v) {
+    for (int i = 0; i < parts; ++i) {
+      Part p;
+      std::memcpy(&p, reinterpret_cast<const A*>(&v) + i * lanes, sizeof p);
+      part[i] += __builtin_convertvector(p, Vec<double>);
+    }
+  }
+  WideSum operator+(WideSum other) const {
+    for (int i = 0; i < parts; ++i) other.part[i] += part[i];
+    return other;
+  }
+  void store_to(double* p, int n) const { std::memcpy(p, part, size_t(n) * sizeof(double)); }
+  double total() const {
+    double sum = 0;
+    for (int i = 0; i < parts; ++i)
+      for (int lane = 0; lane < lanes; ++lane) sum += part[i][lane];
+    return sum;
+  }
+  Vec<A> rounded() const {
+    Vec<A> v;
+    for (int i = 0; i < parts; ++i) {
+      const Part p = __builtin_convertvector(part[i], Part);
+      std::memcpy(reinterpret_cast<A*>(&v) + i * lanes, &p, sizeof p);
+    }
+    return v;
+  }
+};
+
 // Values of one dtype as those of another with the same accumulator.
 template <typename To, typename From>
 inline void convert(To* to, const From* from, int64_t size) {
@@ -261,25 +344,25 @@ inline void convert(To* to, const From* from, int64_t size) {
 }
 
 template <typename A>
-inline A sum(Vec<A> v) {
-  A total = 0;
-  for (int i = 0; i < VecOf<A>::lanes; ++i) total += v[i];
+inline double sum(Vec<A> v) {
+  double total = 0;
+  for (int i = 0; i < VecOf<A>::lanes; ++i) total += double(v[i]);
   return total;
 }
 
-// Calls f with a null pointer of the dtype's C++ type.
+// Calls f with a null pointer of the dtype's C++ type; of those whose accumulators are float.
+template <typename F>
+inline void with_float_acc(DType dtype, F&& f) {
+  if (dtype == DType::f32) return f(static_cast<float*>(nullptr));
+  if (dtype == DType::bf16) return f(static_cast<bf16*>(nullptr));
+  f(static_cast<f16*>(nullptr));
+}
+
+// The same of all.
 template <typename F>
 inline void with_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f32:
-      return f(static_cast<float*>(nullptr));
-    case DType::f64:
-      return f(static_cast<double*>(nullptr));
-    case DType::bf16:
-      return f(static_cast<bf16*>(nullptr));
-    case DType::f16:
-      return f(static_cast<f16*>(nullptr));
-  }
+  if (dtype == DType::f64) return f(static_cast<double*>(nullptr));
+  with_float_acc(dtype, f);
 }
 
 }  // namespace ran::cpu::RAN_ISA

@@ -23,6 +23,9 @@ class Normalize(nn.Module):
         std: likewise; None leaves the scale.
         memory_format: of the result, ``torch.contiguous_format`` or ``torch.channels_last``.
 
+    Raises:
+        ValueError: a standard deviation is 0, as of a channel that is the same in all images.
+
     Input uint8 (N, C, H, W), output float32 (N, C, H, W) on the same device; the module must be there too.
 
     >>> normalize = Normalize(torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5))
@@ -37,6 +40,8 @@ class Normalize(nn.Module):
         super().__init__()
         self.memory_format = memory_format or torch.contiguous_format
         std = torch.ones_like(mean) if std is None else std
+        if not bool((std > 0).all()):
+            raise ValueError(f"Normalize: std must be positive, got {std.min().item()}: are all images alike?")
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("offset", -mean / std, persistent=False)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augment
-from .cifar10 import CIFAR10, to_float
+from .cifar10 import CIFAR10, require_images, to_float
 
 #: Distance of the seeds of two epochs: 2^32 / golden ratio. The CPU generator uses the low 32 bits of a seed, in which
 #: this odd number repeats after 2^32 epochs only, and which it spreads so that nearby seeds share no epochs.
@@ -41,6 +41,7 @@ class Batches:
         images, as ``augment`` returns them, and labels, int64 (N,).
 
     Raises:
+        TypeError: ``dataset`` is none.
         ValueError: ``batch_size``, ``rank`` or ``world_size`` is out of its range, a last batch has fewer images than
             there are processes, or ``drop_last`` leaves none.
 
@@ -64,6 +65,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
     ):
+        require_images("Batches", "dataset", dataset)
         if batch_size < 1:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:

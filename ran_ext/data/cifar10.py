@@ -150,12 +150,13 @@ class CIFAR10(Dataset[tuple[Any, int]]):
         ((3, 1, 1), (3, 1, 1))
         """
         # Integer sums are exact, so the figures depend on no summation order.
-        histogram = torch.stack([self.images[:, c].flatten().bincount(minlength=256) for c in range(3)]).double()
+        channels = self.images.unbind(1)
+        histogram = torch.stack([channel.flatten().bincount(minlength=256) for channel in channels]).double()
         levels = torch.arange(256, dtype=torch.float64, device=histogram.device) / 255
         weights = histogram / histogram.sum(1, keepdim=True)
         mean = weights @ levels
         std = (weights * (levels - mean[:, None]) ** 2).sum(1).sqrt()
-        return mean.float().view(3, 1, 1), std.float().view(3, 1, 1)
+        return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
 
 
 def sample(split: str = "train") -> CIFAR10:
@@ -170,8 +171,8 @@ def sample(split: str = "train") -> CIFAR10:
 def split_validation(dataset: CIFAR10, count: int = 5000, seed: int = 0) -> tuple[CIFAR10, CIFAR10]:
     """Hold ``count`` images out, chosen at random and equally many of each class.
 
-    Where the number of classes does not divide ``count``, the first classes give one more. Both parts keep the order
-    of ``dataset``; the choice depends on its labels, ``count`` and ``seed`` only.
+    The classes are the labels that occur. Where their number does not divide ``count``, the first ones give one more.
+    Both parts keep the order of ``dataset``; the choice depends on its labels, ``count`` and ``seed`` only.
 
     Args:
         dataset: usually the training set.
@@ -182,28 +183,60 @@ def split_validation(dataset: CIFAR10, count: int = 5000, seed: int = 0) -> tupl
         The remaining training images, and the images held out.
 
     Raises:
+        TypeError: ``dataset`` is none.
         ValueError: a class has fewer images than it would have to give.
 
     >>> train, validation = split_validation(sample("train"), 100, seed=0)
     >>> len(train), validation.labels.bincount().tolist()
     (1948, [10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
     """
-    if count < 0:
-        raise ValueError(f"split_validation: count must not be negative, got {count}")
+    require_images("split_validation", "dataset", dataset)
+    if not 0 <= count <= len(dataset):
+        raise ValueError(
+            f"split_validation: count must be from 0 to {len(dataset)}, the images there are, got {count}; choose a "
+            "smaller count"
+        )
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(dataset), dtype=torch.bool)
     labels = dataset.labels.cpu()
-    for label, name in enumerate(CLASSES):
+    classes = labels.unique().tolist()
+    for place, label in enumerate(classes):
         members = (labels == label).nonzero().flatten()
-        wanted = count // len(CLASSES) + (label < count % len(CLASSES))
+        wanted = count // len(classes) + (place < count % len(classes))
         if wanted > len(members):
+            named = dataset.classes[label] if label < len(dataset.classes) else label
             raise ValueError(
-                f"split_validation: holding out {count} images takes {wanted} of class {name}, which has "
+                f"split_validation: holding out {count} images takes {wanted} of class {named}, which has "
                 f"{len(members)}; choose a smaller count"
             )
         held_out[members[torch.randperm(len(members), generator=generator)[:wanted]]] = True
     held_out = held_out.to(dataset.labels.device)
     return dataset.subset(~held_out), dataset.subset(held_out)
+
+
+def require_images(who: str, name: str, dataset: object) -> None:
+    """Check that ``dataset`` is a :class:`CIFAR10`, also where its tensors were replaced by others.
+
+    Raises:
+        TypeError: it is something else; the text names the caller and the argument.
+
+    >>> require_images("fit", "train_set", [1, 2])
+    Traceback (most recent call last):
+        ...
+    TypeError: fit: train_set must be a ran_ext.data.CIFAR10, got list
+    """
+    if not isinstance(dataset, CIFAR10):
+        raise TypeError(f"{who}: {name} must be a ran_ext.data.CIFAR10, got {type(dataset).__name__}")
+    images, labels = dataset.images, dataset.labels
+    tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
+    fits = tensors and images.dtype == torch.uint8 and images.dim() == 4 and labels.dtype == torch.int64
+    if not fits or labels.shape != images.shape[:1]:
+        got = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in (images, labels)]
+        raise TypeError(
+            f"{who}: {name} must hold images, uint8 (N, C, H, W), and labels, int64 (N,), got {' and '.join(got)}"
+        )
+    if len(labels) and int(labels.min()) < 0:
+        raise TypeError(f"{who}: {name} must hold labels from 0 on, got {int(labels.min())}")
 
 
 def _checked(split: str, what: str) -> str:

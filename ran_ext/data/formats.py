@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .._errors import one_line
+
 Records = NDArray[np.uint8]
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -102,7 +104,7 @@ def read_python(folder: Path, batch: Batch) -> Records:
     except EOFError as error:
         raise DatasetError(f"{path}: the file ends early, it is a cut download or copy") from error
     except Exception as error:  # a damaged pickle raises whatever the opcode that it stumbles on raises
-        raise DatasetError(f"{path}: not a CIFAR-10 Python batch: {error}") from error
+        raise DatasetError(f"{path}: not a CIFAR-10 Python batch: {one_line(error)}") from error
     if not (isinstance(content, dict) and {b"labels", b"data"} <= content.keys()):
         raise DatasetError(f"{path}: not a CIFAR-10 Python batch: it holds no labels and data")
     labels, pixels = np.asarray(content[b"labels"]), content[b"data"]
@@ -141,7 +143,7 @@ def read_png(folder: Path, batch: Batch) -> Records:
     try:
         labels = np.asarray(json.loads((folder / label_name).read_text()))
     except (ValueError, TypeError) as error:
-        raise DatasetError(f"{folder / label_name}: not a JSON list of labels: {error}") from error
+        raise DatasetError(f"{folder / label_name}: not a JSON list of labels: {one_line(error)}") from error
     image = _pixels(path)
     if image.shape != (batch.count, SIDE * SIDE, 3):
         raise DatasetError(f"{path}: must be {SIDE * SIDE}x{batch.count} pixels, got {image.shape[1]}x{image.shape[0]}")
@@ -154,7 +156,7 @@ def _pixels(path: Path) -> Records:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's three ways to say that a file is damaged
-        raise DatasetError(f"{path}: not a readable image: {error}") from error
+        raise DatasetError(f"{path}: not a readable image: {one_line(error)}") from error
 
 
 def _join(path: Path, labels: NDArray[Any], pixels: NDArray[np.uint8]) -> Records:

@@ -7,7 +7,6 @@ them. An interrupted download resumes.
 
 from __future__ import annotations
 
-import argparse
 import errno
 import gzip
 import os
@@ -22,6 +21,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .._command import Parser
+from .._errors import one_line
+from .._lock import FolderInUseError, FolderLock
 from .download import OFFICIAL, DownloadError, download
 from .formats import LAYOUTS, SPLITS, Batch, DatasetError, find_layout, read_batch
 
@@ -104,7 +106,8 @@ def unpack(archive: Path, folder: Path) -> None:
                         shutil.copyfileobj(content, target, 1 << 20)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(
-            f"{archive}: not a readable tar archive ({error}); delete it, download it again, or try another --source"
+            f"{archive}: not a readable tar archive ({one_line(error)}); delete it, download it again, or try another "
+            "--source"
         ) from error
 
 
@@ -187,17 +190,18 @@ def get(source: str, out: Path) -> None:
     if is_complete(out):
         print(f"CIFAR-10 is there already, verified: {out / FOLDER}")
         return
-    if source in SOURCES:
-        SOURCES[source](out)
-    else:
-        convert(Path(source), out)
-    shutil.rmtree(_work(out))
+    with FolderLock(out):
+        if source in SOURCES:
+            SOURCES[source](out)
+        else:
+            convert(Path(source), out)
+        shutil.rmtree(_work(out))
     print(f"CIFAR-10: {len(all_batches())} files, sha256 verified: {out / FOLDER}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 when the verified data set is there."""
-    parser = argparse.ArgumentParser(prog="get_cifar10", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="get_cifar10", description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--source",
         default="auto",
@@ -211,8 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nget_cifar10: stopped; run the same command again to go on", file=sys.stderr)
         return 130
-    except (DatasetError, DownloadError) as error:
-        print(f"get_cifar10: {error}", file=sys.stderr)
+    except (DatasetError, DownloadError, FolderInUseError) as error:
+        print(f"get_cifar10: {one_line(error, most=2000)}", file=sys.stderr)
         return 1
     except OSError as error:
         next_step = (

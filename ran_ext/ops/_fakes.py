@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 from .. import _backend
 
@@ -33,6 +33,10 @@ def _empty_at(x: Tensor, height: Any, width: Any, dtype: torch.dtype | None = No
 
 def _register() -> None:
     fake: Any = torch.library.register_fake
+
+    def flops(op: Any) -> Any:
+        flop_registry.pop(op, None)  # this file may run again: a reload, an import after the modules were purged
+        return register_flop_formula(op)
 
     @fake("ran_ext::attention_gate")
     def _(trunk: Tensor, mask: Tensor, scale_factor: int) -> Tensor:
@@ -114,6 +118,29 @@ def _register() -> None:
         vectors = _vector(x, size), _vector(x, size), _vector(x, following), _vector(x, following)
         return out, *vectors, x.new_empty([0])
 
+    @fake("ran_ext::conv2d")
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], *args: Any) -> Tensor:
+        return F.conv2d(_dense_like(x), weight, bias, stride, padding)
+
+    @fake("ran_ext::conv2d_backward")
+    def _(
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        stride: list[int],
+        padding: list[int],
+        wanted: list[bool],
+        conv3x3: int = 0,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        _, dweight, dbias = torch.ops.aten.convolution_backward(
+            dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
+        )
+        return (
+            _dense_like(x) if wanted[0] else x.new_empty([0]),
+            dweight if wanted[1] else x.new_empty([0]),
+            dbias if wanted[2] else x.new_empty([0]),
+        )
+
     @fake("ran_ext::bn_relu_conv2d_backward")
     def _(
         dout: Tensor,
@@ -129,6 +156,7 @@ def _register() -> None:
         batch_stats: bool,
         wanted: list[bool],
         dfork: Tensor | None,
+        conv3x3: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
@@ -142,19 +170,27 @@ def _register() -> None:
             dbias if wanted[2] else x.new_empty([0]),
         )
 
-    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.bn_relu_conv2d)
     def _(x: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return conv_flop_count(x, args[8], out_shape[0])
 
-    @register_flop_formula(torch.ops.ran_ext.conv_attention_gate)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.conv2d)
+    def _(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+        return conv_flop_count(x, weight, out_shape)
+
+    @flops(torch.ops.ran_ext.conv2d_backward)
+    def _(dout: Any, x: Any, weight: Any, stride: Any, padding: Any, wanted: Any, *args: Any, **kwargs: Any) -> int:
+        return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
+
+    @flops(torch.ops.ran_ext.conv_attention_gate)
     def _(trunk: Any, x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
         return conv_flop_count(x, weight, out_shape[1])
 
-    @register_flop_formula(torch.ops.ran_ext.bn_relu_conv2d_backward)  # type: ignore[untyped-decorator]
+    @flops(torch.ops.ran_ext.bn_relu_conv2d_backward)
     def _(
         dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
     ) -> int:
-        wanted = args[-2]
+        wanted = args[4]
         return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
 
 

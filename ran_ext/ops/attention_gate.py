@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
 
 
 def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
@@ -29,8 +31,7 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
         A tensor of ``trunk``'s shape, dtype and memory format.
 
     Raises:
-        TypeError: the dtypes differ or are not floating point.
-        ValueError: shapes or devices do not fit.
+        TypeError, ValueError: an argument does not fit; the text names it, the rule, and what was given.
 
     Source: Wang et al. 2017, arXiv:1704.06904, eq. 3.
 
@@ -39,12 +40,12 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
     >>> attention_gate(torch.ones(1, 1, 3, 3), torch.zeros(1, 1, 2, 2), scale_factor=2).shape
     torch.Size([1, 1, 3, 3])
     """
-    if torch.is_autocast_enabled(trunk.device.type) and trunk.dtype != mask.dtype:
-        wider = torch.promote_types(trunk.dtype, mask.dtype)  # what `*` does in eager PyTorch
-        trunk, mask = trunk.to(wider), mask.to(wider)
-    _check(trunk, mask, scale_factor)
+    if _tracing.is_symbolic(trunk):
+        return attention_gate_ref(trunk, mask, scale_factor)
+    trunk, mask = checks.alike("attention_gate", ("trunk", "mask"), trunk, mask)
+    scale_factor = _check(trunk, mask, scale_factor)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(trunk):
+    if torch.compiler.is_compiling() or not _backend.use_native(trunk, mask):
         return attention_gate_ref(trunk, mask, scale_factor)
     return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor)
 
@@ -52,40 +53,37 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
 def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
     """:func:`attention_gate` in plain PyTorch: the fallback, and what the kernels are held to."""
     if scale_factor != 1:
-        height, width = trunk.shape[-2:]
-        mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
+        height, width = trunk.shape[-2], trunk.shape[-1]  # not unpacked: torch.fx cannot
+        if not (symbolic := _tracing.is_symbolic(trunk)):
+            scale_factor = min(scale_factor, max(height, width, 1))  # a larger one only takes memory
+        if symbolic and scale_factor == 2:
+            mask = F.interpolate(mask, size=(height, width), mode="nearest")  # a graph for every size: nothing to crop
+        else:
+            mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
     return (1 + torch.sigmoid(mask)) * trunk
 
 
-def _check(trunk: Tensor, mask: Tensor, scale_factor: int) -> None:
-    if not trunk.is_floating_point() or trunk.dtype != mask.dtype:
-        raise TypeError(
-            f"attention_gate: trunk and mask must have the same floating-point dtype, got trunk {trunk.dtype} and mask "
-            f"{mask.dtype}"
-        )
-    if trunk.device != mask.device:
-        raise ValueError(
-            f"attention_gate: trunk and mask must be on the same device, got trunk on {trunk.device} and mask on "
-            f"{mask.device}"
-        )
+def _check(trunk: Tensor, mask: Tensor, scale_factor: int) -> int:
+    """Raises where the factor or a shape does not fit; the factor as an int."""
+    op = "attention_gate"
+    scale_factor = checks.whole(op, "scale_factor", scale_factor, 1)
     if scale_factor == 1:
         if trunk.shape != mask.shape:
             raise ValueError(
-                f"attention_gate: trunk and mask must have the same shape, got trunk {list(trunk.shape)} and mask "
+                f"{op}: trunk and mask must have the same shape, got trunk {list(trunk.shape)} and mask "
                 f"{list(mask.shape)}"
             )
-        return
-    if not isinstance(scale_factor, int) or scale_factor < 1:
-        raise ValueError(f"attention_gate: scale_factor must be a whole number >= 1, got {scale_factor!r}")
+        return scale_factor
     if trunk.dim() != 4 or mask.dim() != 4:
         raise ValueError(
-            f"attention_gate: trunk and mask must be (N, C, H, W) for scale_factor {scale_factor}, got trunk "
+            f"{op}: trunk and mask must be (N, C, H, W) for scale_factor {scale_factor}, got trunk "
             f"{list(trunk.shape)} and mask {list(mask.shape)}"
         )
     n, c, h, w = trunk.shape
     expected = [n, c, -(-h // scale_factor), -(-w // scale_factor)]
     if list(mask.shape) != expected:
         raise ValueError(
-            f"attention_gate: mask must be {expected} for trunk {list(trunk.shape)} and scale_factor {scale_factor} "
+            f"{op}: mask must be {expected} for trunk {list(trunk.shape)} and scale_factor {scale_factor} "
             f"(height and width divided, rounded up), got mask {list(mask.shape)}"
         )
+    return scale_factor

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
+
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_CONV_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
 
 
 def bn_relu(
@@ -33,11 +37,11 @@ def bn_relu(
     Args:
         x: ``(N, C, H, W)``, contiguous or channels_last (kept as given); float16, bfloat16, float32 or float64.
         weight, bias: ``(C,)`` or None (1 and 0).
-        running_mean, running_var: ``(C,)`` or None. In training they are updated in place, once, also where
-            activation checkpointing runs the forward pass twice.
+        running_mean, running_var: ``(C,)`` of one dtype, or None. In training they are updated in place, once, also
+            where activation checkpointing runs the forward pass twice; by an empty batch not at all.
         training: normalise with the batch's own statistics (also done where there are no running statistics).
         momentum: weight of the new statistics; None for the cumulative average, which needs ``num_batches_tracked``.
-        eps: added to the variance.
+        eps: added to the variance; positive where the batch's own statistics are used, else at least 0.
         num_batches_tracked: int64 scalar, incremented by one in training.
 
     Returns:
@@ -49,11 +53,14 @@ def bn_relu(
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167; He et al. 2016, arXiv:1603.05027.
 
     >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
-    >>> bn_relu(x, None, None, None, None, training=True, eps=0.0).flatten()
-    tensor([0., 1.])
+    >>> bn_relu(x, None, None, None, None, training=True).flatten()
+    tensor([0.0000, 1.0000])
     """
-    check_batch_norm("bn_relu", x, weight, bias, running_mean, running_var, training, momentum, num_batches_tracked)
-    if not _backend.use_native(x):
+    if not _tracing.is_symbolic(x):
+        training, momentum, eps = check_batch_norm(
+            "bn_relu", x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked
+        )
+    if not _backend.use_native(x, weight, bias, running_mean, running_var):
         return bn_relu_ref(
             x,
             weight,
@@ -92,6 +99,10 @@ def bn_relu_ref(
             if momentum is None:
                 factor = 1.0 / float(num_batches_tracked)
     batch_stats = training or running_mean is None
+    # In channels_last torch's derivative takes these for contiguous, whatever their strides are (2.13, on the CPU).
+    weight = None if weight is None else weight.contiguous()
+    if running_mean is not None and running_var is not None and not batch_stats:
+        running_mean, running_var = running_mean.contiguous(), running_var.contiguous()
     return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, factor, eps))
 
 
@@ -122,41 +133,46 @@ def check_batch_norm(
     running_var: Tensor | None,
     training: bool,
     momentum: float | None,
+    eps: float,
     num_batches_tracked: Tensor | None,
-) -> None:
-    """Raise what :func:`bn_relu` documents, in the name of ``op``."""
-    if x.dim() != 4:
-        raise ValueError(f"{op}: x must be (N, C, H, W), got {list(x.shape)}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
-    channels = x.shape[1]
-    for name, vector in (
-        ("weight", weight),
-        ("bias", bias),
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-    ):
-        if vector is None:
-            continue
-        label = name if op == "bn_relu" or name.startswith("running") else f"bn_{name}"
-        if vector.shape != (channels,):
-            raise ValueError(f"{op}: {label} must be [{channels}] for x {list(x.shape)}, got {list(vector.shape)}")
-        if vector.device != x.device:
-            raise ValueError(f"{op}: {label} must be on x's device {x.device}, got {vector.device}")
-        if not vector.is_floating_point():
-            raise TypeError(f"{op}: {label} must be floating point, got {vector.dtype}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
-    if training and momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise ValueError(f"{op}: momentum=None (cumulative average) needs num_batches_tracked")
-    if num_batches_tracked is not None and (
-        num_batches_tracked.numel() != 1
+) -> tuple[bool, float | None, float]:
+    """Raise what :func:`bn_relu` documents, in the name of ``op``; ``training``, ``momentum``, ``eps`` as Python's."""
+    checks.activation(op, "x", x)
+    names = _CONV_VECTORS if op.endswith("conv2d") else _VECTORS
+    checks.vectors(op, x, names, (weight, bias, running_mean, running_var))
+    if training is not True and training is not False:
+        training = checks.flag(op, "training", training)
+    if momentum is not None and type(momentum) is not float:
+        momentum = checks.number(op, "momentum", momentum)
+    if type(eps) is not float:
+        eps = checks.number(op, "eps", eps)
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
+    elif running_mean.dtype != running_var.dtype:
+        raise TypeError(
+            f"{op}: running_var must have running_mean's dtype {running_mean.dtype}, got {running_var.dtype}"
+        )
+    batch_stats = training or running_mean is None
+    if eps < 0 or (eps == 0 and batch_stats):
+        raise ValueError(f"{op}: eps must be {'positive' if batch_stats else '>= 0'}, got {eps}")
+    if num_batches_tracked is None:
+        if training and momentum is None and running_mean is not None:
+            raise ValueError(f"{op}: momentum=None (cumulative average) needs num_batches_tracked")
+    elif (
+        not isinstance(num_batches_tracked, Tensor)
         or num_batches_tracked.dtype != torch.int64
+        or num_batches_tracked.layout is not torch.strided
+        or num_batches_tracked.numel() != 1
         or num_batches_tracked.device != x.device
     ):
-        raise ValueError(
-            f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got {num_batches_tracked.dtype} "
-            f"{list(num_batches_tracked.shape)} on {num_batches_tracked.device}"
+        kind = ValueError if isinstance(num_batches_tracked, Tensor) else TypeError
+        raise kind(
+            f"{op}: num_batches_tracked must be one int64 on x's device {x.device}, got "
+            f"{checks.shown(num_batches_tracked)}"
         )
-    if (training or running_mean is None) and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
+    if batch_stats:
+        n, _, h, w = x.shape
+        if n * h * w == 1:
+            raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
+    return training, momentum, eps

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
+from ._convolution import conv2d
 from .bn_relu import bn_relu_ref, check_batch_norm, split_statistics
 
 
@@ -75,14 +76,17 @@ def bn_relu_conv2d(
 
     >>> x = torch.tensor([1.0, 3.0]).view(2, 1, 1, 1)
     >>> w = torch.full((1, 1, 1, 1), 2.0)
-    >>> bn_relu_conv2d(x, None, None, None, None, w, training=True, eps=0.0, residual=x).flatten()
-    tensor([1., 5.])
+    >>> bn_relu_conv2d(x, None, None, None, None, w, training=True, residual=x).flatten()
+    tensor([1.0000, 5.0000])
     """
     op = "bn_relu_conv2d"
-    stride, padding = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0)
-    check_batch_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, momentum, num_batches_tracked)
-    _check_conv(x, weight, bias, stride, padding, residual)
-    if not _backend.use_native(x):
+    stride, padding = checks.pair(op, "stride", stride, 1), checks.pair(op, "padding", padding, 0)
+    if not _tracing.is_symbolic(x):
+        training, momentum, eps = check_batch_norm(
+            op, x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, num_batches_tracked
+        )
+        _check_conv(x, weight, bias, stride, padding, residual)
+    if not _backend.use_native(x, bn_weight, bn_bias, running_mean, running_var, weight, bias, residual):
         return bn_relu_conv2d_ref(
             x,
             bn_weight,
@@ -102,7 +106,7 @@ def bn_relu_conv2d(
     mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
     norm = (bn_weight, bn_bias, mean, var, False, running, momentum, eps)
     out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, weight, bias, residual, stride, padding, False, [], None, False
+        x, *norm, weight, bias, residual, stride, padding, False, [], None, False, _backend.conv3x3_mode()
     )[0]
     return out
 
@@ -144,9 +148,13 @@ def chained_bn_relu_conv2d(
     """
     op = "bn_relu_conv2d"
     running_mean, running_var = (None, None) if statistics else (bn.running_mean, bn.running_var)
-    check_batch_norm(op, x, bn.weight, bn.bias, running_mean, running_var, True, bn.momentum, bn.num_batches_tracked)
-    _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
-    if not _backend.use_native(x):
+    momentum, eps = bn.momentum, bn.eps
+    if not _tracing.is_symbolic(x):
+        _, momentum, eps = check_batch_norm(
+            op, x, bn.weight, bn.bias, running_mean, running_var, True, momentum, eps, bn.num_batches_tracked
+        )
+        _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
+    if not _backend.use_native(x, bn.weight, bn.bias, running_mean, running_var, conv.weight, conv.bias, residual):
         out = bn_relu_conv2d_ref(
             x,
             bn.weight,
@@ -158,8 +166,8 @@ def chained_bn_relu_conv2d(
             stride=conv.stride,  # type: ignore[arg-type]
             padding=conv.padding,  # type: ignore[arg-type]
             training=True,
-            momentum=bn.momentum,
-            eps=bn.eps,
+            momentum=momentum,
+            eps=eps,
             residual=residual,
             num_batches_tracked=bn.num_batches_tracked,
         )
@@ -171,12 +179,12 @@ def chained_bn_relu_conv2d(
         if next_bn
         else (None, None, [])
     )
-    norm = (bn.weight, bn.bias, mean, var, True, running, bn.momentum, bn.eps)
+    norm = (bn.weight, bn.bias, mean, var, True, running, momentum, eps)
     following = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
     # An output that is the input is autograd's alone: a traced graph could not say so.
     fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     out, _, _, next_mean, next_var, identity = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork
+        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork, _backend.conv3x3_mode()
     )
     return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 
@@ -210,15 +218,8 @@ def bn_relu_conv2d_ref(
         eps=eps,
         num_batches_tracked=num_batches_tracked,
     )
-    out = F.conv2d(a, weight, bias, stride, padding)
+    out = conv2d(a, weight, bias, stride, padding)
     return out if residual is None else out + residual
-
-
-def _pair(op: str, name: str, value: int | tuple[int, int], least: int) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < least:
-        raise ValueError(f"{op}: {name} must be one number or a pair, each >= {least}, got {value!r}")
-    return pair
 
 
 def _check_conv(
@@ -230,30 +231,26 @@ def _check_conv(
     residual: Tensor | None,
 ) -> None:
     op = "bn_relu_conv2d"
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+    checks.operand(op, "weight", weight, x)
+    if bias is not None:
+        checks.operand(op, "bias", bias, x)
+    if residual is not None:
+        checks.operand(op, "residual", residual, x)
+    n, c_in, height, width = x.shape
+    if weight.dim() != 4 or weight.shape[1] != c_in or 0 in weight.shape:
         raise ValueError(
-            f"{op}: weight must be (C_out, {x.shape[1]}, kH, kW) for x {list(x.shape)}, got {list(weight.shape)} "
-            "(grouped convolutions are not part of this op)"
+            f"{op}: weight must be (C_out, {c_in}, kH, kW) for x {list(x.shape)}, none of them 0, got "
+            f"{list(weight.shape)} (grouped convolutions are not part of this op)"
         )
-    autocast = torch.is_autocast_enabled(x.device.type)
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {tensor.device}")
-        if tensor.dtype != x.dtype and not autocast:
-            raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {tensor.dtype}")
-    if bias is not None and bias.shape != (weight.shape[0],):
+    c_out, _, k_height, k_width = weight.shape
+    if bias is not None and bias.shape != (c_out,):
+        raise ValueError(f"{op}: bias must be [{c_out}] for weight {list(weight.shape)}, got {list(bias.shape)}")
+    over = height + 2 * padding[0] - k_height, width + 2 * padding[1] - k_width
+    if over[0] < 0 or over[1] < 0 or height == 0 or width == 0:
         raise ValueError(
-            f"{op}: bias must be [{weight.shape[0]}] for weight {list(weight.shape)}, got {list(bias.shape)}"
+            f"{op}: x {list(x.shape)} with padding {list(padding)} is smaller than the kernel {[k_height, k_width]}"
         )
-    size = [(x.shape[2 + i] + 2 * padding[i] - weight.shape[2 + i]) // stride[i] + 1 for i in (0, 1)]
-    if min(size) < 1:
-        raise ValueError(
-            f"{op}: x {list(x.shape)} with padding {list(padding)} is smaller than the kernel {list(weight.shape[2:])}"
-        )
-    if residual is not None and list(residual.shape) != [x.shape[0], weight.shape[0], *size]:
-        raise ValueError(
-            f"{op}: residual must be {[x.shape[0], weight.shape[0], *size]}, the shape of the result, got "
-            f"{list(residual.shape)}"
-        )
+    if residual is not None:
+        expected = [n, c_out, over[0] // stride[0] + 1, over[1] // stride[1] + 1]
+        if list(residual.shape) != expected:
+            raise ValueError(f"{op}: residual must be {expected}, the shape of the result, got {list(residual.shape)}")

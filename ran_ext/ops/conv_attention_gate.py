@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
 from .attention_gate import attention_gate, attention_gate_ref
 
 
@@ -36,8 +37,7 @@ def conv_attention_gate(
         precision and the gate in the wider of the two, as in eager PyTorch.
 
     Raises:
-        TypeError: the dtypes differ or are not floating point.
-        ValueError: shapes or devices do not fit.
+        TypeError, ValueError: an argument does not fit; the text names it, the rule, and what was given.
 
     Source: Wang et al. 2017, arXiv:1704.06904, eq. 3.
 
@@ -45,9 +45,11 @@ def conv_attention_gate(
     >>> conv_attention_gate(trunk, x, weight, scale_factor=2).unique()
     tensor([1.5000])
     """
-    _check(trunk, x, weight, bias, scale_factor)
+    if _tracing.is_symbolic(trunk):
+        return conv_attention_gate_ref(trunk, x, weight, bias, scale_factor)
+    scale_factor = _check(trunk, x, weight, bias, scale_factor)
     # Inductor fuses the plain gate into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(trunk):
+    if torch.compiler.is_compiling() or not _backend.use_native(trunk, x, weight, bias):
         return attention_gate(trunk, F.conv2d(x, weight, bias), scale_factor)
     return torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, bias, scale_factor)[0]
 
@@ -59,36 +61,34 @@ def conv_attention_gate_ref(
     return attention_gate_ref(trunk, F.conv2d(x, weight, bias), scale_factor)
 
 
-def _check(trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int) -> None:
+def _check(trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int) -> int:
+    """Raises what :func:`conv_attention_gate` documents; the factor as an int."""
+    op = "conv_attention_gate"
     tensors = {"trunk": trunk, "x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in tensors.items():
+        checks.tensor(op, name, value)
     dtypes = {name: t.dtype for name, t in tensors.items()}
-    mixed = len(set(dtypes.values())) > 1 and not torch.is_autocast_enabled(trunk.device.type)
-    if mixed or not all(t.is_floating_point() for t in tensors.values()):
+    if len(set(dtypes.values())) > 1 and not _backend.autocasts(trunk):
         found = ", ".join(f"{name} {dtype}" for name, dtype in dtypes.items())
-        raise TypeError(f"conv_attention_gate: all must have one floating-point dtype, got {found}")
+        raise TypeError(f"{op}: all must have one floating-point dtype, got {found}")
     if len({t.device for t in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {t.device}" for name, t in tensors.items())
-        raise ValueError(f"conv_attention_gate: all must be on the same device, got {found}")
-    if not isinstance(scale_factor, int) or scale_factor < 1:
-        raise ValueError(f"conv_attention_gate: scale_factor must be a whole number >= 1, got {scale_factor!r}")
+        raise ValueError(f"{op}: all must be on the same device, got {found}")
+    scale_factor = checks.whole(op, "scale_factor", scale_factor, 1)
     if trunk.dim() != 4 or x.dim() != 4:
-        raise ValueError(
-            f"conv_attention_gate: trunk and x must be (N, C, H, W), got trunk {list(trunk.shape)} and x "
-            f"{list(x.shape)}"
-        )
+        raise ValueError(f"{op}: trunk and x must be (N, C, H, W), got trunk {list(trunk.shape)} and x {list(x.shape)}")
     (n, c, h, w), c_in = trunk.shape, x.shape[1]
     expected = [n, c_in, -(-h // scale_factor), -(-w // scale_factor)]
     if list(x.shape) != expected:
         raise ValueError(
-            f"conv_attention_gate: x must be {expected} for trunk {list(trunk.shape)} and scale_factor {scale_factor} "
+            f"{op}: x must be {expected} for trunk {list(trunk.shape)} and scale_factor {scale_factor} "
             f"(height and width divided, rounded up), got x {list(x.shape)}"
         )
     if list(weight.shape) != [c, c_in, 1, 1]:
         raise ValueError(
-            f"conv_attention_gate: weight must be {[c, c_in, 1, 1]} for trunk {list(trunk.shape)} and x "
+            f"{op}: weight must be {[c, c_in, 1, 1]} for trunk {list(trunk.shape)} and x "
             f"{list(x.shape)}, got weight {list(weight.shape)}"
         )
     if bias is not None and list(bias.shape) != [c]:
-        raise ValueError(
-            f"conv_attention_gate: bias must be {[c]} for trunk {list(trunk.shape)}, got {list(bias.shape)}"
-        )
+        raise ValueError(f"{op}: bias must be {[c]} for trunk {list(trunk.shape)}, got {list(bias.shape)}")
+    return scale_factor

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
 
 
 def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
@@ -27,7 +28,7 @@ def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
         ``(N, C, ceil(H / 2), ceil(W / 2))``, or rounded down, of ``x``'s dtype and memory format.
 
     Raises:
-        TypeError: ``x`` is not floating point.
+        TypeError: ``x`` is no dense floating-point tensor, or ``ceil_mode`` no bool.
         ValueError: ``x`` is not 4-d, has no channels, or too few pixels for one window.
 
     >>> max_pool2d(torch.arange(9.0).view(1, 1, 3, 3)).flatten()
@@ -35,7 +36,9 @@ def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
     >>> max_pool2d(torch.arange(9.0).view(1, 1, 3, 3), ceil_mode=False).flatten()
     tensor([4.])
     """
-    _check(x, ceil_mode)
+    if _tracing.is_symbolic(x):
+        return max_pool2d_ref(x, ceil_mode)
+    ceil_mode = _check(x, ceil_mode)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
     if torch.compiler.is_compiling() or not _backend.use_native(x):
         return max_pool2d_ref(x, ceil_mode)
@@ -49,12 +52,14 @@ def max_pool2d_ref(x: Tensor, ceil_mode: bool = True) -> Tensor:
     return F.max_pool2d(x, 2, ceil_mode=ceil_mode)
 
 
-def _check(x: Tensor, ceil_mode: bool) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"max_pool2d: x must be floating point, got {x.dtype}")
+def _check(x: Tensor, ceil_mode: bool) -> bool:
+    """Raises what :func:`max_pool2d` documents; ``ceil_mode`` as a bool."""
+    checks.tensor("max_pool2d", "x", x)
+    ceil_mode = checks.flag("max_pool2d", "ceil_mode", ceil_mode)
     least = 1 if ceil_mode else 2
     if x.dim() != 4 or x.shape[1] == 0 or min(x.shape[2:]) < least:
         raise ValueError(
             f"max_pool2d: x must be (N, C, H, W) with at least one channel and {least}x{least} pixels for ceil_mode="
             f"{ceil_mode}, got {list(x.shape)}"
         )
+    return ceil_mode

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import _backend
+from ._convolution import bounded, conv2d, is_faulty
 from .bn_relu import check_batch_norm, in_backward
 
 
@@ -40,12 +41,17 @@ def sync_bn_relu_conv2d(x: Tensor, bn: nn.SyncBatchNorm, conv: nn.Conv2d, residu
     """
     device = x.device.type
     weight, bias = conv.weight, conv.bias
-    if torch.is_autocast_enabled(device):
+    if _backend.autocasts(x):
         lower = torch.get_autocast_dtype(device)
         weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
+    padding: Any = conv.padding
+    stride = bounded(conv.stride, x, weight, padding)  # type: ignore[arg-type]
+    if is_faulty(x, weight, stride, padding):
+        out = conv2d(sync_bn_relu(x, bn).to(weight.dtype), weight, bias, stride, padding)
+        return out if residual is None else out + residual
     mean, var, count = _merged_stats("sync_bn_relu_conv2d", x, bn)
     out = _SyncBNReLUConv.apply(
-        x, bn.weight, bn.bias, mean, var, count, bn.eps, bn.process_group, weight, bias, conv.stride, conv.padding
+        x, bn.weight, bn.bias, mean, var, count, bn.eps, bn.process_group, weight, bias, stride, padding
     )
     return out if residual is None else out + residual
 
@@ -53,7 +59,7 @@ def sync_bn_relu_conv2d(x: Tensor, bn: nn.SyncBatchNorm, conv: nn.Conv2d, residu
 def _merged_stats(op: str, x: Tensor, bn: nn.SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count of each channel over all processes; the running statistics are updated."""
     check_batch_norm(
-        op, x, bn.weight, bn.bias, bn.running_mean, bn.running_var, False, bn.momentum, bn.num_batches_tracked
+        op, x, bn.weight, bn.bias, bn.running_mean, bn.running_var, False, bn.momentum, bn.eps, bn.num_batches_tracked
     )
     with torch.no_grad():
         count = x.numel() // max(1, x.shape[1])

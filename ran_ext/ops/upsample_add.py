@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend
+from .. import _backend, _tracing
+from . import _checks as checks
 
 
 def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
@@ -30,49 +31,51 @@ def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] 
         ``(N, C, H, W)`` of ``lower``'s dtype, in the memory format of ``skip``, or of ``lower`` where there is none.
 
     Raises:
-        TypeError: the dtypes differ or are not floating point.
-        ValueError: shapes, ``size`` or devices do not fit.
+        TypeError, ValueError: an argument does not fit; the text names it, the rule, and what was given.
 
     >>> upsample_add(torch.tensor([[[[1.0, 2.0]]]]), torch.full((1, 1, 2, 3), 0.5))
     tensor([[[[1.5000, 1.5000, 2.5000],
               [1.5000, 1.5000, 2.5000]]]])
     """
-    if skip is not None and torch.is_autocast_enabled(lower.device.type) and lower.dtype != skip.dtype:
-        wider = torch.promote_types(lower.dtype, skip.dtype)  # what `+` does in eager PyTorch
-        lower, skip = lower.to(wider), skip.to(wider)
+    if _tracing.is_symbolic(lower):
+        return _plain(lower, skip, size)
+    if skip is None:
+        checks.tensor("upsample_add", "lower", lower)
+    else:
+        lower, skip = checks.alike("upsample_add", ("lower", "skip"), lower, skip)
     height, width = _check(lower, skip, size)
     # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
-    if torch.compiler.is_compiling() or not _backend.use_native(lower):
-        return upsample_add_ref(lower, skip, (height, width))
+    if torch.compiler.is_compiling() or not _backend.use_native(lower, skip):
+        return _plain(lower, skip, (height, width))
     return torch.ops.ran_ext.upsample_add(lower, skip, height, width)
 
 
 def upsample_add_ref(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None) -> Tensor:
     """:func:`upsample_add` in plain PyTorch: the fallback, and what the kernels are held to."""
-    height, width = _check(lower, skip, size)
-    wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., :height, :width]
+    return _plain(lower, skip, _check(lower, skip, size))
+
+
+def _plain(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> Tensor:
+    size = skip.shape[-2:] if size is None and skip is not None else size
+    if size is not None and _tracing.is_symbolic(lower):
+        wide = F.interpolate(lower, size=(size[0], size[1]), mode="nearest")  # a graph for every size: nothing to crop
+    else:
+        wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")
+        wide = wide if size is None else wide[..., : size[0], : size[1]]
     return wide if skip is None else wide + skip
 
 
 def _check(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> tuple[int, int]:
-    """Height and width of the result; raises what :func:`upsample_add` documents."""
-    if not lower.is_floating_point() or (skip is not None and skip.dtype != lower.dtype):
-        raise TypeError(
-            f"upsample_add: lower and skip must have the same floating-point dtype, got lower {lower.dtype}"
-            + ("" if skip is None else f" and skip {skip.dtype}")
-        )
-    if skip is not None and skip.device != lower.device:
-        raise ValueError(
-            f"upsample_add: lower and skip must be on the same device, got lower on {lower.device} and skip on "
-            f"{skip.device}"
-        )
+    """Height and width of the result; raises where ``size`` or a shape does not fit."""
     if lower.dim() != 4 or 0 in lower.shape[1:]:
         raise ValueError(
             f"upsample_add: lower must be (N, C, H, W) with at least one channel and pixel, got {list(lower.shape)}"
         )
     n, c, h, w = lower.shape
     name = "size" if skip is None or size is not None else "skip's height and width"
-    if size is None:
+    if size is not None:
+        size = checks.pair("upsample_add", "size", size, 1)
+    else:
         size = (2 * h, 2 * w) if skip is None else skip.shape[-2:]
     if len(size) != 2 or size[0] not in (2 * h - 1, 2 * h) or size[1] not in (2 * w - 1, 2 * w):
         raise ValueError(

@@ -13,9 +13,10 @@
 from .batches import build_augment, build_normalize, train_batches
 from .callbacks import Callback
 from .capture import CapturedStep, CudaGraph
-from .checkpoint import load_checkpoint, load_model, load_normalize, save_checkpoint
+from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .distributed import Ranks, process_group
+from .dtype import resolve_dtype
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
@@ -57,11 +58,13 @@ __all__ = [
     "fit",
     "learning_rate",
     "load_checkpoint",
+    "load_config",
     "load_model",
     "load_normalize",
     "load_optimizer",
     "mixup",
     "process_group",
+    "resolve_dtype",
     "save_checkpoint",
     "set_lr",
     "train_batches",

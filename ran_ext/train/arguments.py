@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._command import Parser
+from .._errors import one_line
+from .._files import require_regular
+from ..models import ran_compact
 from .config import CHOICES, PRESETS, Config
 from .errors import TrainingError
+from .run import LAST
+from .scales import AUTO, LIMIT, SCALES
 from .step_kinds import STEPS
 
 #: The name that stands for the embedded images, and the folder looked for first.
@@ -37,6 +45,9 @@ class Options:
         tensorboard: whether to write TensorBoard's files.
         quiet: print nothing but errors.
         chose_data: why ``data`` is what it is, where nobody named it.
+        scale: of the run on the embedded images: one of ``SCALES``, or ``auto`` for the one that fits the machine; ""
+            where the recipe alone says how long the run is.
+        asked: what the run was begun with where that is a matter of the machine: ``dtype`` and ``scale``.
     """
 
     config: Config
@@ -49,10 +60,12 @@ class Options:
     tensorboard: bool
     quiet: bool
     chose_data: str
+    scale: str
+    asked: Mapping[str, str]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="ran-ext-train",
         description="Train a residual attention network on CIFAR-10. Under torchrun the processes share each batch.",
     )
@@ -69,9 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"folder of CIFAR-10, or '{SAMPLE}' for the embedded images (default: the folder {DATA_FOLDER} where "
         "there is one and the preset is not 'sample', else the embedded images)",
     )
+    sizes = "; ".join(f"{name}: {scale}" for name, scale in SCALES.items())
+    run.add_argument(
+        "--scale",
+        choices=[AUTO, *SCALES],
+        help=f"how long the run on the embedded images is ({sizes}); auto times a few steps and takes the largest that "
+        f"ends within {LIMIT / 60:.0f} minutes (default: auto, unless --epochs or the network is given)",
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or any that torch has")
     run.add_argument(
         "--step",
         choices=STEPS,
@@ -99,28 +119,52 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         ValueError: a value is out of its range.
         SystemExit: a flag is unknown or malformed (argparse prints why).
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        if name in inspect.signature(ran_compact).parameters:
+            parser.error(f"{unknown[0]}: it is an option of the network, --model-option {name}=VALUE")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
-    if "model_options" in given:
-        given["model_options"] = dict(given["model_options"])
     if args.resume and args.out is None:
         raise TrainingError("--resume needs --out, the folder of the run to continue")
+    if args.resume and not any(os.path.lexists(args.out / name) for name in (RUN_FILE, LAST)):
+        raise TrainingError(
+            f"--resume: there is no run in {args.out} (it has neither {RUN_FILE} nor {LAST}); mend --out, or leave "
+            "--resume out to begin one"
+        )
     found = _read_run(args.out) if args.resume else None
-    chose = ""
+    chose = scale = ""
+    asked: Mapping[str, str] = {}
     if found:
-        base, data = found
-        if args.preset:
-            raise TrainingError("--resume takes the run's own settings: leave --preset out")
+        base, data, scale, asked = found
+        for name in ("preset", "scale"):
+            if getattr(args, name):
+                raise TrainingError(f"--resume takes the run's own settings: leave --{name} out")
+        if given.get("dtype") == AUTO:
+            del given["dtype"]  # the run's own
         data = args.data or data
     else:
         data, chose = (args.data, "") if args.data else _choose_data(args.preset)
-        base = PRESETS[args.preset or ("sample" if data == SAMPLE else "report")]
+        preset = args.preset or ("sample" if data == SAMPLE else "report")
+        base = PRESETS[preset]
+        # a run in the folder has a size already, though nothing says which
+        sized = args.resume or not given.keys().isdisjoint(("epochs", "model", "model_options"))
+        scale = _choose_scale(args.scale, data == SAMPLE and preset == "sample", sized, "epochs" in given)
+        if scale in SCALES:
+            base = SCALES[scale].apply(base)
+    if "model_options" in given:
+        given["model_options"] = {**base.model_options, **dict(given["model_options"])}
     config = dataclasses.replace(base, **given)
+    idle = config.without_effect() | ({"val_images": "protocol is 'report'"} if config.protocol == "report" else {})
+    for name in given.keys() & idle.keys():
+        raise TrainingError(f"--{name.replace('_', '-')} has no effect where {idle[name]}; leave it out")
+    asked = asked or {"dtype": config.dtype, "scale": scale}
     out = args.out or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not args.resume and (out / "last.pt").exists():
-        raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
+    require_no_run(out, args.resume)
     return Options(
         config,
         data,
@@ -132,23 +176,54 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         args.tensorboard,
         args.quiet,
         chose,
+        scale,
+        asked,
     )
 
 
-def run_file(options: Options) -> bytes:
-    """The contents of ``run.json``."""
-    return (json.dumps({"data": options.data, "config": options.config.to_dict()}, indent=1) + "\n").encode()
+def require_no_run(out: Path, resume: bool) -> None:
+    """Refuse to begin where a run is already."""
+    if not resume and os.path.lexists(out / LAST):
+        raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
 
 
-def _read_run(out: Path) -> tuple[Config, str] | None:
+def run_file(options: Options, config: Config) -> bytes:
+    """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
+    values = {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) -> str:
+    """The scale of a run, by the flag; ``sample``: on the embedded images; ``sized``, ``epochs``: given by hand."""
+    if asked and not sample:
+        raise TrainingError(
+            f"--scale is for the embedded images and their preset (--data {SAMPLE} --preset sample): leave it out, and "
+            "give --epochs or --model-option width=... instead"
+        )
+    if asked == AUTO and epochs:
+        raise TrainingError("--scale auto chooses the number of epochs: leave --epochs out, or name a scale")
+    return asked or (AUTO if sample and not sized else "")
+
+
+def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
     path = out / RUN_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
+        require_regular(path)
         values = json.loads(path.read_text())
-        return Config.from_dict(values["config"]), values["data"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{path} is damaged ({error}); delete it and give the run's own flags again") from error
+        config, data = Config.from_dict(values["config"]), values["data"]
+        scale = values.get("scale", "")  # which older files lack, as they do "asked"
+        asked = values.get("asked", {"dtype": config.dtype, "scale": ""})
+        if not isinstance(data, str):
+            raise TypeError("'data' is no text")
+        if not isinstance(scale, str) or not isinstance(asked, dict):
+            raise TypeError("'scale' is no text, or 'asked' no object")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise TrainingError(
+            f"{path} is damaged ({one_line(error)}); delete it and give the run's own flags again"
+        ) from error
+    return config, data, scale, asked
 
 
 def _choose_data(preset: str | None) -> tuple[str, str]:
@@ -191,7 +266,9 @@ def _key_value(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name and equals):
         raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
+    for read in (json.loads, ast.literal_eval):  # false, and Python's False
+        try:
+            return name, read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return name, value

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from .._errors import one_line
 from ..models import ResidualAttentionNetwork, create_model, list_models
+from .memory import require_memory
 
 #: Fields with a closed set of values.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -21,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "protocol": ("holdout", "report"),
     "augment": ("report", "light", "standard", "none"),
     "normalize": ("per_pixel", "per_channel"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1}
 
@@ -37,15 +40,16 @@ class Config:
         optimizer: ``adam`` (``torch.optim.Adam``, whose eps stands outside the root; the report prints it inside,
             which at 1e-8 makes no measurable difference) or ``nesterov`` (SGD with Nesterov momentum).
         lr: the highest learning rate; None for 1e-3 (adam) or 0.1 (nesterov).
-        momentum: of ``nesterov``.
+        momentum: of ``nesterov``; 0 for plain SGD. ``adam`` has none.
         weight_decay: of the weights in ``weight_decay_scope``.
         weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to the loss;
             ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's weight.
+            Without a ``weight_decay`` it says nothing.
         schedule: ``step`` (times ``lr_step_factor`` every ``lr_step_epochs`` epochs), ``onecycle`` (linear rise over
             the ``warmup``, then half a cosine to 0), ``cosine`` (half a cosine to 0) or ``constant``.
-        lr_step_epochs: epochs between two steps of schedule ``step``.
+        lr_step_epochs: epochs between two steps of schedule ``step``; the others have none.
         lr_step_factor: of the learning rate at each of them.
-        warmup: share of the run in which ``onecycle`` rises.
+        warmup: share of the run in which ``onecycle`` rises; the others do not.
         batch_size: images a step, over all processes together.
         epochs: at most.
         patience: stop after this many epochs without a better validation accuracy; 0 for never.
@@ -64,7 +68,8 @@ class Config:
         test_mirror: validate and test with the logits of each image and of its mirror image averaged.
         ema: decay a step of an exponential moving average of the weights, which is then what is validated and kept;
             0 for none.
-        dtype: of autocast; ``float16`` scales the loss and needs CUDA.
+        dtype: of autocast; ``auto`` is bfloat16 where the device multiplies it (AVX512-BF16, AMX, sm_80 and up), else
+            float32; ``float16`` scales the loss and needs CUDA.
         channels_last: memory format of images and weights.
         seed: of the initial weights, the order of the images, augmentation and dropout.
 
@@ -103,7 +108,7 @@ class Config:
     label_smoothing: float = 0.0
     test_mirror: bool = False
     ema: float = 0.0
-    dtype: str = "float32"
+    dtype: str = "auto"
     channels_last: bool = False
     seed: int = 0
 
@@ -138,7 +143,7 @@ class Config:
             value = getattr(self, name)
             _require(isinstance(value, bool), name, "true or false", value)
         _require(not self.cutout or self.augment != "none", "cutout", "0 where augment is 'none'", self.cutout)
-        _require(isinstance(self.model_options, Mapping), "model_options", "a mapping", self.model_options)
+        _require(_is_json(self.model_options), "model_options", "a mapping of JSON's types", self.model_options)
         _require(
             "dropout" not in self.model_options,
             "model_options",
@@ -149,22 +154,49 @@ class Config:
     @property
     def base_lr(self) -> float:
         """``lr``, or the optimizer's default."""
-        return DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        return DEFAULT_LR[self.optimizer] if self.lr is None else float(self.lr)
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """Of autocast.
+
+        Raises:
+            ValueError: ``dtype`` is ``auto``; :func:`ran_ext.train.resolve_dtype` says what that is on a device.
+        """
+        _require(self.dtype != "auto", "dtype", "resolved for a device (resolve_dtype) before it is used", self.dtype)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
 
     def create_model(self) -> ResidualAttentionNetwork:
-        """The network, with weights drawn from torch's global generator."""
-        dropout = {} if self.dropout is None else {"dropout": self.dropout}
+        """The network, with weights drawn from torch's global generator.
+
+        Raises:
+            ValueError: ``model_options`` do not fit the model, or it would not fit into the memory.
+        """
+        options = dict(self.model_options) | ({} if self.dropout is None else {"dropout": self.dropout})
         try:
-            return create_model(self.model, **self.model_options, **dropout)
-        except TypeError as error:
-            raise ValueError(f"Config: model_options do not fit {self.model}: {error}") from error
+            with torch.device("meta"):  # to count its parameters
+                shapes = create_model(self.model, **options)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise ValueError(f"Config: model_options do not fit {self.model}: {one_line(error)}") from error
+        require_memory(sum(p.numel() for p in shapes.parameters()), 1, torch.device("cpu"))
+        return create_model(self.model, **options)
+
+    def without_effect(self) -> dict[str, str]:
+        """The settings that do nothing beside the others, and why.
+
+        >>> Config(optimizer="nesterov", schedule="cosine").without_effect()
+        {'lr_step_epochs': "schedule is 'cosine'", 'lr_step_factor': "schedule is 'cosine'", 'warmup': ...}
+        """
+        schedule, names = f"schedule is {self.schedule!r}", list[tuple[str, str]]()
+        names += [] if self.optimizer == "nesterov" else [("momentum", f"optimizer is {self.optimizer!r}")]
+        names += [] if self.schedule == "step" else [("lr_step_epochs", schedule), ("lr_step_factor", schedule)]
+        names += [] if self.schedule == "onecycle" else [("warmup", schedule)]
+        return dict(names)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"model_options": dict(self.model_options)}
+        """The fields, of JSON's types alone: a NumPy number would make a checkpoint that cannot be read."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.loads(json.dumps(values | {"model_options": dict(self.model_options)}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
@@ -191,7 +223,7 @@ class Config:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"Config: not JSON: {error}") from error
+            raise ValueError(f"Config: not JSON: {one_line(error)}") from error
         if not isinstance(values, dict):
             raise ValueError(f"Config: the JSON must be an object, got {type(values).__name__}")
         return cls.from_dict(values)
@@ -214,15 +246,24 @@ def _require(holds: bool, name: str, rule: str, value: object) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(dict(value) if isinstance(value, Mapping) else None)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
 
 
 #: ``report``: the report's recipe for the full CIFAR-10. ``sample``: the embedded images on a small CPU. ``fast``: the
-#: full CIFAR-10 in few epochs; one seed on a CPU reached a test accuracy of 0.866 after 6, 0.873 with ``test_mirror``.
+#: full CIFAR-10 in few epochs; one seed on a CPU, in bfloat16, reached a test accuracy of 0.866 after 6, 0.873 with
+#: ``test_mirror``.
 PRESETS: dict[str, Config] = {
     "report": Config(),
     "sample": Config(
@@ -234,7 +275,6 @@ PRESETS: dict[str, Config] = {
         select="last",
         val_images=256,
         augment="light",
-        dtype="bfloat16",
         channels_last=True,
     ),
     "fast": Config(
@@ -251,7 +291,6 @@ PRESETS: dict[str, Config] = {
         augment="light",
         normalize="per_channel",
         label_smoothing=0.1,
-        dtype="bfloat16",
         channels_last=True,
     ),
 }

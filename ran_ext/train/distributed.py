@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .. import nn as ran_nn
+from .._errors import one_line
 from .errors import TrainingError
 
 
@@ -43,11 +43,12 @@ class Ranks:
 
     def convert(self, model: nn.Module) -> nn.Module:
         """``model`` with its batch statistics taken over all processes."""
-        return model if self.world_size == 1 else ran_nn.convert_sync_batchnorm(model)
+        return model if self.world_size == 1 else nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over the processes, in place."""
+        """``values`` summed over the processes."""
         if self.world_size > 1:
+            values = values.to(self.device)  # NCCL takes no others
             dist.all_reduce(values)
         return values
 
@@ -98,7 +99,7 @@ def choose_device(name: str) -> torch.device:
     """The device ``name`` stands for.
 
     Raises:
-        TrainingError: there is no such device.
+        TrainingError: there is no such device here, or it holds no values, as ``meta``.
 
     >>> choose_device("cpu")
     device(type='cpu')
@@ -108,9 +109,18 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TrainingError(f"there is no device named {name!r}; choose auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("device cuda was asked for, but torch sees no CUDA GPU; choose --device cpu")
+        raise TrainingError(f"there is no device named {name!r}; choose {_devices()}") from error
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # each device that torch knows by name alone says so in a way of its own
+        reason = one_line(error).partition(". ")[0].partition(" Compile with ")[0]
+        raise TrainingError(f"device {name} cannot be used here ({reason}); choose {_devices()}") from error
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _devices() -> str:
+    """The devices there are, for a sentence."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return f"auto, cpu or {found.type}" if found else "auto or cpu"

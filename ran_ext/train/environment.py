@@ -32,7 +32,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(ranks.device) if on_cuda else "cpu",
+        "device": torch.cuda.get_device_name(ranks.device) if on_cuda else ranks.device.type,
         "processes": ranks.world_size,
         "backend": "reference" if missing or chosen == "reference" else "native",
         "why_not_native": missing if chosen != "reference" else "the reference backend was chosen",

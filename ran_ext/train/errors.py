@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .._errors import one_line
+
 
 class TrainingError(RuntimeError):
     """A run cannot go on; the text is one sentence for a person and says what to do next."""
@@ -55,4 +57,5 @@ def write_failure(what: str, error: OSError) -> str:
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write {what}: the disk is full; free some space, then continue with --resume"
-    return f"cannot write {what}: {error.strerror or error}; check the folder, then continue with --resume"
+    reason = error.strerror or one_line(error)
+    return f"cannot write {what}: {reason}; check the folder, then continue with --resume"

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import CIFAR10, Batches, Normalize
+from ..data.cifar10 import require_images
 from .distributed import Ranks
+from .modes import evaluating
+from .step import require_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ def evaluate(
     """Run ``model`` in evaluation mode over ``dataset``, on the device of its parameters.
 
     Args:
-        model: left in the mode it came in.
+        model: run in evaluation mode; afterwards each of its modules is in the mode it was in.
         dataset: as :class:`ran_ext.data.CIFAR10`.
         normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it.
             Also sets the images' memory format.
@@ -70,7 +73,8 @@ def evaluate(
         ranks: share the work with the other processes of a run.
 
     Raises:
-        ValueError: ``dataset`` has fewer images than there are processes.
+        TypeError: ``dataset`` is none.
+        ValueError: ``dataset`` has fewer images than there are processes, or labels that the model has no output for.
 
     >>> from ran_ext.data import sample
     >>> from ran_ext.models import create_model
@@ -79,25 +83,24 @@ def evaluate(
     >>> tuple(result.confusion.shape), result.confusion.sum().item()
     ((10, 10), 20)
     """
+    require_images("evaluate", "dataset", dataset)
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     if len(dataset) < world_size:
         raise ValueError(f"evaluate: dataset must hold an image for each process, got {len(dataset)} for {world_size}")
+    highest = int(dataset.labels.max())
     device = next(model.parameters()).device
-    start, was_training = time.perf_counter(), model.training
+    start = time.perf_counter()
     mine = dataset.subset(torch.arange(rank, len(dataset), world_size)) if world_size > 1 else dataset
     losses, pairs, classes = torch.zeros((), device=device), [], 0
-    model.eval()
-    try:
+    with evaluating(model):
         for images, labels in Batches(mine, batch_size, normalize, shuffle=False, device=device):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images).float()
                 if mirror:
                     logits = (logits + model(images.flip(3)).float()) / 2
-            classes = logits.shape[1]
+            classes = require_classes("evaluate", logits, highest)
             losses += F.cross_entropy(logits, labels, reduction="sum")
             pairs.append(labels * classes + logits.argmax(1))
-    finally:
-        model.train(was_training)
     confusion = torch.bincount(torch.cat(pairs), minlength=classes * classes).view(classes, classes)
     if ranks:
         losses, confusion = ranks.sum(losses), ranks.sum(confusion)

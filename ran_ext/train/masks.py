@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._wrappers import eagerly, unwrapped
 from ..nn import AttentionGate, AttentionModule
+from .modes import evaluating
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,11 +36,16 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
     """Trunk, mask and their product in every gate, averaged over the channels, at the images' size.
 
     Args:
-        model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode, left in the mode it came in.
+        model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode, every module of it left in the
+            mode it came in. Run eagerly and on one device, also where it comes in ``torch.compile`` or
+            (Distributed)DataParallel.
         images: normalised, float ``(N, C, H, W)``, on the model's device.
 
     Returns:
         By the gate's name, in the order of the calls, up-sampled to nearest.
+
+    Raises:
+        ValueError: ``model`` has no gates, or calls none of them.
 
     >>> from ran_ext.models import create_model
     >>> maps = attention_maps(create_model("ran_compact", width=0.125), torch.randn(2, 3, 32, 32))
@@ -58,21 +65,34 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
 
         return hook
 
-    gates = [(name, module) for name, module in model.named_modules() if isinstance(module, AttentionGate)]
-    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates]
-    was_training = model.training
+    model = unwrapped(model)
+    gates = _gates(model)
+    if not gates:
+        raise ValueError(f"attention_maps: model, a {type(model).__name__}, has no ran_ext.nn.AttentionGate to look at")
+    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates.items()]
     try:
-        model.eval()(images)
+        with eagerly(), evaluating(model):
+            model(images)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
+    if not maps:
+        raise ValueError(f"attention_maps: model, a {type(model).__name__}, calls none of its AttentionGate modules")
     return maps
 
 
 def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """The masks of :func:`attention_maps` alone: by the gate's name, float32 ``(N, H, W)`` in (0, 1)."""
     return {name: maps.mask for name, maps in attention_maps(model, images).items()}
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether :func:`attention_maps` finds gates in ``model``."""
+    return bool(_gates(unwrapped(model)))
+
+
+def _gates(model: nn.Module) -> dict[str, AttentionGate]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionGate)}
 
 
 def depths(model: nn.Module) -> dict[str, int]:
@@ -82,7 +102,7 @@ def depths(model: nn.Module) -> dict[str, int]:
     >>> depths(create_model("ran_compact", width=0.125))
     {'stage1.1.gate': 2, 'stage2.1.gate': 1}
     """
-    return {f"{name}.gate": module.depth for name, module in model.named_modules()
+    return {f"{name}.gate": module.depth for name, module in unwrapped(model).named_modules()
             if isinstance(module, AttentionModule)}  # fmt: skip
 
 
@@ -114,7 +134,8 @@ def draw_attention(
     for module, (name, parts) in enumerate(maps.items()):
         for part, (kind, values) in enumerate(parts._asdict().items()):
             column = 1 + 3 * module + part
-            where = f"{name.removesuffix('.gate')}, depth {depth[name]}\n" if part == 1 else ""
+            known = f", depth {depth[name]}" if name in depth else ""
+            where = f"{name.removesuffix('.gate')}{known}\n" if part == 1 else ""
             axes[0][column].set_title(where + kind, fontsize=8)
             for axis, value in zip(axes[:, column], values.cpu().numpy(), strict=True):
                 axis.imshow(value, cmap="magma")  # each map stretched from its least to its greatest value

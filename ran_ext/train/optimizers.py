@@ -9,6 +9,13 @@ import torch
 from torch import nn
 
 from .config import Config
+from .schema import Misfit, describe
+
+#: What each keeps for a parameter, by name; all but the step has the parameter's shape.
+KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
 
 
 def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> torch.optim.Optimizer:
@@ -30,6 +37,32 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> t
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
     return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+
+
+def require_optimizer_like(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Check that ``state`` is of an optimizer like this one of :func:`build_optimizer`, over parameters like its own.
+
+    Raises:
+        Misfit: it is not; the text names the entry.
+    """
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in state["param_groups"]] != own:
+        raise Misfit("'optimizer.param_groups' must be of as many parameters as the network has here")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = KEPT[type(optimizer)]
+    for index, entry in state["state"].items():
+        if index >= len(parameters) or entry.keys() != names:
+            raise Misfit(
+                f"{f'optimizer.state[{index}]'!r} must hold {', '.join(sorted(names))} of one of {len(parameters)} "
+                f"parameters, got {', '.join(sorted(entry)) or 'nothing'}"
+            )
+        for name, tensor in entry.items():
+            shape = torch.Size() if name == "step" else parameters[index].shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise Misfit(
+                    f"{f'optimizer.state[{index}].{name}'!r} must be floating point {list(shape)}, got "
+                    f"{describe(tensor)}"
+                )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .. import _json
+from .._files import write_atomically, write_json
 from ..data import CLASSES
-from .checkpoint import write_atomically
 from .errors import TrainingError, write_failure
 from .png import png
 from .progress import duration
@@ -51,7 +51,8 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         TrainingError: it cannot be written.
     """
-    _write(path, (_json.dumps(values) + "\n").encode())
+    with _explained(path):
+        write_json(path, values)
 
 
 def write_curves(path: Path, result: Result) -> None:
@@ -91,7 +92,8 @@ def write_curves(path: Path, result: Result) -> None:
     figure.suptitle(
         f"{config.model}, {config.optimizer}, batch {config.batch_size}, {config.dtype}, seed {config.seed}"
     )
-    _write(path, png(figure))
+    with _explained(path):
+        write_atomically(path, png(figure))
 
 
 def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path) -> str:
@@ -114,7 +116,7 @@ def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path)
     rate = max((row.images_per_second for row in result.figures), default=0.0)
     rows.append(("protocol", PROTOCOLS[result.config.protocol]))
     rows.append(("time", f"{duration(result.seconds)}, up to {rate:.0f} images/s in training, {result.step} step"))
-    rows.append(("files", f"{files}: {', '.join(sorted(path.name for path in files.iterdir()))}"))
+    rows.append(("files", f"{files}: {', '.join(sorted(path.name for path in files.glob('[!.]*')))}"))
     return "\n".join(f"{name:<11}{text}" for name, text in rows)
 
 
@@ -129,8 +131,9 @@ def _validation(row: EpochFigures) -> str:
     return "none" if row.val_loss is None else f"loss {row.val_loss:.3f}, accuracy {row.val_accuracy:.4f}"
 
 
-def _write(path: Path, data: bytes) -> None:
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        write_atomically(path, data)
+        yield
     except OSError as error:
         raise TrainingError(write_failure(str(path), error)) from error

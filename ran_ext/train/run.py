@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,21 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import CIFAR10, Augment
+from .._errors import one_line
+from .._lock import FolderInUseError, FolderLock
+from ..data import CIFAR10
 from .batches import build_normalize, train_batches
 from .callbacks import Callback
 from .capture import CapturedStep
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import misfit_explained, read_entries, save_checkpoint
 from .config import Config
 from .distributed import Ranks
+from .dtype import slow_dtype
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
-from .errors import NonFiniteError
+from .errors import CheckpointError, NonFiniteError
 from .evaluation import Evaluation, evaluate
+from .modes import frozen, train_all_but
 from .optimizers import build_optimizer, set_lr
-from .progress import Progress, duration
+from .progress import VALIDATION, Progress, duration
 from .results import EpochFigures, Result
 from .schedule import learning_rate
+from .schema import TRAINING, Misfit, load_weights
 from .signals import StopRequest
 from .state import TrainingState
 from .step import Step, StepHistory, TrainStep
@@ -55,23 +61,25 @@ class Run:
         config: Config,
         out_dir: Path,
         ranks: Ranks,
+        lock: FolderLock,
         *,
         callbacks: Sequence[Callback],
-        augment: Augment | None,
+        augment: Callable[[Tensor], Tensor] | None,
         checkpoint_every: int,
+        asked_dtype: str,
     ):
         self.config, self.ranks, self.val_set = config, ranks, val_set
-        self.out_dir, self.checkpoint_every = out_dir, checkpoint_every
+        self.out_dir, self.lock, self.checkpoint_every = out_dir, lock, checkpoint_every
         self.callbacks = list(callbacks) if ranks.first else []
-        self.images = len(train_set)
+        self.images, self.highest_label = len(train_set), int(train_set.labels.max())
         self.normalize = build_normalize(train_set, config)
         self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
         self.steps = len(self.batches)
         self.local_batch = config.batch_size // ranks.world_size
-        self.state = self._new_state(model)
-        out_dir.mkdir(parents=True, exist_ok=True)
+        self.state = self._new_state(model, asked_dtype)
+        self.frozen = frozen(self.state.model)
 
-    def _new_state(self, model: nn.Module) -> TrainingState:
+    def _new_state(self, model: nn.Module, asked_dtype: str) -> TrainingState:
         config, device = self.config, self.ranks.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         model = self.ranks.convert(model.to(device=device, memory_format=layout))  # type: ignore[call-overload]
@@ -84,19 +92,35 @@ class Run:
             ExponentialMovingAverage(model, config.ema) if config.ema else None,
             EarlyStopping(config.patience),
             StepHistory(self.steps, self.local_batch, device),
+            asked_dtype,
         )
 
     def resume(self) -> None:
         """Continue from ``last.pt`` where there is one."""
-        if (self.out_dir / LAST).exists():
-            state = load_checkpoint(self.out_dir / LAST, self.ranks.device)
-            self.state.load_dict(state, self.ranks, self.images)
+        path = self.out_dir / LAST
+        if os.path.lexists(path):
+            state = read_entries(path, TRAINING, self.ranks.device)
+            with misfit_explained(path):
+                self.state.load_dict(state, self.ranks, self.images)
+            if self.ranks.first and self._just_selected:
+                try:
+                    self._read_selected()
+                except CheckpointError:  # the run died before it wrote them
+                    self.save_selected(self.state.figures[-1])
 
     def prepare(self, kind: str, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
         """Build the step; set the clock and the bar going."""
         state = self.state
         done = state.epoch * self.steps + state.history.count
-        self.progress = Progress(self.config.epochs * self.steps, done, enabled=self.ranks.first and not quiet)
+        self.progress = Progress(
+            self.config.epochs * self.steps,
+            done,
+            enabled=self.ranks.first and not quiet,
+            overhead=VALIDATION * len(self.val_set or ()) / (self.steps * self.config.batch_size),
+            may_stop=self.config.patience > 0,
+        )
+        if self.progress.enabled and (slow := slow_dtype(self.config.dtype, self.ranks.device)):
+            self.progress.line(slow)
         self.step = self._new_step(kind, make_step)
         self.start = time.perf_counter() - state.seconds
         self.tell(lambda callback: callback.on_start(state, done))
@@ -118,6 +142,7 @@ class Run:
             dtype=config.torch_dtype,
             scaler=state.scaler,
             ema=(state.ema, state.model) if state.ema else None,
+            highest_label=self.highest_label,
         )
         step, batches = make_step(plain) if make_step else plain, self.batches
 
@@ -133,6 +158,7 @@ class Run:
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
+        self.progress.begin()
         while not self.finished:
             images_per_second = self.train_epoch(stop)
             if images_per_second is not None:
@@ -144,12 +170,12 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.state.epoch == self.config.epochs or self.state.stopping.should_stop
+        return self.state.epoch >= self.config.epochs or self.state.stopping.should_stop
 
     def train_epoch(self, stop: StopRequest) -> float | None:
         """Images a second of the epoch's steps; None if it was left before its last step."""
         state, history = self.state, self.state.history
-        state.model.train()
+        train_all_but(self.frozen, state.model)
         self.batches.set_epoch(state.epoch, first_batch=history.count)
         first = shown = history.count
         start = time.perf_counter()
@@ -196,12 +222,12 @@ class Run:
                 event(callback)
             except OSError as error:
                 self.callbacks.remove(callback)
-                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {error}")
+                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}")
 
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""
         config, state = self.config, self.state
-        loss, correct = self.ranks.sum(state.history.values.double().mean(0)).tolist()
+        loss, correct = self.ranks.sum(state.history.values.cpu().double().mean(0)).tolist()
         val = None if self.val_set is None else self.evaluate(self.val_set)
         if val is not None and not math.isfinite(val.loss):
             raise self.not_finite(f"the validation loss is {val.loss} after epoch {state.epoch + 1}")
@@ -215,15 +241,24 @@ class Run:
             images_per_second,
             time.perf_counter() - self.start,
         )
-        better = val is not None and state.stopping.update(state.epoch, val.accuracy)
+        if val is not None:
+            state.stopping.update(state.epoch, val.accuracy)
         state.figures.append(figures)
         state.epoch, state.history.count = state.epoch + 1, 0
-        if better if config.select == "best" else self.finished:
-            self.save_selected(figures)  # before last.pt: a run that dies between the two repeats the epoch
-        if self.finished or state.epoch % self.checkpoint_every == 0:
+        if self._just_selected or self.finished or state.epoch % self.checkpoint_every == 0:
             self.save()
+        if self._just_selected:
+            self.save_selected(figures)  # after last.pt, so that no run ever has the weights of epochs that it lost
+        self.progress.overhead = 0.0  # from here on it is in the time measured
         self.progress.line(_epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
+
+    @property
+    def _just_selected(self) -> bool:
+        """Whether the selected weights are those of the epoch that has just ended."""
+        state = self.state
+        chosen = state.stopping.best_epoch == state.epoch - 1 if self.config.select == "best" else self.finished
+        return state.epoch > 0 and state.history.count == 0 and chosen
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:
         model, dtype, mirror = self.state.eval_model, self.config.torch_dtype, self.config.test_mirror
@@ -237,14 +272,21 @@ class Run:
             raise self.not_finite(f"a weight is no longer finite in epoch {state.epoch + 1}")
         values = state.to_dict(self.ranks, self.images)
         if self.ranks.first:
-            save_checkpoint(self.out_dir / LAST, values | self._normalization())
+            self._write(LAST, values | self._normalization())
 
     def save_selected(self, figures: EpochFigures) -> None:
         """Write ``model.pt``: configuration, weights, normalisation."""
         if self.ranks.first:
-            weights = {"config": self.config.to_dict(), "model": self.state.eval_model.state_dict()}
-            values = weights | {"figures": dataclasses.asdict(figures)} | self._normalization()
-            save_checkpoint(self.out_dir / SELECTED, values)
+            recipe = {"config": self.config.to_dict(), "asked": {"dtype": self.state.asked_dtype}}
+            values = recipe | {"model": self.state.eval_model.state_dict(), "figures": dataclasses.asdict(figures)}
+            self._write(SELECTED, values | self._normalization())
+
+    def _write(self, name: str, values: dict[str, Any]) -> None:
+        try:
+            self.lock.require()
+        except FolderInUseError as error:
+            raise CheckpointError(f"cannot write {self.out_dir / name}: {error}") from error
+        save_checkpoint(self.out_dir / name, values)
 
     def _normalization(self) -> dict[str, Any]:
         return {"normalize": {"scale": self.normalize.scale, "offset": self.normalize.offset}}
@@ -261,16 +303,31 @@ class Run:
         """Put the selected weights into the model."""
         if self.ranks.world_size > 1:
             torch.distributed.barrier()  # the first process may still be writing them
-        selected = load_checkpoint(self.out_dir / SELECTED, self.ranks.device)["model"]
-        self.state.model.load_state_dict(selected)
+        selected = self._read_selected()
+        with misfit_explained(self.out_dir / SELECTED):
+            load_weights("model", self.state.model, selected["model"])
         self.state.ema = None
         self.state.model.eval()
+
+    def _read_selected(self) -> dict[str, Any]:
+        """What ``model.pt`` holds, if it is of the epoch that this run has selected."""
+        path = self.out_dir / SELECTED
+        selected = read_entries(path, ("model",), self.ranks.device)
+        own = dataclasses.asdict(self.state.figures[self.selected_epoch - 1])
+        with misfit_explained(path):
+            if self.ranks.first and selected.get("figures") != own:  # the others have measured other times
+                raise Misfit(f"it is not of epoch {self.selected_epoch} of this run")
+        return selected
+
+    @property
+    def selected_epoch(self) -> int:
+        """Whose weights ``model.pt`` holds, from 1; 0 for none."""
+        return self.state.stopping.best_epoch + 1 if self.config.select == "best" else self.state.epoch
 
     def result(self, test: Evaluation | None, interrupted: bool) -> Result:
         """What the run hands back."""
         config, state = self.config, self.state
-        best = state.stopping.best_epoch + 1 or None
-        selected = best if config.select == "best" else state.epoch or None
+        best, selected = state.stopping.best_epoch + 1 or None, self.selected_epoch or None
         early = state.stopping.should_stop and state.epoch < config.epochs
         return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted, self.kind)
 

@@ -14,8 +14,9 @@ from .distributed import Ranks
 from .early_stopping import EarlyStopping
 from .ema import ExponentialMovingAverage
 from .errors import CheckpointError
-from .optimizers import load_optimizer
+from .optimizers import load_optimizer, require_optimizer_like
 from .results import EpochFigures
+from .schema import Misfit, describe, load_weights
 from .step import StepHistory
 
 
@@ -28,6 +29,7 @@ class TrainingState:
         epoch: the one being trained, from 0.
         history: of that epoch's steps so far.
         seconds: wall time before this process took over.
+        asked_dtype: what the run was begun with; ``config.dtype`` is what that stood for.
     """
 
     config: Config
@@ -37,6 +39,7 @@ class TrainingState:
     ema: ExponentialMovingAverage | None
     stopping: EarlyStopping
     history: StepHistory
+    asked_dtype: str
     epoch: int = 0
     seconds: float = 0.0
     figures: list[EpochFigures] = dataclasses.field(default_factory=list)
@@ -50,6 +53,7 @@ class TrainingState:
         """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
         return {
             "config": self.config.to_dict(),
+            "asked": {"dtype": self.asked_dtype},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -64,11 +68,12 @@ class TrainingState:
         }
 
     def load_dict(self, state: Mapping[str, Any], ranks: Ranks, images: int) -> None:
-        """Continue from a checkpoint of :meth:`to_dict`.
+        """Continue from a checkpoint of :meth:`to_dict`, whose entries have been checked by themselves.
 
         Raises:
             CheckpointError: it was written by a run with another configuration, data set or number of processes; the
                 text names the field.
+            Misfit: it holds the state of another network; then nothing here has changed.
         """
         differences = self.config.differences(Config.from_dict(state["config"]))
         if state["images"] != images:
@@ -80,19 +85,36 @@ class TrainingState:
                 f"the checkpoint belongs to another run: {'; '.join(differences)}; resume with the checkpoint's "
                 "settings, or train anew in another folder"
             )
-        self.model.load_state_dict(state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        self._require_like(state)
+        if self.ema:  # before the model, which is not this run's alone
+            load_weights("ema.average", self.ema.average, state["ema"]["average"])
+            self.ema.steps.copy_(state["ema"]["steps"])
+        load_weights("model", self.model, state["model"])
+        # its settings follow from the configuration, so the file's are not needed
+        settings = self.optimizer.state_dict()["param_groups"]
+        load_optimizer(self.optimizer, {"state": state["optimizer"]["state"], "param_groups": settings})
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.average.load_state_dict(state["ema"]["average"])
-            self.ema.steps.copy_(state["ema"]["steps"])
         self.stopping = EarlyStopping(**state["stopping"])
         self.history.count = len(state["history"])
         self.history.values[: self.history.count] = state["history"]
         self.epoch, self.seconds = state["epoch"], state["seconds"]
+        self.asked_dtype = state.get("asked", {}).get("dtype", self.config.dtype)  # older files had no "auto"
         self.figures = [EpochFigures(**row) for row in state["figures"]]
         _restore_rng(state["rng"][ranks.rank], ranks.device)
+
+    def _require_like(self, state: Mapping[str, Any]) -> None:
+        """Check what is not the networks' weights against this run's own."""
+        for name, own in (("scaler", self.scaler), ("ema", self.ema)):
+            if (own is None) != (state[name] is None):
+                raise Misfit(f"{name!r} must be {'None' if own is None else 'there'}, got {describe(state[name])}")
+        if self.scaler and state["scaler"].keys() != self.scaler.state_dict().keys():
+            raise Misfit(f"'scaler' must hold {', '.join(self.scaler.state_dict())}")
+        if len(state["history"]) > len(self.history.values):
+            raise Misfit(f"'history' must be of at most {len(self.history.values)} steps, got {len(state['history'])}")
+        if state["stopping"]["patience"] != self.stopping.patience:
+            raise Misfit(f"'stopping.patience' must be {self.stopping.patience}, got {state['stopping']['patience']}")
+        require_optimizer_like(self.optimizer, state["optimizer"])
 
     def is_finite(self) -> bool:
         """Whether every weight is; one synchronisation."""

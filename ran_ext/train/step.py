@@ -21,6 +21,24 @@ from .mixing import mixup
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
+def require_classes(who: str, logits: Tensor, highest: int) -> int:
+    """The number of classes of ``logits``, which must be ``(N, classes)`` and have one for the label ``highest``.
+
+    On a GPU a label out of range would end the process's use of the device.
+
+    >>> require_classes("evaluate", torch.zeros(4, 3), 9)
+    Traceback (most recent call last):
+        ...
+    ValueError: evaluate: the model must return logits (N, classes) with a class for each label up to 9, got [4, 3]
+    """
+    if logits.dim() != 2 or logits.shape[1] <= highest:
+        raise ValueError(
+            f"{who}: the model must return logits (N, classes) with a class for each label up to {highest}, got "
+            f"{list(logits.shape)}"
+        )
+    return logits.shape[1]
+
+
 class TrainStep:
     """Forward, loss, backward, optimizer, moving average, for one batch.
 
@@ -34,6 +52,7 @@ class TrainStep:
         dtype: of autocast; float32 for none.
         scaler: of the loss, for float16.
         ema: updated with ``source`` after the optimizer.
+        highest_label: of all batches; the model must have an output for it.
 
     Returns (the call):
         The batch's mean cross entropy, without the penalty, and its count of right predictions (of a mixed image, the
@@ -59,16 +78,19 @@ class TrainStep:
         dtype: torch.dtype = torch.float32,
         scaler: torch.amp.GradScaler | None = None,
         ema: tuple[ExponentialMovingAverage, nn.Module] | None = None,
+        highest_label: int = 0,
     ):
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.l2, self.penalty = l2, penalty
         self.label_smoothing, self.mix, self.dtype = label_smoothing, mix, dtype
+        self.highest_label = highest_label
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         share = torch.rand(len(images), device=images.device) if self.mix else None
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.model(images if share is None else mixup(images, share)).float()
+        require_classes("fit", logits, self.highest_label)
         targets = labels
         if share is not None:
             classes = torch.arange(logits.shape[1], device=labels.device)
@@ -123,5 +145,5 @@ class StepHistory:
 
     def mean(self) -> tuple[float, float]:
         """Mean loss and accuracy of the steps so far."""
-        loss, correct = self.values[: self.count].double().mean(0).tolist()
+        loss, correct = self.values[: self.count].cpu().double().mean(0).tolist()  # not every device has float64
         return loss, correct / self.batch_size

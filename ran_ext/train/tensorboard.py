@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from ..data import Normalize
 from .callbacks import Callback
-from .masks import attention_masks
+from .masks import attention_masks, has_attention
 from .results import EpochFigures, Result
 from .schedule import learning_rate
 from .state import TrainingState
@@ -36,6 +37,7 @@ class TensorBoardLogger(Callback):
 
     def on_start(self, state: TrainingState, step: int) -> None:
         self.config, self.steps = state.config, len(state.history.values)
+        _silence_the_writer()
         # what an interrupted run logged after its last checkpoint comes again, so it is purged
         self.writer = self._open(str(self.folder), purge_step=step or None)
 
@@ -65,12 +67,25 @@ class TensorBoardLogger(Callback):
             self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
         device = next(model.parameters()).device
         inputs = self.normalize.to(device)(self.images.to(device))
-        for name, masks in attention_masks(model, inputs).items():
+        for name, masks in attention_masks(model, inputs).items() if has_attention(model) else ():
             self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
         self.writer.flush()
 
     def on_end(self, result: Result) -> None:
         self.writer.close()
+
+
+def _silence_the_writer() -> None:
+    """Print no traceback of TensorBoard's own thread, which gives its error to the next call as well."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "all_but_the_writer":
+        return
+
+    def all_but_the_writer(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(failure)
+
+    threading.excepthook = all_but_the_writer
 
 
 def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:

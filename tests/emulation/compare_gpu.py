@@ -175,7 +175,7 @@ def print_table(verdicts: list[Verdict]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, as JSON")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--arch", default="native", help="of nvcc, such as sm_90a (default: the GPU at hand)")

@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Measures 3x3 convolutions in float32 on the CPU against PyTorch's, pass by pass, interleaved in one run.
+
+Ours has batch normalisation and ReLU before it and their gradients behind it; PyTorch's is the convolution alone.
+
+python -m benchmarks.conv3x3 --rounds 21
+ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python -m benchmarks.conv3x3     the same as on a processor with AVX2
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import ran_ext
+from ran_ext._command import Parser
+from ran_ext._explain import layers
+from ran_ext.nn import BNReLUConv2d
+
+from .timing import Spread, environment, interleave, ratios
+
+#: Channels (in and out), pixels along a side.
+SIZES = [
+    (32, 32), (64, 32), (64, 56), (64, 16), (64, 14), (64, 7), (96, 28), (128, 16), (128, 15), (128, 8), (256, 8),
+    (256, 7), (256, 4), (512, 7), (512, 4), (24, 32), (40, 28), (48, 57), (100, 15),
+]  # fmt: skip
+
+
+def functions(channels: int, pixels: int, batch: int) -> dict[str, dict[str, Callable[[], object]]]:
+    """For each task the calls of both, by name; tensors are channels_last."""
+    ours, aten = torch.ops.ran_ext, torch.ops.aten
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size).to(memory_format=torch.channels_last)
+
+    x, weight = drawn(batch, channels, pixels, pixels), drawn(channels, channels, 3, 3)
+    dout = torch.randn_like(x)
+    mean, var, one = torch.zeros(channels), torch.ones(channels), [1, 1]
+    no_statistics: tuple[bool, list[Tensor], None] = (False, [], None)
+    return {
+        "forward": {
+            "PyTorch": lambda: aten.convolution(x, weight, None, one, one, one, False, [0, 0], 1),
+            "ran_ext": lambda: ours.bn_relu_conv2d(
+                x, None, None, mean, var, *no_statistics, 1e-5, weight, None, None, one, one, *no_statistics, False
+            ),
+        },
+        "backward": {
+            "PyTorch": lambda: aten.convolution_backward(
+                dout, x, weight, None, one, one, one, False, [0, 0], 1, [True, True, False]
+            ),
+            "ran_ext": lambda: ours.bn_relu_conv2d_backward(
+                dout, x, None, None, mean, var, weight, one, one, 1e-5, False, [True, True, False], None
+            ),
+        },
+    }
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--mode", choices=["fast", "strict", "library"], default="fast", help="of set_conv3x3")
+    options = parser.parse_args()
+    device = torch.device("cpu")
+    print(environment(device))
+    print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, PyTorch / ran_ext")
+    gains = []
+    with ran_ext.set_conv3x3(options.mode), torch.no_grad():
+        for channels, pixels in SIZES:
+            x = torch.zeros(options.batch, channels, pixels, pixels).to(memory_format=torch.channels_last)
+            [row] = layers(BNReLUConv2d(channels, channels, 3, padding=1), x)
+            line, total = f"{channels:4} x {pixels:2}^2", {"PyTorch": 0.0, "ran_ext": 0.0}
+            for task, calls in functions(channels, pixels, options.batch).items():
+                seconds = interleave(calls, options.rounds, device)
+                medians = {name: Spread.of(values).median for name, values in seconds.items()}
+                total = {name: total[name] + medians[name] for name in total}
+                gain = ratios(seconds, "PyTorch")["ran_ext"].median
+                line += f" | {task} {1e3 * medians['PyTorch']:6.2f} / {1e3 * medians['ran_ext']:6.2f} = {gain:.2f}x"
+            gains.append(total["PyTorch"] / total["ran_ext"])
+            taken = ", ".join(why.removeprefix("Winograd ") or way for way, why in row.ways.values())
+            print(f"{line} | both {gains[-1]:.2f}x | {taken}", flush=True)
+    mean = math.exp(sum(map(math.log, gains)) / len(gains))
+    print(f"geometric mean {mean:.2f}x, least {min(gains):.2f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What folds into what: residual units, masks, whole networks, and neighbours in an ``nn.Sequential``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from . import _fusion
+from ._folded_conv import Evaluation, FoldedConv2d
+from ._wrappers import unwrapped
+from .models.cifar import ResidualAttentionNetwork, require_images
+from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
+from .ops import max_pool2d
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FoldedResidualUnit(Evaluation):
+    """A residual unit in evaluation: one normalisation, then three convolutions with their ReLU or addition inside."""
+
+    def __init__(self, unit: ResidualUnit, dtype: torch.dtype):
+        super().__init__()
+        self.bn = with_relu(unit.conv1.bn, dtype)
+        self.conv1 = folded(unit.conv1.conv, unit.conv2.bn, dtype)
+        self.conv2 = folded(unit.conv2.conv, unit.conv3.bn, dtype)
+        self.conv3 = folded(unit.conv3.conv, None, dtype)
+        shortcut: Any = unit.shortcut
+        self.shortcut = folded(shortcut, None, dtype) if is_conv(shortcut) else shortcut and shortcut.to(dtype)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        return self.conv3(self.conv2(self.conv1(self.bn(x))), identity)
+
+
+class FoldedChain(Evaluation):
+    """An ``nn.Sequential`` whose members have moved into one another: it can be called as a whole only."""
+
+    def __init__(self, layers: Iterable[nn.Module]):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+        self.eval()
+
+    def forward(self, x: Any) -> Any:
+        return self.layers(x)
+
+
+class FoldedNetwork(Evaluation):
+    """A whole network: takes images of any floating dtype, returns logits in float32 (float64 for float64)."""
+
+    with_relu = ("bn1", "bn2")
+    min_size = ResidualAttentionNetwork.min_size
+
+    def __init__(self, network: ResidualAttentionNetwork, stages: list[nn.Module], dtype: torch.dtype):
+        super().__init__()
+        self.dtype, self.in_channels, wide = dtype, network.in_channels, at_least_float32(dtype)
+        bn = network.bn1 if is_conv(network.conv1) and is_bn(network.bn1) else None
+        self.conv1 = folded(network.conv1, bn, dtype) if is_conv(network.conv1) else network.conv1.to(dtype)
+        self.bn1, self.stem_pool = network.bn1 if bn is None else None, network.stem_pool
+        self.stages = nn.Sequential(*stages)
+        # Normalisation and the dense layer stay wide; they are small.
+        self.bn2, self.dropout, self.fc = network.bn2, network.dropout, network.fc.to(wide)
+        for bn in (self.bn1, self.bn2):
+            if bn is not None:
+                bn.to(wide)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
+        require_images(x, self.in_channels, self.min_size)
+        x = self.conv1(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
+        x = x if self.bn1 is None else _fusion.bn_relu(self.bn1, x)
+        x = self.stages(max_pool2d(x, ceil_mode=False) if self.stem_pool else x)
+        x = x if self.bn2 is None else _fusion.bn_relu(self.bn2, x)
+        return self.fc(self.dropout(x.mean((2, 3), dtype=at_least_float32(self.dtype))))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FoldedNetwork:
+        wanted = fn(next(self.parameters()).new_empty(0, dtype=self.dtype)).dtype  # before anything is changed
+        if wanted != self.dtype:
+            raise TypeError(
+                f"a folded network stays {self.dtype}, to which its weights were rounded: fold the trained model with "
+                f"fold_for_inference(model, dtype={wanted})"
+            )
+        return super()._apply(fn, recurse)
+
+
+class Folding:
+    """Folds modules in place, each once wherever it is used; ``count`` says how many found something to fold."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype, self.count = dtype, 0
+        self.done: dict[nn.Module, nn.Module] = {}
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        module = unwrapped(module)
+        if module not in self.done:
+            self.done[module] = self._fold(module)
+        return self.done[module]
+
+    def _fold(self, module: nn.Module) -> nn.Module:
+        if is_known(module, ResidualUnit) and unit_folds(module):
+            self.count += 1
+            return FoldedResidualUnit(module, self.dtype)
+        if is_known(module, ResidualAttentionNetwork):
+            self.count += 1
+            stages = [self(stage) for stage in (module.stage1, module.stage2, module.stage3)]
+            return FoldedNetwork(module, stages, self.dtype)
+        if is_known(module, nn.Sequential) and (layers := self._chain(list(module._modules.values()))):
+            self.count += 1
+            return FoldedChain(layers)
+        if is_known(module, SoftMaskBranch) and is_conv1x1(module.conv1) and is_conv1x1(module.conv2):
+            self.count += 1
+            module.conv1, module.conv2 = merged(module, self.dtype), nn.Identity()  # type: ignore[assignment]
+        for name, child in list(module._modules.items()):
+            if child is not None and not isinstance(child, FoldedConv2d):
+                setattr(module, name, self(child))
+        self._convert(module)
+        return module
+
+    def _chain(self, members: list[Any]) -> list[nn.Module]:
+        """The members with their normalisations moved into the convolutions before; none where nothing moves."""
+        bns = [following_bn(one, two) for one, two in zip(members, [*members[1:], None], strict=True)]
+        layers: list[nn.Module] = []
+        for i, member in enumerate(members):
+            moved = i > 0 and bns[i - 1] is not None
+            if isinstance(member, BNReLUConv2d) and (moved or bns[i] is not None):
+                layers += [] if moved else [with_relu(member.bn, self.dtype)]
+                layers.append(folded(member.conv, bns[i], self.dtype))
+            elif bns[i] is not None:
+                layers.append(folded(member, bns[i], self.dtype))
+            elif not moved:
+                layers.append(self(member))
+        return layers if any(bn is not None for bn in bns) else []
+
+    def _convert(self, module: nn.Module) -> None:
+        """What stays as written takes the dtype too."""
+        dtype = at_least_float32(self.dtype) if isinstance(module, _NormBase) else self.dtype
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
+def following_bn(module: Any, following: Any) -> nn.Module | None:
+    """The batch normalisation of ``following`` that folds into ``module``'s convolution, if any does."""
+    conv = module.conv if is_known(module, BNReLUConv2d) else module
+    joins = is_known(following, BNReLU) or (is_known(following, BNReLUConv2d) and is_conv(following.conv))
+    return following.bn if joins and is_conv(conv) and is_bn(following.bn) else None
+
+
+def unit_folds(unit: ResidualUnit) -> bool:
+    """Whether a residual unit's three layers are what the class makes them."""
+    layers = (unit.conv1, unit.conv2, unit.conv3)
+    if not all(is_known(layer, BNReLUConv2d) and is_conv(layer.conv) for layer in layers):
+        return False
+    return is_bn(unit.conv2.bn) and is_bn(unit.conv3.bn)
+
+
+def is_known(module: Any, kind: type[M]) -> TypeGuard[M]:
+    """Whether a call of ``module`` runs the forward of ``kind`` and nothing besides."""
+    return isinstance(module, kind) and not _fusion.why_called("", module, {type(module): kind.forward})
+
+
+def is_conv(module: Any) -> TypeGuard[nn.Conv2d]:
+    return isinstance(module, nn.Conv2d) and not _fusion.why_conv("", module)
+
+
+def is_conv1x1(module: Any) -> bool:
+    return is_conv(module) and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+def is_bn(module: Any) -> bool:
+    """Whether ``module`` is a batch normalisation with running statistics."""
+    known = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _fusion.why_unfused(module)
+    return known and module.running_mean is not None and module.running_var is not None
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def with_relu(bn: Any, dtype: torch.dtype) -> BNReLU:
+    """``bn`` and a ReLU."""
+    twin = BNReLU(1)
+    twin.bn = bn.to(at_least_float32(dtype))
+    return twin
+
+
+def folded(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> FoldedConv2d:
+    """``conv``, then ``bn`` with its running statistics and a ReLU where ``bn`` is given; worked out in float64."""
+    weight = conv.weight.double().contiguous(memory_format=torch.channels_last)
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+    if bn is not None:
+        scale = torch.rsqrt(bn.running_var.double() + bn.eps)
+        scale = scale if bn.weight is None else scale * bn.weight.double()
+        shift = -bn.running_mean.double() * scale + (0 if bn.bias is None else bn.bias.double())
+        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+    return FoldedConv2d(conv, weight, bias, bn is not None, dtype)
+
+
+def merged(mask: SoftMaskBranch, dtype: torch.dtype) -> FoldedConv2d:
+    """The mask's two 1x1 convolutions as one: W2 (W1 x + b1) + b2 = (W2 W1) x + (W2 b1 + b2)."""
+    first, second = (conv.weight.double().flatten(1) for conv in (mask.conv1, mask.conv2))
+    bias = first.new_zeros(len(second)) if mask.conv2.bias is None else mask.conv2.bias.double()
+    if mask.conv1.bias is not None:
+        bias = bias + second @ mask.conv1.bias.double()
+    return FoldedConv2d(mask.conv1, (second @ first)[..., None, None], bias, False, dtype)
