@@ -10,55 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _backend
+from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, add_history
 from .ops.bn_relu import in_backward
-
-Activation = Callable[[Tensor], Tensor]
-
-
-class Recipe(NamedTuple):
-    """How a value is computed: batch normalisation, where there is one, of the pieces joined along the channels.
-
-    Attributes:
-        pieces: ``(N, C_i, H, W)``; most often one.
-        weight, bias: of the normalisation, or None.
-        mean, var: None where nothing is normalised.
-        batch_stats: whether they are the pieces' own, which the derivative must know.
-        eps: added to the variance.
-    """
-
-    pieces: tuple[Tensor, ...]
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    mean: Tensor | None = None
-    var: Tensor | None = None
-    batch_stats: bool = False
-    eps: float = 0.0
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """What the derivative is for."""
-        return self.weight, self.bias, *self.pieces
-
-    def __call__(self, weight: Tensor | None, bias: Tensor | None, *pieces: Tensor) -> Tensor:
-        """The value of these :attr:`tensors`."""
-        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        if self.mean is None:
-            return x
-        if self.batch_stats:
-            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        return F.batch_norm(x, self.mean, self.var, weight, bias, False, 0.0, self.eps)
-
-    def fused(self, x: Tensor) -> tuple[Any, ...]:
-        """The first arguments of the compiled ops."""
-        return x, self.weight, self.bias, self.mean, self.var, self.batch_stats
-
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
 FUSED, RECOMPUTED, WRITTEN_OUT, AS_WRITTEN = "fused", "recomputed", "written out", "as written"
@@ -90,138 +49,14 @@ def _name(act: Activation) -> str:
     return "" if function is identity else f"{function.__name__} "
 
 
-def identity(z: Tensor) -> Tensor:
-    """No activation."""
-    return z
+def _versions(recipe: Recipe) -> Any:
+    """Of what may be written to in between: the pieces, and running statistics that are normalised with."""
+    if recipe.batch_stats and len(recipe.pieces) == 1:
+        return version(recipe.pieces[0])
+    return [version(t) for t in (*recipe.pieces, recipe.mean, recipe.var)]
 
 
-def _leaves(tensors: Sequence[Tensor | None], wanted: Sequence[bool], twice: bool) -> list[Tensor | None]:
-    """``tensors`` to compute from anew: the same ones for a second derivative, else cut off from what made them."""
-    if twice:
-        return list(tensors)
-    return [t if t is None else t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-
-
-def _gradients(
-    out: Tensor, tensors: Sequence[Tensor | None], wanted: Sequence[bool], dout: Tensor, twice: bool
-) -> tuple[Tensor | None, ...]:
-    """Those of ``out`` in the wanted tensors, None in the others."""
-    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
-    if not inputs:
-        return tuple(None for _ in wanted)
-    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=twice, allow_unused=True))
-    return tuple(next(found) if want else None for want in wanted)
-
-
-class _Value(torch.autograd.Function):
-    """``act(recipe(*tensors))``, of which backward keeps the tensors alone."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.recipe, ctx.act = recipe, act
-        ctx.save_for_backward(*tensors)
-        with torch.no_grad():
-            return act(recipe(*tensors))  # type: ignore[arg-type]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[2:]
-        tensors = _leaves(ctx.saved_tensors, wanted, twice)
-        with torch.enable_grad():
-            out = ctx.act(ctx.recipe(*tensors))
-        return None, None, *_gradients(out, tensors, wanted, dout, twice)
-
-
-class _Node(_Value):
-    """A :class:`Deferred` with a derivative of its own, for whoever uses the tensor without torch's functions."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.recipe, ctx.act = recipe, act
-        ctx.save_for_backward(*tensors)
-        return Deferred(recipe, act)
-
-
-class _Convolution(torch.autograd.Function):
-    """A convolution of ``act(recipe(*tensors))``, which backward computes again."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        recipe: Recipe,
-        act: Activation,
-        geometry: tuple[Any, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.recipe, ctx.act, ctx.geometry = recipe, act, geometry
-        ctx.save_for_backward(weight, bias, *tensors)
-        with torch.no_grad():
-            return F.conv2d(act(recipe(*tensors)), weight, bias, *geometry)  # type: ignore[arg-type]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
-        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
-        with torch.enable_grad():
-            value = ctx.act(ctx.recipe(*tensors))
-        if twice:
-            with torch.enable_grad():
-                out = F.conv2d(value, weight, bias, *ctx.geometry)  # type: ignore[arg-type]
-            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
-        stride, padding, dilation, groups = ctx.geometry
-        dvalue, dweight, dbias = torch.ops.aten.convolution_backward(
-            dout, value.detach(), weight, None if bias is None else list(bias.shape), stride, padding, dilation, False,
-            [0, 0], groups, [any(wanted[2:]), wanted[0], wanted[1]],
-        )  # fmt: skip
-        rest = _gradients(value, tensors, wanted[2:], dvalue, False) if any(wanted[2:]) else [None] * len(tensors)
-        return None, None, None, dweight, dbias, *rest
-
-
-class _JoinedConvolution(torch.autograd.Function):
-    """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        recipe: Recipe,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        weight: Tensor,
-        bias: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.recipe, ctx.stride, ctx.padding = recipe._replace(pieces=()), stride, padding
-        ctx.save_for_backward(weight, bias, *tensors)
-        return _fused(recipe, torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
-        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
-        recipe = ctx.recipe
-        if twice:
-            with torch.enable_grad():
-                out = F.conv2d(F.relu(recipe(*tensors)), weight, bias, ctx.stride, ctx.padding)  # type: ignore[arg-type]
-            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
-        pieces = tensors[2:]
-        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
-            dout, torch.cat(pieces, 1), *tensors[:2], recipe.mean, recipe.var, weight, ctx.stride, ctx.padding,
-            recipe.eps, recipe.batch_stats, [any(wanted[2:]), wanted[0], wanted[1]], None,
-        )  # fmt: skip
-        found = [dweight, dbias, dbn_weight, dbn_bias]
-        found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[2:]) else [None] * len(pieces)
-        return None, None, None, *(d if want else None for d, want in zip(found, wanted, strict=True))
-
-
-def _fused(
-    recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
-) -> Tensor:
-    out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-        *recipe.fused(x), [], None, recipe.eps, weight, bias, None, stride, padding, False, [], None, False
-    )[0]
-    return out
+_make_wrapper: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 class Deferred(Tensor):
@@ -229,29 +64,25 @@ class Deferred(Tensor):
 
     recipe: Recipe
     act: Activation
-    versions: list[int]
+    #: Of what the value depends on, when the statistics were taken.
+    versions: Any
     #: The value, once something needed it.
-    value: Tensor | None
+    value: Tensor | None = None
     #: The module that made it; told what became of it.
-    owner: nn.Module | None
+    owner: nn.Module | None = None
     #: Of a join: called when its pieces are taken.
     join_taken: Callable[[], None] | None = None
 
-    @staticmethod
-    def __new__(cls, recipe: Recipe, act: Activation) -> Deferred:
-        x = recipe.pieces[0]
-        shape, stride = x.shape, x.stride()
-        if len(recipe.pieces) > 1:
-            shape, stride = _joined_layout(recipe.pieces)
-        made = Tensor._make_wrapper_subclass(cls, shape, stride, dtype=x.dtype, device=x.device)
-        made.recipe, made.act, made.value, made.owner = recipe, act, None, None
-        made.versions = [piece._version for piece in recipe.pieces]
-        return made
-
     @classmethod
-    def defer(cls, recipe: Recipe, act: Activation, owner: nn.Module | None) -> Deferred:
-        made: Deferred = _Node.apply(recipe, act, *recipe.tensors) if torch.is_grad_enabled() else cls(recipe, act)
-        made.owner = owner
+    def defer(cls, recipe: Recipe, act: Activation, owner: nn.Module | None, versions: Any = None) -> Deferred:
+        """The value of ``recipe`` past ``act``, with its history where gradients are taken."""
+        x = recipe.pieces[0]
+        shape, stride = (x.shape, x.stride()) if len(recipe.pieces) == 1 else _joined_layout(recipe.pieces)
+        made: Deferred = _make_wrapper(cls, shape, stride, dtype=x.dtype, device=x.device)
+        made.recipe, made.act, made.owner = recipe, act, owner
+        made.versions = _versions(recipe) if versions is None else versions
+        if torch.is_grad_enabled():
+            add_history(made, recipe, act)
         return made
 
     @property
@@ -284,12 +115,10 @@ class Deferred(Tensor):
     def _compute(self) -> Tensor:
         recipe = self.recipe
         if self.act is identity:
-            return recipe(*recipe.tensors)  # type: ignore[arg-type]
-        if self.act is F.relu and len(recipe.pieces) == 1 and _backend.use_native(recipe.pieces[0]):
-            out: Tensor = torch.ops.ran_ext.bn_relu(*recipe.fused(recipe.pieces[0]), [], None, recipe.eps)[0]
-            return out
-        out = _Value.apply(recipe, self.act, *recipe.tensors)
-        return out
+            return recipe.value()
+        if self.act is F.relu and recipe.native and len(recipe.pieces) == 1:
+            return recipe.relu()
+        return Value.apply(recipe, self.act, *recipe.tensors)  # type: ignore[no-any-return]
 
     def _tell_owner(self) -> None:
         """A normalisation whose value is written out as it is need not defer the next time."""
@@ -297,8 +126,8 @@ class Deferred(Tensor):
             self.owner.__dict__["_written_out"] = self.act is identity
 
     def check_versions(self) -> None:
-        """Raises where a piece was written to since the statistics were taken."""
-        if [piece._version for piece in self.recipe.pieces] != self.versions:
+        """Raises where something that the value depends on was written to since the statistics were taken."""
+        if _versions(self.recipe) != self.versions:
             raise RuntimeError(
                 f"ran_ext.convert: the input of {self.owner or 'a concatenation'} was modified in place after it was "
                 "taken and before the result was used; run this module as written: ran_ext.revert(module)"
@@ -309,7 +138,7 @@ class Deferred(Tensor):
         if self.value is not None or self.act is not identity or self.recipe.mean is None:
             value = self.materialise()
             return value.copy_(act(value)) if inplace else act(value)
-        made = Deferred.defer(self.recipe, act, self.owner)
+        made = Deferred.defer(self.recipe, act, self.owner, self.versions)
         if inplace:
             self.value = made
         return made
@@ -321,14 +150,14 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         taken = _TAKEN.get(func)
         if taken is not None:
             found = taken(*args, **kwargs)
             if found is not None:
                 return found
+        elif func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         return func(*map(_real, args), **{name: _real(value) for name, value in kwargs.items()})
 
     @classmethod
@@ -369,7 +198,7 @@ def _bare(value: Any) -> Any:
             return found.value.detach()
         found.check_versions()
         with torch.no_grad():
-            return found.act(found.recipe(*found.recipe.tensors))  # type: ignore[arg-type]
+            return found.act(found.recipe.value())
     if type(value) in (list, tuple):
         return type(value)(map(_bare, value))
     return value
@@ -397,7 +226,9 @@ def _in_place(function: Activation, *names: str) -> Callable[..., Tensor | None]
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+    if type(value) is tuple and len(value) == 2:
+        return value
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _joined_layout(pieces: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -451,45 +282,46 @@ def _convolution(
     if not isinstance(input, Deferred):
         return None
     found = input.resolve()
-    if found.value is not None or not all(t is None or type(t) in (Tensor, nn.Parameter) for t in (weight, bias)):
+    recipe, x = found.recipe, found.recipe.pieces[0]
+    if found.value is not None or type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
         return None
-    recipe = found.recipe
-    if weight.dim() != 4 or weight.shape[1] * groups != found.shape[1] or weight.device != found.device:
+    channels = x.shape[1] if len(recipe.pieces) == 1 else sum(piece.shape[1] for piece in recipe.pieces)
+    if weight.dim() != 4 or weight.shape[1] * groups != channels or weight.device != x.device:
         return None  # torch has the error's text
+    if isinstance(padding, str):
+        return None
+    autocasts = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    if not autocasts and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
+        return None
     found.check_versions()
-    x = recipe.pieces[0]
-    plain = groups == 1 and not isinstance(padding, str) and _pair(dilation) == (1, 1) and recipe.mean is not None
-    if plain and found.act is F.relu and _backend.use_native(x) and _same_dtype(x, weight, bias):
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    if found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None:
         if len(recipe.pieces) == 1:
             tell(found.owner, FUSED)
-            return _fused(recipe, x, weight, bias, _pair(stride), _pair(padding))
-        if not torch.is_autocast_enabled(x.device.type):
+            return recipe.fused(x, weight, bias, stride, padding)
+        if not autocasts:
             tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
-            joined: Tensor = _JoinedConvolution.apply(
-                recipe, _pair(stride), _pair(padding), weight, bias, *recipe.tensors
-            )
+            joined: Tensor = JoinedConvolution.apply(recipe, stride, padding, weight, bias, *recipe.tensors)
             return joined
-    if isinstance(padding, str) or torch.is_autocast_enabled(x.device.type) or weight.dtype != x.dtype:
+    if autocasts:
         return None
     if found.is_join:
         found.take_pieces()
-    grouped = "grouped " if groups > 1 else "dilated " if _pair(dilation) != (1, 1) else ""
+    grouped = "grouped " if groups > 1 else "dilated " if dilation != (1, 1) else ""
     tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
-    out: Tensor = _Convolution.apply(
-        recipe, found.act, (_pair(stride), _pair(padding), _pair(dilation), groups), weight, bias, *recipe.tensors
-    )
+    geometry = stride, padding, dilation, groups
+    out: Tensor = Convolution.apply(recipe, found.act, geometry, weight, bias, *recipe.tensors)
     return out
 
 
-def _same_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if torch.is_autocast_enabled(x.device.type):
-        return True
-    return weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+def _relu(input: Any, inplace: bool = False) -> Tensor | None:
+    return input.resolve().activated(F.relu, bool(inplace)) if isinstance(input, Deferred) else None
 
 
+_PLAIN = (Tensor, nn.Parameter)
 _TAKEN: dict[Any, Callable[..., Tensor | None]] = {
     F.conv2d: _convolution,
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _activation(F.relu)),
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _in_place(F.relu)),
     F.relu6: _activation(F.relu6),
     F.silu: _activation(F.silu),

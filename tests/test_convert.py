@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext._convert import Deferring, convert, fused, revert
+from ran_ext import convert, fused, revert
+from ran_ext._converted import Convolving, Deferring
 from ran_ext._deferred import Deferred
 
 

@@ -1,0 +1,241 @@
+"""How a value that is not written yet is computed, and what is differentiated by computing it again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _backend
+from .ops.conv2d import conv2d
+
+Activation = Callable[[Tensor], Tensor]
+Optional = Tensor | None
+
+
+def identity(z: Tensor) -> Tensor:
+    """No activation."""
+    return z
+
+
+def version(t: Tensor | None) -> int:
+    """Changes with every write to ``t``, as far as torch counts them."""
+    return -1 if t is None or t.is_inference() else t._version
+
+
+class Recipe(NamedTuple):
+    """A batch normalisation, where there is one, of pieces joined along the channels.
+
+    Attributes:
+        pieces: ``(N, C_i, H, W)``; most often one.
+        weight, bias: of the normalisation, or None.
+        mean, var: None where nothing is normalised.
+        batch_stats: whether they are the pieces' own, which the derivative must know.
+        eps: added to the variance.
+        native: whether the compiled ops serve these tensors.
+    """
+
+    pieces: tuple[Tensor, ...]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batch_stats: bool = False
+    eps: float = 0.0
+    native: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that the value depends on."""
+        return self.mean, self.var, self.weight, self.bias, *self.pieces
+
+    def value(self) -> Tensor:
+        """What stands before the activation."""
+        return _value(self.batch_stats, self.eps, *self.tensors)
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
+        out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
+            x, self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps,
+            weight, bias, None, stride, padding, False, [], None, False, _backend.conv3x3_mode(),
+        )[0]  # fmt: skip
+        return out
+
+    def relu(self) -> Tensor:
+        """``relu(value)`` in one op, of one piece."""
+        out: Tensor = torch.ops.ran_ext.bn_relu(
+            self.pieces[0], self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps
+        )[0]
+        return out
+
+
+def _value(
+    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
+) -> Tensor:
+    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if mean is None:
+        return x
+    if batch_stats:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _leaves(tensors: Sequence[Optional], wanted: Sequence[bool], twice: bool) -> list[Optional]:
+    """``tensors`` to compute from anew: the same ones for a second derivative, else cut off from what made them."""
+    if twice:
+        return list(tensors)
+    return [t if t is None else t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
+
+
+def _gradients(
+    out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor, twice: bool
+) -> list[Optional]:
+    """Those of ``out`` in the wanted tensors, None in the others."""
+    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    if not inputs:
+        return [None] * len(wanted)
+    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=twice, allow_unused=True))  # type: ignore[arg-type]
+    return [next(found) if want else None for want in wanted]
+
+
+def _value_gradients(
+    norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
+) -> list[Optional]:
+    """Those of ``act(value)``."""
+    twice = torch.is_grad_enabled()
+    leaves = _leaves(tensors, wanted, twice)
+    with torch.enable_grad():
+        out = act(_value(*norm, *leaves))  # type: ignore[arg-type]
+    return _gradients(out, leaves, wanted, dout, twice)
+
+
+class Value(torch.autograd.Function):
+    """``act(recipe.value())``, of which backward keeps what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Optional) -> Tensor:  # type: ignore[override]
+        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return act(_value(*ctx.norm, *tensors))
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *_value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[2:], dout)
+
+
+class _Node(Value):
+    """The history of a tensor that is not written, without the compiled module."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, act: Activation, out: Tensor, *tensors: Any) -> Tensor:  # type: ignore[override]
+        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.save_for_backward(*tensors)
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        found = _value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[3:], dout)
+        return None, None, None, *found
+
+
+def add_history(out: Tensor, recipe: Recipe, act: Activation) -> None:
+    """Let autograd take the unwritten tensor ``out`` for ``act(recipe.value())``."""
+    if _backend._C is None:
+        _Node.apply(recipe, act, out, *recipe.tensors)
+    else:
+        _backend._C.set_deferred_history(
+            out, (recipe.weight, recipe.bias, *recipe.pieces), partial(_history_gradients, recipe, act)
+        )
+
+
+def _history_gradients(recipe: Recipe, act: Activation, dout: Tensor) -> list[Optional]:
+    wanted = [t is not None and t.requires_grad for t in recipe.tensors]
+    return _value_gradients((recipe.batch_stats, recipe.eps), act, recipe.tensors, wanted, dout)[2:]
+
+
+class Convolution(torch.autograd.Function):
+    """A convolution of ``act(recipe.value())``, which backward computes again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        recipe: Recipe,
+        act: Activation,
+        geometry: tuple[Any, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.act, ctx.geometry = (recipe.batch_stats, recipe.eps), act, geometry
+        ctx.fast = _backend.conv3x3_mode() if recipe.native and geometry[2:] == ((1, 1), 1) else None
+        ctx.save_for_backward(weight, bias, *tensors)
+        with torch.no_grad():
+            value = act(_value(*ctx.norm, *tensors))
+            convolve = F.conv2d if ctx.fast is None else conv2d
+            return convolve(value, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
+        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
+        with torch.enable_grad():
+            value = ctx.act(_value(*ctx.norm, *tensors))  # type: ignore[arg-type]
+        if twice:
+            with torch.enable_grad():
+                out = F.conv2d(value, weight, bias, *ctx.geometry)  # type: ignore[arg-type]
+            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
+        stride, padding, dilation, groups = ctx.geometry
+        masks = [any(wanted[2:]), wanted[0], wanted[1]]
+        if ctx.fast is not None and dout.is_cpu:
+            dvalue, dweight, dbias = torch.ops.ran_ext.conv2d_backward(
+                dout, value.detach(), weight, stride, padding, masks, ctx.fast
+            )
+        else:
+            dvalue, dweight, dbias = torch.ops.aten.convolution_backward(
+                dout, value.detach(), weight, None if bias is None else list(bias.shape), stride, padding, dilation,
+                False, [0, 0], groups, masks,
+            )  # fmt: skip
+        rest = _gradients(value, tensors, wanted[2:], dvalue, False) if masks[0] else [None] * len(tensors)
+        return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
+
+
+class JoinedConvolution(torch.autograd.Function):
+    """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        recipe: Recipe,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.geometry, ctx.mode = (recipe.batch_stats, recipe.eps), (stride, padding), _backend.conv3x3_mode()
+        ctx.save_for_backward(weight, bias, *tensors)
+        return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
+        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
+        if twice:
+            with torch.enable_grad():
+                out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)  # type: ignore[arg-type]
+            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
+        mean, var, bn_weight, bn_bias, *pieces = tensors
+        batch_stats, eps = ctx.norm
+        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
+            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, eps, batch_stats,
+            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.mode,
+        )  # fmt: skip
+        found = [dweight, dbias, None, None, dbn_weight, dbn_bias]
+        found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)
+        return None, None, None, *(d if want else None for d, want in zip(found, wanted, strict=True))
