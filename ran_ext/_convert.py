@@ -131,6 +131,6 @@ def _check(model: Any, name: str = "convert") -> None:
 def _taken_by_this_package(model: nn.Module) -> Iterator[nn.Module]:
     """What is a direct part of a module of this package: it reads their parameters without calling them."""
     for module in model.modules():
-        if any(kind.__module__.startswith("ran_ext.") for kind in type(module).__mro__ if kind is not Converted):
-            if not isinstance(module, Converted):
-                yield from module.children()
+        kinds = () if isinstance(module, Converted) else type(module).__mro__
+        if any(kind.__module__.startswith("ran_ext.") for kind in kinds):
+            yield from module.children()

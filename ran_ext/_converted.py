@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from . import _backend, _fusion, _tracing
-from ._deferred import AS_WRITTEN, Deferred, tell
+from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._recipe import Recipe, identity, version
 from .ops.bn_relu import in_backward
 from .ops.conv2d import conv2d
@@ -102,7 +102,8 @@ class Deferring(Converted):
         native = type(x) in _PLAIN and _backend.use_native(x)
         own = self.__dict__  # through nn.Module's attributes it would take many times as long
         if own["_forward_hooks"] or own["_backward_hooks"] or not _defers(self, x, native):
-            tell(self, AS_WRITTEN)
+            if is_watched():
+                tell(self, f"{AS_WRITTEN}: {_why_as_written(self, x)}")
             return self.base.forward(self, x)  # type: ignore[no-any-return]
         if self.base is not nn.BatchNorm2d:  # its own forward, in which F.batch_norm is what is deferred
             with _Capture(self):
@@ -130,13 +131,24 @@ def _defers(bn: Any, x: Any, native: bool) -> bool:
     A batch normalisation whose output was written out as it is the last time gains nothing.
     """
     if type(x) is not Deferred:
-        if type(x) not in _PLAIN or "_written_out" in bn.__dict__:
+        if type(x) not in _PLAIN or bn.__dict__.get("_written_out"):
             return False
         if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0 or x.is_meta:
             return False
         if not native and _tracing.why_watched(x):
             return False
     return not _fusion.why_norm(bn)
+
+
+def _why_as_written(bn: Any, x: Any) -> str:
+    """Why it does not defer, for people."""
+    if bn._forward_hooks or bn._backward_hooks:
+        return "a hook on the module looks at its output"
+    if why := _fusion.why_norm(bn) or _tracing.why_watched(x):
+        return why
+    if bn.__dict__.get("_written_out"):
+        return "neither an activation nor a convolution takes its value"
+    return f"there is nothing to gain of x {list(x.shape)} {x.dtype} on {x.device}"
 
 
 def _defer(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, add_history
+from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, add_history, identity, version
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
@@ -35,6 +35,11 @@ def watch(told: Callable[[nn.Module, str], None]) -> Iterator[None]:
         yield
     finally:
         _watcher = before
+
+
+def is_watched() -> bool:
+    """Whether anybody does: the reason of an outcome may take long to find."""
+    return _watcher is not None
 
 
 def tell(owner: nn.Module | None, outcome: str) -> None:
@@ -123,7 +128,7 @@ class Deferred(Tensor):
     def _tell_owner(self) -> None:
         """A normalisation whose value is written out as it is need not defer the next time."""
         if self.owner is not None and not is_checkpointed():
-            self.owner.__dict__["_written_out"] = self.act is identity
+            self.owner.__dict__["_written_out"] = self.act is identity  # as it is
 
     def check_versions(self) -> None:
         """Raises where something that the value depends on was written to since the statistics were taken."""
@@ -161,7 +166,7 @@ class Deferred(Tensor):
         return func(*map(_real, args), **{name: _real(value) for name, value in kwargs.items()})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Reached where torch's functions are not asked, as from a Function: autograd has its own node for it."""
         kwargs = kwargs or {}
         return func(*map(_bare, args), **{name: _bare(value) for name, value in kwargs.items()})

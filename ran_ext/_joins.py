@@ -27,7 +27,7 @@ class _Joins(TorchFunctionMode):
         self.taken += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CAT and torch.is_grad_enabled() and not is_checkpointed():
+        if func in _CAT and not torch.compiler.is_compiling() and torch.is_grad_enabled() and not is_checkpointed():
             found = join(self._take, *args, **(kwargs or {}))
             if found is not None:
                 return found
@@ -35,7 +35,7 @@ class _Joins(TorchFunctionMode):
 
 
 _tracing.PASSIVE.add(_Joins)
-#: By thread: the networks whose forward pass runs, each with its mode, if any.
+#: By thread: the networks whose forward pass runs, and the mode of each, if any.
 _RUNNING = threading.local()
 
 
@@ -43,13 +43,22 @@ def enter(module: nn.Module, args: Any) -> None:
     """Before the forward pass of a converted network."""
     if torch.compiler.is_compiling():
         return
-    running = _RUNNING.__dict__.setdefault("modes", [])
+    running = _RUNNING.__dict__.setdefault("networks", [])
+    while any(module is one for one, _ in running):  # a pass that was interrupted from the keyboard
+        _pop(running)
     mode = None
     # A network in whose first step no join was taken is not looked through again: a mode costs time at every function.
     if torch.is_grad_enabled() and module.__dict__.get("_joins", True) and not _watched(args):
         mode = _Joins()
         mode.__enter__()
-    running.append(mode)
+    running.append((module, mode))
+
+
+def _pop(running: list[tuple[nn.Module, _Joins | None]]) -> _Joins | None:
+    mode = running.pop()[1]
+    if mode is not None:
+        mode.__exit__(None, None, None)
+    return mode
 
 
 def _watched(args: tuple[Any, ...]) -> bool:
@@ -60,8 +69,7 @@ def leave(module: nn.Module, args: Any, out: Any) -> Any:
     """After it: what leaves the network is written out."""
     if torch.compiler.is_compiling():
         return None
-    mode = _RUNNING.modes.pop()
+    mode = _pop(_RUNNING.networks)
     if mode is not None:
-        mode.__exit__(None, None, None)
         module.__dict__["_joins"] = mode.taken > 0
     return tree_map(lambda value: value.materialise() if isinstance(value, Deferred) else value, out)

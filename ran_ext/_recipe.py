@@ -230,7 +230,8 @@ class JoinedConvolution(torch.autograd.Function):
             with torch.enable_grad():
                 out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)  # type: ignore[arg-type]
             return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
-        mean, var, bn_weight, bn_bias, *pieces = tensors
+        mean, var, bn_weight, bn_bias = tensors[:4]
+        pieces: Any = tensors[4:]
         batch_stats, eps = ctx.norm
         dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
             dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, eps, batch_stats,

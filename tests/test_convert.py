@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext import convert, fused, revert
-from ran_ext._converted import Convolving, Deferring
+from ran_ext import _converted, convert, fused, models, revert, set_backend, set_conv3x3
+from ran_ext._converted import Converted, Convolving, Deferring
 from ran_ext._deferred import Deferred
+from ran_ext._explain import layers
+
+
+@pytest.fixture(autouse=True)
+def no_mode_stays_on():
+    yield
+    assert torch._C._len_torch_function_stack() == 0
 
 
 class PreAct(nn.Module):
@@ -77,9 +85,7 @@ class Dense(nn.Module):
 
 
 def head(*body):
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5)
-    )
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
 
 
 NETWORKS = {
@@ -360,9 +366,14 @@ def test_revert_and_the_block():
     assert [type(m) for m in plain.modules()] == kinds
 
 
+def alone(bn):
+    """Converted, but not as the outermost module, which writes its output out."""
+    convert(nn.Sequential(bn))
+    return bn
+
+
 def test_a_deferred_tensor_is_one_in_every_respect():
-    bn = convert(nn.BatchNorm2d(3).double())
-    bn._forward_hooks.clear()
+    bn = alone(nn.BatchNorm2d(3).double())
     plain = revert(copy.deepcopy(bn))
     x = images()
     expected = plain(x)
@@ -400,6 +411,247 @@ def test_what_cannot_be_converted(model, text):
 
 def test_a_network_without_the_pattern_is_left():
     plain = nn.Sequential(nn.Linear(3, 3))
-    with pytest.warns(UserWarning, match=r"found no nn.BatchNorm2d"):
+    with pytest.warns(UserWarning, match=r"a Sequential, has no nn.BatchNorm2d and no 3x3"):
         assert convert(plain) is plain
     assert not plain._forward_hooks
+
+
+def calls_of_conv2d(monkeypatch):
+    """The inputs of the fast convolutions to come."""
+    seen, inner = [], _converted.conv2d
+    monkeypatch.setattr(_converted, "conv2d", lambda x, *args: seen.append(x) or inner(x, *args))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("conv", "fast"),
+    [
+        (nn.Conv2d(16, 24, 3, padding=1), True),
+        (nn.Conv2d(16, 16, 3, padding="same"), False),
+        (nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), False),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=2), False),
+        (nn.Conv2d(16, 16, 3, padding=2, dilation=2), False),
+        (nn.Conv2d(16, 16, 3, 2, 1), False),
+        (nn.Conv2d(16, 8, 3, padding=1), False),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 3, padding=1)), False),
+    ],
+)
+def test_plain_convolutions(conv, fast, monkeypatch):
+    seen = calls_of_conv2d(monkeypatch)
+    plain = nn.Sequential(nn.Conv2d(3, 16, 1), copy.deepcopy(conv), nn.BatchNorm2d(conv.out_channels)).double()
+    ours = convert(copy.deepcopy(plain))
+    for images_ in (images(), images().to(memory_format=torch.channels_last)):
+        assert_same(step(plain, images_), step(ours, images_))
+    assert isinstance(ours[1], Convolving) is fast
+    assert len(seen) == 2 * fast
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert type(revert(ours)[1]) is type(plain[1])
+
+
+def test_a_plain_convolution_is_as_accurate_as_the_rule_says(native):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64))
+    ours = convert(copy.deepcopy(plain))
+    x = torch.randn(4, 3, 24, 24)
+    truth = step(copy.deepcopy(plain).double(), x.double())
+    [way] = {row.ways["forward"][0] for row in layers(ours, x) if row.name == "1"}
+    assert way == "fast"
+    for mine, theirs, true in zip(step(ours, x), step(plain, x), truth, strict=True):
+        assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
+    with set_conv3x3("library"):
+        torch.testing.assert_close(ours(x), plain.to(memory_format=torch.channels_last)(x), rtol=1e-6, atol=1e-6)
+
+
+def test_hooks_and_pruning_act_on_a_converted_convolution():
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)).double()
+    ours = convert(copy.deepcopy(plain), channels_last=False)  # torch's pruning takes views of weights
+    seen = []
+    for network in (plain, ours):
+        torch.manual_seed(0)
+        prune.random_unstructured(network[0], "weight", 0.5)
+        network[0].register_forward_hook(lambda module, args, out: seen.append(out))
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    assert_same(step(plain, x), step(ours, x))
+    torch.testing.assert_close(*seen)
+
+
+def test_a_parametrisation_made_later_outlives_the_conversion():
+    plain = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)).double()
+    ours = convert(copy.deepcopy(plain))
+    for network in (plain, ours):
+        nn.utils.parametrizations.weight_norm(network[0])
+    x = torch.randn(2, 16, 5, 5, dtype=torch.float64)
+    assert_same(step(plain, x), step(ours, x))
+    revert(ours)
+    assert not any(isinstance(module, Converted) for module in ours.modules())
+    assert_same(step(plain, x), step(ours, x))
+    nn.utils.parametrize.remove_parametrizations(ours[0], "weight")
+    assert type(ours[0]) is nn.Conv2d
+
+
+def test_torch_has_the_errors():
+    plain = build("preact", torch.float32)
+    ours = convert(copy.deepcopy(plain))
+    for x in (torch.randn(2, 4, 9, 9), torch.randn(2, 3, 9, 9, dtype=torch.float64), torch.randn(9)):
+        with pytest.raises(RuntimeError) as theirs:
+            plain(x)
+        with pytest.raises(RuntimeError) as mine:
+            ours(x)
+        assert str(mine.value) == str(theirs.value)
+
+
+def test_the_weights_layout_is_the_callers_choice():
+    assert convert(build("preact"))[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert convert(build("preact"), channels_last=False)[1].conv1.weight.is_contiguous()
+
+
+def test_networks_of_this_package_are_left_as_they_are(recwarn):
+    model = models.ran_compact(width=0.125)
+    kinds = [type(module) for module in model.modules()]
+    assert convert(model) is model
+    assert [type(module) for module in model.modules()] == kinds
+    assert not recwarn
+    assert not model._forward_hooks
+    # Inside a network of others they are left, and the others' modules are not.
+    mixed = convert(nn.Sequential(model.stage1, nn.BatchNorm2d(8)))
+    assert [type(module) for module in mixed[0].modules()] == [type(module) for module in model.stage1.modules()]
+    assert isinstance(mixed[1], Deferring)
+
+
+@pytest.mark.parametrize("name", ["preact", "dense", "silu"])
+def test_compiled_it_is_one_graph_and_right(name):
+    plain, ours = pair(name, torch.float32)
+    torch.compiler.reset()
+    graphs = []
+    compiled = torch.compile(ours, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+    for seed in range(3):
+        x = images(torch.float32, seed)
+        for mine, theirs in zip(step(compiled, x), step(plain, x), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(list(ours.buffers()), list(plain.buffers()))
+    assert len(graphs) == 1
+    assert_close_after_eager(plain, ours)
+
+
+def assert_close_after_eager(plain, ours):
+    x = images(torch.float32, 9)
+    for mine, theirs in zip(step(ours, x), step(plain, x), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_compiled_part_takes_a_deferred_tensor():
+    torch.compiler.reset()
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3))).double()
+    ours = convert(copy.deepcopy(plain))
+    ours[1].compile(backend="eager")
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+class Interrupted(nn.Module):
+    def forward(self, x):
+        if self.training:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interrupted_pass_leaves_nothing_behind():
+    ours = convert(nn.Sequential(nn.BatchNorm2d(3), Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        ours(torch.randn(2, 3, 4, 4))
+    ours.eval()(torch.randn(2, 3, 4, 4))
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_a_compiled_block_inside_a_network_whose_joins_are_kept():
+    torch.compiler.reset()
+    plain, ours = pair("dense", torch.float32)
+    ours[1].compile(backend="eager", fullgraph=True)
+    assert_close_after_eager(plain, ours)
+
+
+def test_inference_mode():
+    plain, ours = pair("preact")
+    x = images()
+    for mode in (True, False):
+        with torch.inference_mode():
+            torch.testing.assert_close(ours.train(mode)(x), plain.train(mode)(x))
+    assert_same(list(plain.buffers()), list(ours.buffers()))
+
+
+@pytest.mark.parametrize("name", ["preact", "silu", "dense"])
+def test_the_reference_backend_keeps_as_little(name):
+    plain, ours = pair(name, torch.float32)
+    x = torch.randn(8, 3, 32, 32)
+    with set_backend("reference"):
+        step(ours, x)
+        assert count_kept(ours, x)[0] <= 0.65 * count_kept(plain, x)[0]
+
+
+@pytest.mark.parametrize("name", ["preact", "silu"])
+def test_running_statistics_written_to_before_backward_are_noticed(name):
+    """Of an evaluation that is differentiated; torch gives a wrong gradient."""
+    network = convert(build(name))
+    out = network.eval()(images().requires_grad_()).sum()
+    network.train()(images())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_synchronised_normalisations_made_later():
+    plain, ours = pair("preact")
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in ours.modules())
+    assert_same([plain.eval()(images())], [ours.eval()(images())])
+
+
+def test_saved_tensor_hooks_see_what_is_kept():
+    """Offloading must be able to take everything away."""
+    plain, ours = pair("dense")
+    x = images()
+    with torch.autograd.graph.save_on_cpu():
+        found = step(ours, x)
+    assert_same(step(plain, x), found)
+
+
+def test_a_second_backward_pass_needs_the_graph():
+    for network in pair("preact"):
+        out = network(images()).sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            out.backward()
+
+
+class Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout
+
+
+def test_the_history_of_an_unwritten_tensor_lasts_as_long_as_the_graph():
+    bn = alone(nn.BatchNorm2d(3).double())
+    out = Keep.apply(bn(images()))
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
+
+
+def test_explain_says_what_became_of_each_layer(native):
+    rows = {row.name: row for row in layers(convert(build("postact", torch.float32)).train(), images(torch.float32))}
+    assert rows["1.conv2"].op == "bn_relu_conv2d"
+    assert rows["1.conv2"].ways["forward"][0] == "fused"
+    assert rows["1.bn2"].ways["forward"] == ("as written", "neither an activation nor a convolution takes its value")
+    rows = {row.name: row for row in layers(convert(build("silu", torch.float32)).train(), images(torch.float32))}
+    assert rows["1.3"].ways["forward"][0] == "recomputed"
+    assert rows["1.3"].ways["forward"][1].startswith("silu before a grouped convolution")
+    rows = {row.name: row for row in layers(convert(build("dense", torch.float32)).train(), images(torch.float32))}
+    assert "of 3 pieces" in rows["1.convs.2"].ways["forward"][1]
+    network = convert(build("preact", torch.float32)).train()
+    network[1].bn1.register_forward_hook(lambda *args: None)
+    [way] = [row.ways["forward"] for row in layers(network, images(torch.float32)) if row.name == "1.bn1"]
+    assert way == ("as written", "a hook on the module looks at its output")
