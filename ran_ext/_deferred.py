@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, add_history, identity, version
+from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, with_history
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
@@ -64,6 +64,12 @@ def _versions(recipe: Recipe) -> Any:
 _make_wrapper: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
+def _unwritten(cls: type[Tensor], recipe: Recipe) -> Tensor:
+    x = recipe.pieces[0]
+    shape, stride = (x.shape, x.stride()) if len(recipe.pieces) == 1 else _joined_layout(recipe.pieces)
+    return _make_wrapper(cls, shape, stride, dtype=x.dtype, device=x.device)  # type: ignore[no-any-return]
+
+
 class Deferred(Tensor):
     """``act(recipe(*recipe.tensors))``: a tensor with shape, strides, dtype and device, not written yet."""
 
@@ -81,14 +87,10 @@ class Deferred(Tensor):
     @classmethod
     def defer(cls, recipe: Recipe, act: Activation, owner: nn.Module | None, versions: Any = None) -> Deferred:
         """The value of ``recipe`` past ``act``, with its history where gradients are taken."""
-        x = recipe.pieces[0]
-        shape, stride = (x.shape, x.stride()) if len(recipe.pieces) == 1 else _joined_layout(recipe.pieces)
-        made: Deferred = _make_wrapper(cls, shape, stride, dtype=x.dtype, device=x.device)
+        made: Any = with_history(partial(_unwritten, cls, recipe), recipe, act)
         made.recipe, made.act, made.owner = recipe, act, owner
         made.versions = _versions(recipe) if versions is None else versions
-        if torch.is_grad_enabled():
-            add_history(made, recipe, act)
-        return made
+        return made  # type: ignore[no-any-return]
 
     @property
     def is_join(self) -> bool:
@@ -141,8 +143,7 @@ class Deferred(Tensor):
     def activated(self, act: Activation, inplace: bool) -> Tensor:
         """``act`` of it."""
         if self.value is not None or self.act is not identity or self.recipe.mean is None:
-            value = self.materialise()
-            return value.copy_(act(value)) if inplace else act(value)
+            return act(self.materialise(), inplace=inplace)  # type: ignore[call-arg]
         made = Deferred.defer(self.recipe, act, self.owner, self.versions)
         if inplace:
             self.value = made
@@ -323,11 +324,18 @@ def _relu(input: Any, inplace: bool = False) -> Tensor | None:
     return input.resolve().activated(F.relu, bool(inplace)) if isinstance(input, Deferred) else None
 
 
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    """Dropout that drops nothing and draws no random numbers."""
+    nothing = isinstance(input, Deferred) and 0 <= p <= 1 and (p == 0 or not training)
+    return input if nothing else None
+
+
 _PLAIN = (Tensor, nn.Parameter)
 _TAKEN: dict[Any, Callable[..., Tensor | None]] = {
     F.conv2d: _convolution,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _in_place(F.relu)),
+    **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
     F.relu6: _activation(F.relu6),
     F.silu: _activation(F.silu),
     F.hardswish: _activation(F.hardswish),

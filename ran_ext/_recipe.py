@@ -132,11 +132,10 @@ class _Node(Value):
     """The history of a tensor that is not written, without the compiled module."""
 
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, act: Activation, out: Tensor, *tensors: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, recipe: Recipe, act: Activation, make: Callable[[], Tensor], *tensors: Any) -> Tensor:  # type: ignore[override]
         ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
         ctx.save_for_backward(*tensors)
-        ctx.mark_dirty(out)
-        return out
+        return make()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
@@ -144,14 +143,16 @@ class _Node(Value):
         return None, None, None, *found
 
 
-def add_history(out: Tensor, recipe: Recipe, act: Activation) -> None:
-    """Let autograd take the unwritten tensor ``out`` for ``act(recipe.value())``."""
+def with_history(make: Callable[[], Tensor], recipe: Recipe, act: Activation) -> Tensor:
+    """The unwritten tensor that ``make`` makes; autograd takes it for ``act(recipe.value())``."""
+    if not torch.is_grad_enabled():
+        return make()
     if _backend._C is None:
-        _Node.apply(recipe, act, out, *recipe.tensors)
-    else:
-        _backend._C.set_deferred_history(
-            out, (recipe.weight, recipe.bias, *recipe.pieces), partial(_history_gradients, recipe, act)
-        )
+        return _Node.apply(recipe, act, make, *recipe.tensors)  # type: ignore[no-any-return]
+    out = make()
+    backward = partial(_history_gradients, recipe, act)
+    _backend._C.set_deferred_history(out, (recipe.weight, recipe.bias, *recipe.pieces), backward)
+    return out
 
 
 def _history_gradients(recipe: Recipe, act: Activation, dout: Tensor) -> list[Optional]:

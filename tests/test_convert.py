@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext import _converted, convert, fused, models, revert, set_backend, set_conv3x3
+from ran_ext import _backend, _converted, convert, fused, models, revert, set_backend, set_conv3x3
 from ran_ext._converted import Converted, Convolving, Deferring
 from ran_ext._deferred import Deferred
 from ran_ext._explain import layers
@@ -94,6 +94,7 @@ NETWORKS = {
     "mobile": lambda: head(Mobile(16)),
     "silu": lambda: head(Mobile(16, nn.SiLU)),
     "hardswish in place": lambda: head(Mobile(16, lambda: nn.Hardswish(inplace=True))),
+    "silu in place": lambda: head(Mobile(16, lambda: nn.SiLU(inplace=True))),
     "leaky": lambda: head(Mobile(16, lambda: nn.LeakyReLU(0.2, inplace=True))),
     "hardtanh": lambda: head(Mobile(16, lambda: nn.Hardtanh(-0.5, 2.0))),
     "gelu": lambda: head(Mobile(16, nn.GELU)),
@@ -103,6 +104,8 @@ NETWORKS = {
     "cumulative": lambda: head(nn.BatchNorm2d(16, momentum=None), nn.ReLU(), nn.Conv2d(16, 8, 1)),
     "normalised twice": lambda: head(nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)),
     "ends in a normalisation": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
+    "dropout": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(16, 8, 1), Mobile(8)),
+    "no dropout": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(0), nn.Conv2d(16, 8, 1)),
     "reflected": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")),
     "same": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding="same")),
 }
@@ -127,6 +130,7 @@ def images(dtype=torch.float64, seed=1):
 def step(network, x, **options):
     """Output, gradient of the input and of the parameters, after one step's backward pass."""
     network.zero_grad()
+    torch.manual_seed(3)  # of dropout, which draws them in the order of the memory
     x = x.clone().requires_grad_()
     out = network(x, **options)
     out.backward(torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2)))
@@ -140,7 +144,7 @@ def assert_same(one, other):
 
 
 def pair(name, dtype=torch.float64):
-    plain = build(name, dtype)
+    plain = build(name, dtype).to(memory_format=torch.channels_last)
     return plain, convert(copy.deepcopy(plain))
 
 
@@ -188,7 +192,9 @@ def count_kept(network, x):
     return sum(size for key, size in kept.items() if key not in parameters), out
 
 
-@pytest.mark.parametrize(("name", "most"), [("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("dense", 0.60)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("dense", 0.60), ("no dropout", 0.55)]
+)
 def test_bytes_kept_fall(name, most):
     plain, ours = pair(name, torch.float32)
     x = torch.randn(8, 3, 32, 32)
@@ -210,6 +216,37 @@ def test_a_value_asked_for_without_gradients_is_not_kept():
                 module.register_forward_hook(log)
     x = images()
     assert_same(step(plain, x), step(ours, x))
+
+
+@pytest.mark.parametrize("name", ["postact", "hardswish in place", "leaky", "silu in place"])
+def test_an_activation_in_place_after_the_value_was_asked_for(name):
+    plain, ours = pair(name)
+    seen = []
+    for network in (plain, ours):
+        for module in network.modules():
+            if isinstance(module, (nn.ReLU, nn.Hardswish, nn.LeakyReLU, nn.SiLU)):
+                module.register_forward_pre_hook(lambda module, args: seen.append(args[0].sum()))
+    x = images()
+    assert_same(step(plain, x), step(ours, x))
+    assert_same(seen[: len(seen) // 2], seen[len(seen) // 2 :])
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As where nothing was compiled."""
+    monkeypatch.setattr(_backend, "_C", None)
+
+
+@pytest.mark.parametrize("name", ["preact", "postact", "dense", "silu", "silu in place"])
+def test_pure_python_is_the_same(name, without_kernels):
+    plain, ours = pair(name)
+    for _ in range(2):
+        assert_same(step(plain, images()), step(ours, images()))
+        assert_same(list(plain.buffers()), list(ours.buffers()))
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    assert count_kept(ours, x)[0] <= 0.95 * count_kept(plain, x)[0]
+    ours[1].register_forward_pre_hook(lambda module, args: (Scale.apply(args[0]) / 2,))
+    assert_same(step(plain, images()), step(ours, images()))
 
 
 def test_hooks_on_a_normalisation_see_its_value():
@@ -579,7 +616,10 @@ def test_inference_mode():
 
 
 @pytest.mark.parametrize("name", ["preact", "silu", "dense"])
-def test_the_reference_backend_keeps_as_little(name):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_reference_backend_keeps_as_little(name, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(_backend, "_C", None)
     plain, ours = pair(name, torch.float32)
     x = torch.randn(8, 3, 32, 32)
     with set_backend("reference"):
