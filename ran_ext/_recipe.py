@@ -84,33 +84,69 @@ def _value(
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
-def _leaves(tensors: Sequence[Optional], wanted: Sequence[bool], twice: bool) -> list[Optional]:
-    """``tensors`` to compute from anew: the same ones for a second derivative, else cut off from what made them."""
-    if twice:
-        return list(tensors)
-    return [t if t is None else t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
-
-
-def _gradients(
-    out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor, twice: bool
-) -> list[Optional]:
-    """Those of ``out`` in the wanted tensors, None in the others."""
-    inputs = [t for t, want in zip(tensors, wanted, strict=True) if want]
+def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor) -> list[Optional]:
+    """Those of ``out`` in the wanted tensors, to be differentiated again; None in the others."""
+    inputs: Any = [t for t, want in zip(tensors, wanted, strict=True) if want]
     if not inputs:
         return [None] * len(wanted)
-    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=twice, allow_unused=True))  # type: ignore[arg-type]
+    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=True, allow_unused=True))
     return [next(found) if want else None for want in wanted]
+
+
+class _Again:
+    """A value computed again in backward, from the statistics that forward took."""
+
+    def __init__(self, norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional]):
+        self.norm, self.act, self.tensors = norm, act, tensors
+        with torch.no_grad():
+            self.x, self.z = _normalised(*norm, *tensors)
+        self.z = self.z.detach()
+        if act is identity:
+            self.value = self.z
+        else:
+            with torch.enable_grad():
+                self.value = act(self.z.requires_grad_())
+
+    def gradients(self, wanted: Sequence[bool], dvalue: Tensor) -> list[Optional]:
+        """Those of the tensors, from that of the value."""
+        if not any(wanted):
+            return [None] * len(wanted)
+        dz = dvalue if self.act is identity else torch.autograd.grad(self.value, self.z, dvalue)[0]
+        mean, var, weight = self.tensors[:3]
+        dx, dweight, dbias = dz, None, None
+        if mean is not None and var is not None:
+            batch_stats, eps = self.norm
+            weight = None if weight is None else weight.contiguous()
+            kept = (None, None, mean, (var + eps).rsqrt()) if batch_stats else (mean, var, None, None)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                dz, self.x, weight, *kept, batch_stats, eps, [any(wanted[4:]), wanted[2], wanted[3]]
+            )
+        pieces = self.tensors[4:]
+        dxs = dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)  # type: ignore[union-attr]
+        found = [None, None, dweight, dbias, *dxs]
+        return [d if want else None for d, want in zip(found, wanted, strict=True)]
+
+
+def _normalised(
+    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
+) -> tuple[Tensor, Tensor]:
+    """The pieces joined, and the value before the activation, of the statistics that are given."""
+    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if mean is None:
+        return x, x
+    if mean.dtype != (x if weight is None else weight).dtype:  # of such statistics torch does not normalise
+        return x, _value(batch_stats, eps, mean, var, weight, bias, x)
+    return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 
 
 def _value_gradients(
     norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
 ) -> list[Optional]:
     """Those of ``act(value)``."""
-    twice = torch.is_grad_enabled()
-    leaves = _leaves(tensors, wanted, twice)
-    with torch.enable_grad():
-        out = act(_value(*norm, *leaves))  # type: ignore[arg-type]
-    return _gradients(out, leaves, wanted, dout, twice)
+    if not torch.is_grad_enabled():
+        return _Again(norm, act, tensors).gradients(wanted, dout)
+    out = act(_value(*norm, *tensors))
+    return _gradients(out, tensors, wanted, dout)
 
 
 class Value(torch.autograd.Function):
@@ -121,7 +157,7 @@ class Value(torch.autograd.Function):
         ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
         ctx.save_for_backward(*tensors)
         with torch.no_grad():
-            return act(_value(*ctx.norm, *tensors))
+            return act(_normalised(*ctx.norm, *tensors)[1])
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
@@ -177,32 +213,31 @@ class Convolution(torch.autograd.Function):
         ctx.fast = _backend.conv3x3_mode() if recipe.native and geometry[2:] == ((1, 1), 1) else None
         ctx.save_for_backward(weight, bias, *tensors)
         with torch.no_grad():
-            value = act(_value(*ctx.norm, *tensors))
+            value = act(_normalised(*ctx.norm, *tensors)[1])
             convolve = F.conv2d if ctx.fast is None else conv2d
             return convolve(value, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
-        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
-        with torch.enable_grad():
-            value = ctx.act(_value(*ctx.norm, *tensors))  # type: ignore[arg-type]
-        if twice:
-            with torch.enable_grad():
-                out = F.conv2d(value, weight, bias, *ctx.geometry)  # type: ignore[arg-type]
-            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
+        wanted = ctx.needs_input_grad[3:]
+        weight, bias, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            out = F.conv2d(ctx.act(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
+        again = _Again(ctx.norm, ctx.act, tensors)
+        value = again.value.detach()
         stride, padding, dilation, groups = ctx.geometry
         masks = [any(wanted[2:]), wanted[0], wanted[1]]
         if ctx.fast is not None and dout.is_cpu:
             dvalue, dweight, dbias = torch.ops.ran_ext.conv2d_backward(
-                dout, value.detach(), weight, stride, padding, masks, ctx.fast
+                dout, value, weight, stride, padding, masks, ctx.fast
             )
         else:
             dvalue, dweight, dbias = torch.ops.aten.convolution_backward(
-                dout, value.detach(), weight, None if bias is None else list(bias.shape), stride, padding, dilation,
+                dout, value, weight, None if bias is None else list(bias.shape), stride, padding, dilation,
                 False, [0, 0], groups, masks,
             )  # fmt: skip
-        rest = _gradients(value, tensors, wanted[2:], dvalue, False) if masks[0] else [None] * len(tensors)
+        rest = again.gradients(wanted[2:], dvalue)
         return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
 
 
@@ -225,12 +260,11 @@ class JoinedConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        twice, wanted = torch.is_grad_enabled(), ctx.needs_input_grad[3:]
-        weight, bias, *tensors = _leaves(ctx.saved_tensors, wanted, twice)
-        if twice:
-            with torch.enable_grad():
-                out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)  # type: ignore[arg-type]
-            return None, None, None, *_gradients(out, [weight, bias, *tensors], wanted, dout, twice)
+        wanted = ctx.needs_input_grad[3:]
+        weight, bias, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
         mean, var, bn_weight, bn_bias = tensors[:4]
         pieces: Any = tensors[4:]
         batch_stats, eps = ctx.norm

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext import _backend, _converted, convert, fused, models, revert, set_backend, set_conv3x3
+from ran_ext import _backend, _converted, compare, convert, fused, models, revert, set_backend, set_conv3x3
 from ran_ext._converted import Converted, Convolving, Deferring
 from ran_ext._deferred import Deferred
 from ran_ext._explain import layers
@@ -679,6 +679,19 @@ def test_the_history_of_an_unwritten_tensor_lasts_as_long_as_the_graph():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+def test_compare_leaves_the_network_alone(capsys):
+    plain = build("preact", torch.float32)
+    before, kinds = copy.deepcopy(plain.state_dict()), [type(module) for module in plain.modules()]
+    random = torch.random.get_rng_state()
+    found = compare(plain, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0)), rounds=2)
+    assert found.outcomes == {"fused": 5, "written out": 1}
+    assert found.converted_bytes < 0.65 * found.plain_bytes
+    assert capsys.readouterr().out == f"{found}\n"
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in before.items())
+    assert [type(module) for module in plain.modules()] == kinds
+    assert torch.equal(torch.random.get_rng_state(), random)
 
 
 def test_explain_says_what_became_of_each_layer(native):
