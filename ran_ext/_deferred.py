@@ -55,12 +55,15 @@ def _name(act: Activation) -> str:
 
 
 def _versions(recipe: Recipe) -> Any:
-    """Of what may be written to in between: the pieces, and running statistics that are normalised with."""
-    if recipe.batch_stats and len(recipe.pieces) == 1:
-        return version(recipe.pieces[0])
-    return [version(t) for t in (*recipe.pieces, recipe.mean, recipe.var)]
+    """Of what may be written to in between: pieces, parameters, and running statistics that are normalised with."""
+    statistics = () if recipe.batch_stats else (recipe.mean, recipe.var)
+    return [version(t) for t in (*recipe.pieces, recipe.weight, recipe.bias, *statistics)]
 
 
+_CHANGED = (
+    "ran_ext.convert: an autograd.Function changes the output of a batch normalisation in place, by {}; run that "
+    "module as written: ran_ext.revert(module)"
+)
 _make_wrapper: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
@@ -107,15 +110,20 @@ class Deferred(Tensor):
         return self.recipe.pieces
 
     def materialise(self) -> Tensor:
-        """The value; kept where it has the history that it needs."""
+        """The value, from now on: in-place changes, also through views of it, are seen by all who hold this tensor.
+
+        It has its history also where a logging hook asks for it under ``no_grad``.
+        """
+        self._check_itself()
         if self.value is None:
             self.check_versions()
             self._tell_owner()
             tell(self.owner, f"{WRITTEN_OUT}: {_name(self.act)}value used by something else than a convolution")
-            value = self._compute()
-            if not torch.is_grad_enabled():
-                return value  # has no history: whoever asks next may need one
-            self.value = value
+            if torch.is_grad_enabled() or not self.requires_grad:
+                self.value = self._compute()
+            else:
+                with torch.enable_grad():
+                    self.value = self._compute()
         value = self.value
         return value.materialise() if isinstance(value, Deferred) else value
 
@@ -133,16 +141,24 @@ class Deferred(Tensor):
             self.owner.__dict__["_written_out"] = self.act is identity  # as it is
 
     def check_versions(self) -> None:
-        """Raises where something that the value depends on was written to since the statistics were taken."""
+        """Raises where it, or something that it depends on, was written to since the statistics were taken."""
+        self._check_itself()
         if _versions(self.recipe) != self.versions:
             raise RuntimeError(
-                f"ran_ext.convert: the input of {self.owner or 'a concatenation'} was modified in place after it was "
-                "taken and before the result was used; run this module as written: ran_ext.revert(module)"
+                f"ran_ext.convert: the input of {self.owner or 'a concatenation'}, or one of its parameters, was "
+                "modified in place after it was taken and before the result was used; run this module as written: "
+                "ran_ext.revert(module)"
             )
+
+    def _check_itself(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            if version(self) > 0:
+                raise RuntimeError(_CHANGED.format("mark_dirty"))
 
     def activated(self, act: Activation, inplace: bool) -> Tensor:
         """``act`` of it."""
-        if self.value is not None or self.act is not identity or self.recipe.mean is None:
+        history = torch.is_grad_enabled() or not (inplace and self.requires_grad)
+        if self.value is not None or self.act is not identity or self.recipe.mean is None or not history:
             return act(self.materialise(), inplace=inplace)  # type: ignore[call-arg]
         made = Deferred.defer(self.recipe, act, self.owner, self.versions)
         if inplace:
@@ -169,6 +185,8 @@ class Deferred(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Reached where torch's functions are not asked, as from a Function: autograd has its own node for it."""
+        if func._schema.is_mutable:
+            raise RuntimeError(_CHANGED.format(func))
         kwargs = kwargs or {}
         return func(*map(_bare, args), **{name: _bare(value) for name, value in kwargs.items()})
 
@@ -344,6 +362,7 @@ _TAKEN: dict[Any, Callable[..., Tensor | None]] = {
 }
 
 _METADATA = {
+    Tensor._backward_hooks.__set__,  # type: ignore[union-attr]  # of what a Function changed in place
     *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point")),
     *(getattr(Tensor, name) for name in ("is_complex", "element_size", "get_device", "ndimension", "__len__")),
     *(

@@ -315,8 +315,65 @@ def test_an_input_written_to_names_the_module():
             x.add_(1)
             return self.conv(out)
 
-    with pytest.raises(RuntimeError, match=r"ran_ext.convert: the input of BatchNorm2d\(3, .* modified in place"):
+    with pytest.raises(RuntimeError, match=r"ran_ext.convert: the input of BatchNorm2d\(3, .*modified in place"):
         convert(Net())(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("act", "grad"),  # torch's ReLU keeps its output, which may not be changed then
+    [(nn.Identity(), True), (nn.SiLU(), True), (nn.Identity(), False), (nn.SiLU(), False), (nn.ReLU(), False)],
+)
+@pytest.mark.parametrize("change", ["whole", "view", "activation", "without gradients"])
+def test_in_place_changes_are_seen_by_all_who_hold_the_tensor(grad, act, change):
+    def run(bn):
+        out = act(bn(images()))
+        other = out[...] if type(out) is torch.Tensor else out
+        if change == "whole":
+            out += 1
+        elif change == "view":
+            out[:, 0].mul_(2)
+        elif change == "activation":
+            F.relu_(out)
+        else:
+            with torch.no_grad():
+                F.relu_(out)
+        out = other * 2
+        if not grad:
+            return [out]
+        out.sum().backward()
+        return [out.detach(), bn.weight.grad, bn.bias.grad]
+
+    plain = nn.BatchNorm2d(3).double()
+    ours = alone(copy.deepcopy(plain))
+    with torch.set_grad_enabled(grad):
+        assert_same(run(plain), run(ours))
+
+
+def test_a_function_that_changes_a_deferred_tensor_is_refused():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(x)
+            x.mul_(2)
+            return x
+
+        @staticmethod
+        def backward(ctx, dout):
+            return dout * 2
+
+    with pytest.raises(RuntimeError, match=r"an autograd.Function changes the output .* by mark_dirty"):
+        Double.apply(alone(nn.BatchNorm2d(3).double())(images())).sum()
+
+
+def test_parameters_written_to_before_a_stored_value_is_used_are_noticed():
+    ours, stored = convert(build("postact")), []
+    ours[1].relu.register_forward_hook(lambda module, args, out: stored.append(out))
+    step(ours, images())
+    assert isinstance(stored[0], Deferred)
+    with torch.no_grad():
+        ours[1].bn1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"BatchNorm2d\(16.*, or one of its parameters, was modified in place"):
+        stored[0].sum()
 
 
 @pytest.mark.parametrize("name", ["preact", "postact", "dense"])
@@ -708,3 +765,96 @@ def test_explain_says_what_became_of_each_layer(native):
     network[1].bn1.register_forward_hook(lambda *args: None)
     [way] = [row.ways["forward"] for row in layers(network, images(torch.float32)) if row.name == "1.bn1"]
     assert way == ("as written", "a hook on the module looks at its output")
+
+
+def test_unused_parameters_stay():
+    network = build("preact")
+    network.unused, network[1].scale = nn.BatchNorm2d(5), nn.Parameter(torch.ones(3))
+    names = [name for name, _ in network.named_parameters()]
+    parameters = [id(p) for p in network.parameters()]
+    convert(network)
+    assert [name for name, _ in network.named_parameters()] == names
+    assert [id(p) for p in network.parameters()] == parameters
+
+
+def test_an_optimizer_made_before_goes_on():
+    plain = build("preact")
+    optimizer = torch.optim.SGD(plain.parameters(), 0.1, momentum=0.9)
+    twin = copy.deepcopy(plain)
+    other = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    for seed in range(3):
+        for network, one in ((plain, optimizer), (twin, other)):
+            step(network, images(seed=seed))
+            one.step()
+        convert(twin)  # after the first step; twice does nothing
+    assert_same(list(plain.state_dict().values()), list(twin.state_dict().values()))
+    average = torch.optim.swa_utils.AveragedModel(twin)
+    average.update_parameters(twin)
+    assert_same(step(average, images()), [*step(twin, images())])
+
+
+def test_symbolic_traces_and_jit_traces_are_plain():
+    plain, ours = pair("preact")
+    plain.eval(), ours.eval()
+    x = images()
+    for traced in (torch.fx.symbolic_trace(ours), torch.jit.trace(ours, x), torch.export.export(ours, (x,)).module()):
+        torch.testing.assert_close(traced(x), plain(x), rtol=1e-8, atol=1e-10)
+
+
+def test_forward_mode_differentiation():
+    plain, ours = pair("silu")
+    found = []
+    for network in (plain.eval(), ours.eval()):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(images(), images(seed=4))
+            found.append(torch.autograd.forward_ad.unpack_dual(network(dual)).tangent)
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-10)
+
+
+def test_scripted_parts_stay():
+    plain, ours = (  # torch copies no gradients' places of scripted modules
+        nn.Sequential(nn.BatchNorm2d(3), torch.jit.script(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))).double()
+        for _ in range(2)
+    )
+    convert(ours)
+    assert isinstance(ours[0], Deferring)
+    assert not any(isinstance(module, Converted) for module in ours[1].modules())
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+def test_a_submodule_may_be_converted_by_itself_and_within():
+    plain = build("dense")
+    ours = copy.deepcopy(plain)
+    convert(ours[1])
+    assert_same(step(plain, images()), step(ours, images()))
+    convert(ours)
+    assert_same(step(plain, images()), step(ours, images()))
+    assert_same(list(plain.buffers()), list(ours.buffers()))
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_distributed_data_parallel(one_process):
+    plain, ours = pair("preact")
+    wrapped = nn.parallel.DistributedDataParallel(ours)
+    for seed in range(2):
+        assert_same(step(plain, images(seed=seed)), step(wrapped, images(seed=seed)))
+    assert_same(list(plain.buffers()), list(ours.buffers()))
+
+
+def test_fully_sharded(one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    plain = build("preact")
+    ours = convert(copy.deepcopy(plain), channels_last=False)  # torch shards contiguous parameters only
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    fully_shard(ours[1], mesh=mesh)
+    fully_shard(ours, mesh=mesh)
+    for seed in range(2):
+        expected, found = step(plain, images(seed=seed)), step(ours, images(seed=seed))
+        assert_same(expected, [t.full_tensor() if hasattr(t, "full_tensor") else t for t in found])
