@@ -7,7 +7,8 @@ import copy
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +80,8 @@ def compare(model: nn.Module, *inputs: Tensor, rounds: int = 5) -> Comparison:
         for network in (plain, converted):
             _step(network, images)  # what is learned in the first step is used in the second
         with watch(lambda module, outcome: outcomes.update([outcome.partition(":")[0].partition(",")[0]])):
-            converted_bytes = _kept(converted, images)
-        plain_bytes = _kept(plain, images)
+            converted_bytes = bytes_kept(converted, images)
+        plain_bytes = bytes_kept(plain, images)
         times: list[list[float]] = [[], []]
         for number in range(rounds):
             for index in (0, 1) if number % 2 else (1, 0):
@@ -101,18 +102,27 @@ def _step(network: nn.Module, images: list[Tensor]) -> None:
     torch.autograd.backward([t.float().sum() for t in outs])
 
 
-def _kept(network: nn.Module, images: list[Tensor]) -> int:
-    """Bytes that autograd keeps from forward to backward."""
+class _Saved:
+    """A tensor as autograd keeps it."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor
+
+
+def bytes_kept(network: nn.Module, images: Sequence[Tensor]) -> int:
+    """Bytes that autograd keeps from a forward pass of ``network`` to backward, its parameters left out."""
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved.add(one := _Saved(tensor))
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
+        out = network(*images)
+    storages = [one.tensor.untyped_storage() for one in saved]  # of the graph that ``out`` holds
+    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    del out
     parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    kept: dict[int, int] = {}
-    alive = []
-
-    def keep(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        alive.append(network(*images))  # freed memory must not be counted twice under one address
     return sum(size for address, size in kept.items() if address not in parameters)
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from ran_ext import _backend, _converted, compare, convert, fused, models, revert, set_backend, set_conv3x3
+from ran_ext._compare import bytes_kept
 from ran_ext._converted import Converted, Convolving, Deferring
 from ran_ext._deferred import Deferred
 from ran_ext._explain import layers
@@ -179,19 +180,6 @@ def test_keys_order_and_types_stay():
     ours.load_state_dict(plain.state_dict())
 
 
-def count_kept(network, x):
-    kept = {}
-
-    def keep(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = network(x)
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    return sum(size for key, size in kept.items() if key not in parameters), out
-
-
 @pytest.mark.parametrize(
     ("name", "most"), [("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("dense", 0.60), ("no dropout", 0.55)]
 )
@@ -199,7 +187,7 @@ def test_bytes_kept_fall(name, most):
     plain, ours = pair(name, torch.float32)
     x = torch.randn(8, 3, 32, 32)
     step(ours, x)
-    assert count_kept(ours, x)[0] <= most * count_kept(plain, x)[0]
+    assert bytes_kept(ours, [x]) <= most * bytes_kept(plain, [x])
 
 
 def test_a_value_asked_for_without_gradients_is_not_kept():
@@ -244,7 +232,7 @@ def test_pure_python_is_the_same(name, without_kernels):
         assert_same(step(plain, images()), step(ours, images()))
         assert_same(list(plain.buffers()), list(ours.buffers()))
     x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
-    assert count_kept(ours, x)[0] <= 0.95 * count_kept(plain, x)[0]
+    assert bytes_kept(ours, [x]) <= 0.95 * bytes_kept(plain, [x])
     ours[1].register_forward_pre_hook(lambda module, args: (Scale.apply(args[0]) / 2,))
     assert_same(step(plain, images()), step(ours, images()))
 
@@ -681,7 +669,7 @@ def test_the_reference_backend_keeps_as_little(name, compiled, monkeypatch):
     x = torch.randn(8, 3, 32, 32)
     with set_backend("reference"):
         step(ours, x)
-        assert count_kept(ours, x)[0] <= 0.65 * count_kept(plain, x)[0]
+        assert bytes_kept(ours, [x]) <= 0.65 * bytes_kept(plain, [x])
 
 
 @pytest.mark.parametrize("name", ["preact", "silu"])

@@ -17,6 +17,7 @@ from torch import nn  # noqa: E402
 
 import ran_ext  # noqa: E402
 from benchmarks.other_cnns import NETWORKS as WRITTEN_ANEW  # noqa: E402
+from ran_ext._compare import bytes_kept  # noqa: E402
 
 DOCS = Path(__file__).parents[2] / "docs" / "convert.md"
 TORCHVISION = (
@@ -86,21 +87,6 @@ def step(network, x):
     }
 
 
-def kept(network, x):
-    """Bytes that autograd keeps of a forward pass."""
-    tensors = {}
-
-    def keep(t):
-        tensors[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        out = network.train()(x)
-    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    del out
-    return sum(size for address, size in tensors.items() if address not in own)
-
-
 def documented():
     """The last column of the table, by network."""
     return dict(re.findall(r"^\| (\S[^|]*?) \| yes \| (\d\.\d+) \|$", DOCS.read_text(), re.M))
@@ -120,6 +106,6 @@ def test_nothing_but_the_memory_changes(name):
             for mine, theirs in zip(found[what], tensors, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8 * float(scale))
     x = x.float()
-    share = kept(ours.float(), x) / kept(plain.float(), x)
+    share = bytes_kept(ours.float().train(), [x]) / bytes_kept(plain.float().train(), [x])
     print(f"| {name} | yes | {share:.2f} |")
     assert share <= float(documented()[name]) + 0.015
