@@ -2,6 +2,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "conv_paths.h"
+#include "deferred.h"
 #ifdef RAN_WITH_CUDA
 #include "cuda_bn_relu.h"
 #include "cuda_dispatch.h"
@@ -76,6 +77,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("conv_ways", &conv_ways);
   m.def("conv_gate_way", &conv_gate_way);
+  m.def("set_deferred_history", &ran::set_deferred_history);
 #ifdef RAN_WITH_CUDA
   m.def("bn_relu_ways", &bn_relu_ways);
   m.def("set_dispatch_table", &set_dispatch_table);

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -13,6 +13,9 @@ def conv_ways(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], conv3x3: int
 ) -> list[tuple[bool, str]]: ...
 def conv_gate_way(trunk: Tensor, x: Tensor, weight: Tensor, scale: int) -> tuple[bool, str]: ...
+def set_deferred_history(
+    out: Tensor, inputs: Sequence[Tensor | None], backward: Callable[[Tensor], Sequence[Tensor | None]]
+) -> None: ...
 
 # In builds with CUDA:
 def bn_relu_ways(x: Tensor) -> list[tuple[bool, str]]: ...

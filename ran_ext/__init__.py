@@ -4,21 +4,27 @@ import importlib
 
 from . import data, models, nn, ops
 from ._backend import get_backend, get_conv3x3, set_backend, set_conv3x3
+from ._compare import compare
+from ._convert import convert, fused, revert
 from ._explain import explain
 from ._info import info
 from .inference import fold_for_inference
 
 __version__ = "0.1.0"
 __all__ = [
+    "compare",
+    "convert",
     "data",
     "explain",
     "fold_for_inference",
+    "fused",
     "get_backend",
     "get_conv3x3",
     "info",
     "models",
     "nn",
     "ops",
+    "revert",
     "set_backend",
     "set_conv3x3",
 ]

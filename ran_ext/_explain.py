@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _fusion
+from ._deferred import Deferred, watch
+from ._explain_converted import PASSES, is_converted, is_taken, norm_ways, plain_ways, taken_ways
 from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
-PASSES = ("forward", "dgrad", "wgrad")
 #: What a pass runs on, for the table.
 FUSED, LIBRARY, PLAIN = "fused", "library", "plain PyTorch"
 
@@ -34,7 +35,8 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     buffers and torch's random numbers are left as they are.
 
     Args:
-        model: holds modules of :mod:`ran_ext.nn`; convolutions of plain PyTorch are listed too.
+        model: holds modules of :mod:`ran_ext.nn`, or was given to :func:`ran_ext.convert`; convolutions of plain
+            PyTorch are listed too.
         inputs: what ``model`` is called with, on its device.
 
     Raises:
@@ -63,13 +65,30 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
             taken[module] = x = next(iter((*args, *named.values())))
             call = calls[module]
-            size = f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-            found.append(Layer(name, call.op, size, _ways(call, module, x, taken)))
+            ways = {} if isinstance(x, Deferred) else _ways(call, module, x, taken)
+            found.append(Layer(name, call.op, _described(x), ways))
 
         module.register_forward_pre_hook(note, with_kwargs=True)
+    names = {module: name for name, module in twin.named_modules()}
+
+    def told(module: nn.Module, outcome: str) -> None:
+        """What became of the value of a converted network's normalisation."""
+        if is_taken(outcome):  # by the convolution that was noted last
+            last = found[-1]
+            conv = twin.get_submodule(last.name)
+            op, ways = taken_ways(conv, taken[conv], outcome)  # type: ignore[arg-type]
+            found[-1] = dataclasses.replace(last, op=op, ways=ways)
+        else:
+            found.append(Layer(names[module], "batch_norm", "", norm_ways(outcome)))
+
     devices = [x.device for x in inputs if x.is_cuda]
-    with torch.no_grad(), torch.random.fork_rng(devices), eagerly():
-        twin(*inputs)
+    grad = is_converted(twin)  # joins are kept where gradients are taken
+    with torch.set_grad_enabled(grad), torch.random.fork_rng(devices), eagerly():
+        if grad:
+            twin(*inputs)  # a normalisation learns from its first call
+            found.clear()
+        with watch(told):
+            twin(*inputs)
     if not found:
         kind = type(model).__name__
         raise ValueError(f"explain: model, a {kind}, calls no convolution, attention gate or fused batch normalisation")
@@ -120,10 +139,14 @@ def _calls(model: nn.Module) -> dict[nn.Module, _Call]:
     return calls
 
 
+def _described(x: Tensor) -> str:
+    return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+
+
 def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -> dict[str, tuple[str, str]]:
     """For each pass of the op what it runs on, and why."""
     if call.op == "conv2d":
-        return dict.fromkeys(PASSES, (LIBRARY, ""))
+        return plain_ways(module, x)
     if missing := _why_plain(x):
         return dict.fromkeys(PASSES, (PLAIN, missing))
     if call.op == "attention_gate":

@@ -90,7 +90,7 @@ def chains(bn: Any, conv: Any) -> bool:
 
 def why_unfused(bn: Any, conv: Any = None) -> str:
     """What keeps ``conv(relu(bn(x)))``, or ``relu(bn(x))``, from being one op; "" where nothing does."""
-    return why_called("bn", bn, NORMS) or _why_norm(bn) or ("" if conv is None else why_conv("conv", conv))
+    return why_called("bn", bn, NORMS) or why_norm(bn) or ("" if conv is None else why_conv("conv", conv))
 
 
 def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
@@ -150,7 +150,8 @@ def _why_other_kind(name: str, module: nn.Module, kinds: Kinds) -> str:
     return f"{name} is a {kind.__name__}, not exactly a {' or '.join(k.__name__ for k in kinds)}"
 
 
-def _why_norm(bn: Any) -> str:
+def why_norm(bn: Any) -> str:
+    """What keeps the running statistics of ``bn`` from being known; "" where nothing does."""
     own = bn.__dict__
     kept, tracks = own["_buffers"], own["track_running_stats"]
     mean, var = kept.get("running_mean"), kept.get("running_var")

@@ -14,6 +14,9 @@ from torch.fx import Proxy
 from torch.utils._device import DeviceContext
 
 _PLAIN = (nn.Parameter, Tensor, type(None))
+#: TorchFunctionModes that leave the ops as they are: those of ``torch.set_default_device`` and
+#: ``with torch.device(...)``, and this package's own.
+PASSIVE: set[type] = {DeviceContext}
 
 
 def is_symbolic(x: Any) -> bool:
@@ -56,14 +59,13 @@ def why_watched(*tensors: Any) -> str:
         return "torch.jit traces"
     if _len_torch_dispatch_stack():  # make_fx, counters of operations, recorders, fake tensors
         return "a TorchDispatchMode is on"
-    if _len_torch_function_stack() and not _sets_the_device_alone():
+    if _len_torch_function_stack() and not _are_passive():
         return "a TorchFunctionMode is on"
     return ""
 
 
-def _sets_the_device_alone() -> bool:
-    """Whether the modes that are on are those of ``torch.set_default_device`` and ``with torch.device(...)``."""
-    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+def _are_passive() -> bool:
+    return all(type(mode) in PASSIVE for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _transforms() -> bool:

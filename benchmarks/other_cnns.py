@@ -1,0 +1,166 @@
+"""Networks of others in plain PyTorch, written anew from their papers, for tests and measurements of ``convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class _PreActBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int, stride: int, dropout: float = 0.0):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if stride > 1 or c_in != c_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.relu(self.bn1(x))
+        identity: Tensor = x if self.shortcut is None else self.shortcut(a)
+        return identity + self.conv2(self.dropout(F.relu(self.bn2(self.conv1(a)))))
+
+
+def _preact(widths: list[int], blocks: int, classes: int, stem: int, dropout: float = 0.0) -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, padding=1, bias=False)]
+    c_in = stem
+    for stage, width in enumerate(widths):
+        for block in range(blocks):
+            layers.append(_PreActBlock(c_in, width, 2 if stage and not block else 1, dropout))
+            c_in = width
+    head = [nn.BatchNorm2d(c_in), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes)]
+    return nn.Sequential(*layers, *head)
+
+
+def preact_resnet18(classes: int = 10) -> nn.Module:
+    """PreActResNet-18 (He et al. 2016, arXiv:1603.05027), for 32 pixels.
+
+    >>> preact_resnet18()(torch.randn(1, 3, 16, 16)).shape
+    torch.Size([1, 10])
+    """
+    return _preact([64, 128, 256, 512], 2, classes, 64)
+
+
+def wide_resnet(depth: int, width: int, dropout: float = 0.0, classes: int = 10) -> nn.Module:
+    """WRN-``depth``-``width`` (Zagoruyko and Komodakis 2016, arXiv:1605.07146).
+
+    >>> wide_resnet(16, 1)(torch.randn(1, 3, 16, 16)).shape
+    torch.Size([1, 10])
+    """
+    return _preact([16 * width, 32 * width, 64 * width], (depth - 4) // 6, classes, 16, dropout)
+
+
+class _DenseLayer(nn.Module):
+    def __init__(self, c_in: int, growth: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, 4 * growth, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(4 * growth), nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))], 1)
+
+
+def densenet_bc(depth: int = 100, growth: int = 12, classes: int = 10) -> nn.Module:
+    """DenseNet-BC-``depth``-``growth`` (Huang et al. 2017, arXiv:1608.06993), for 32 pixels.
+
+    >>> densenet_bc(22)(torch.randn(1, 3, 16, 16)).shape
+    torch.Size([1, 10])
+    """
+    c, layers = 2 * growth, (depth - 4) // 6
+    body: list[nn.Module] = [nn.Conv2d(3, c, 3, padding=1, bias=False)]
+    for block in range(3):
+        for _ in range(layers):
+            body.append(_DenseLayer(c, growth))
+            c += growth
+        if block < 2:
+            body += [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 1, bias=False), nn.AvgPool2d(2)]
+            c //= 2
+    head = [nn.BatchNorm2d(c), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)]
+    return nn.Sequential(*body, *head)
+
+
+def _twice(c_in: int, c_out: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for c in (c_in, c_out):
+        layers += [nn.Conv2d(c, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger et al. 2015, arXiv:1505.04597) with batch normalisation and padding.
+
+    Args:
+        width: channels of the first level; doubled by each of the ``depth`` below.
+        depth: how often the size is halved; it must divide by ``2 ** depth``.
+        classes: channels of the result, ``(N, classes, H, W)``.
+
+    >>> UNet(8)(torch.randn(1, 3, 32, 32)).shape
+    torch.Size([1, 2, 32, 32])
+    """
+
+    def __init__(self, width: int = 64, depth: int = 4, classes: int = 2):
+        super().__init__()
+        widths = [width << level for level in range(depth + 1)]
+        pairs = list(zip(widths, widths[1:], strict=False))
+        self.first, self.last = _twice(3, width), nn.Conv2d(width, classes, 1)
+        self.down = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), _twice(a, b)) for a, b in pairs)
+        self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(pairs))
+        self.up = nn.ModuleList(_twice(b, a) for a, b in reversed(pairs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = [self.first(x)]
+        for down in self.down:
+            levels.append(down(levels[-1]))
+        x = levels.pop()
+        for grow, up in zip(self.grow, self.up, strict=True):
+            x = up(torch.cat([levels.pop(), grow(x)], 1))
+        out: Tensor = self.last(x)
+        return out
+
+
+class _CSP(nn.Module):
+    """Two paths, one through bottlenecks, joined (Wang et al. 2019, arXiv:1911.11929)."""
+
+    def __init__(self, channels: int, count: int):
+        super().__init__()
+        half = channels // 2
+        self.one, self.two, self.last = _silu(channels, half, 1), _silu(channels, half, 1), _silu(channels, channels, 1)
+        self.body = nn.ModuleList(nn.Sequential(_silu(half, half, 1), _silu(half, half, 3)) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        one = self.one(x)
+        for body in self.body:
+            one = one + body(one)
+        out: Tensor = self.last(torch.cat([one, self.two(x)], 1))
+        return out
+
+
+def _silu(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out, 1e-3, 0.03), nn.SiLU(inplace=True))
+
+
+def silu_stack(width: int = 32, classes: int = 10) -> nn.Module:
+    """The backbone of a detector, as YOLO's of 2020: SiLU, bottlenecks in two paths.
+
+    >>> silu_stack(16)(torch.randn(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
+    """
+    layers: list[nn.Module] = [_silu(3, width, 6, 2)]
+    for level, count in enumerate((1, 2, 3, 1)):
+        c = width << level
+        layers += [_silu(c, 2 * c, 3, 2), _CSP(2 * c, count)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width << 4, classes))
+
+
+#: For ``tests/ecosystem`` and the measurements in ``docs/convert.md``, by name.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "PreActResNet-18": preact_resnet18,
+    "WRN-28-10": lambda: wide_resnet(28, 10),
+    "WRN-16-4, dropout": lambda: wide_resnet(16, 4, 0.3),
+    "DenseNet-BC-100-12": densenet_bc,
+    "U-Net": lambda: UNet(32),
+    "SiLU stack": silu_stack,
+}

@@ -1,0 +1,373 @@
+"""A batch normalisation whose value is not written yet.
+
+A converted batch normalisation takes its statistics at once and returns a :class:`Deferred`. An activation leaves it
+deferred, and a convolution takes it in: one op that keeps the raw input alone. Whatever else uses the tensor gets its
+value, written out on the spot, so that no program can tell the difference but by time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, with_history
+from .ops.bn_relu import in_backward
+
+#: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
+FUSED, RECOMPUTED, WRITTEN_OUT, AS_WRITTEN = "fused", "recomputed", "written out", "as written"
+
+#: What :func:`watch` was given: told of each normalisation, and of what became of its value.
+_watcher: Callable[[nn.Module, str], None] | None = None
+
+
+@contextmanager
+def watch(told: Callable[[nn.Module, str], None]) -> Iterator[None]:
+    """``told(module, outcome)`` for every use of a deferred value inside the block."""
+    global _watcher
+    before, _watcher = _watcher, told
+    try:
+        yield
+    finally:
+        _watcher = before
+
+
+def is_watched() -> bool:
+    """Whether anybody does: the reason of an outcome may take long to find."""
+    return _watcher is not None
+
+
+def tell(owner: nn.Module | None, outcome: str) -> None:
+    """Tell whoever watches."""
+    if _watcher is not None and owner is not None:
+        _watcher(owner, outcome)
+
+
+def _name(act: Activation) -> str:
+    """For people."""
+    function = act.func if isinstance(act, partial) else act
+    return "" if function is identity else f"{function.__name__} "
+
+
+def _versions(recipe: Recipe) -> Any:
+    """Of what may be written to in between: pieces, parameters, and running statistics that are normalised with."""
+    statistics = () if recipe.batch_stats else (recipe.mean, recipe.var)
+    return [version(t) for t in (*recipe.pieces, recipe.weight, recipe.bias, *statistics)]
+
+
+_CHANGED = (
+    "ran_ext.convert: an autograd.Function changes the output of a batch normalisation in place, by {}; run that "
+    "module as written: ran_ext.revert(module)"
+)
+_make_wrapper: Any = Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
+def _unwritten(cls: type[Tensor], recipe: Recipe) -> Tensor:
+    x = recipe.pieces[0]
+    shape, stride = (x.shape, x.stride()) if len(recipe.pieces) == 1 else _joined_layout(recipe.pieces)
+    return _make_wrapper(cls, shape, stride, dtype=x.dtype, device=x.device)  # type: ignore[no-any-return]
+
+
+class Deferred(Tensor):
+    """``act(recipe(*recipe.tensors))``: a tensor with shape, strides, dtype and device, not written yet."""
+
+    recipe: Recipe
+    act: Activation
+    #: Of what the value depends on, when the statistics were taken.
+    versions: Any
+    #: The value, once something needed it.
+    value: Tensor | None = None
+    #: The module that made it; told what became of it.
+    owner: nn.Module | None = None
+    #: Of a join: called when its pieces are taken.
+    join_taken: Callable[[], None] | None = None
+
+    @classmethod
+    def defer(cls, recipe: Recipe, act: Activation, owner: nn.Module | None, versions: Any = None) -> Deferred:
+        """The value of ``recipe`` past ``act``, with its history where gradients are taken."""
+        made: Any = with_history(partial(_unwritten, cls, recipe), recipe, act)
+        made.recipe, made.act, made.owner = recipe, act, owner
+        made.versions = _versions(recipe) if versions is None else versions
+        return made  # type: ignore[no-any-return]
+
+    @property
+    def is_join(self) -> bool:
+        """Whether it is pieces and nothing else."""
+        return self.recipe.mean is None and self.act is identity and self.value is None
+
+    def take_pieces(self) -> tuple[Tensor, ...]:
+        """The pieces of a join, to be taken in whole; of anything else its value."""
+        if not self.is_join:
+            return (self.materialise(),)
+        self.check_versions()
+        if self.join_taken is not None:
+            self.join_taken()
+        return self.recipe.pieces
+
+    def materialise(self) -> Tensor:
+        """The value, from now on: in-place changes, also through views of it, are seen by all who hold this tensor.
+
+        It has its history also where a logging hook asks for it under ``no_grad``.
+        """
+        self._check_itself()
+        if self.value is None:
+            self.check_versions()
+            self._tell_owner()
+            tell(self.owner, f"{WRITTEN_OUT}: {_name(self.act)}value used by something else than a convolution")
+            if torch.is_grad_enabled() or not self.requires_grad:
+                self.value = self._compute()
+            else:
+                with torch.enable_grad():
+                    self.value = self._compute()
+        value = self.value
+        return value.materialise() if isinstance(value, Deferred) else value
+
+    def _compute(self) -> Tensor:
+        recipe = self.recipe
+        if self.act is identity:
+            return recipe.value()
+        if self.act is F.relu and recipe.native and len(recipe.pieces) == 1:
+            return recipe.relu()
+        return Value.apply(recipe, self.act, *recipe.tensors)  # type: ignore[no-any-return]
+
+    def _tell_owner(self) -> None:
+        """A normalisation whose value is written out as it is need not defer the next time."""
+        if self.owner is not None and not is_checkpointed():
+            self.owner.__dict__["_written_out"] = self.act is identity  # as it is
+
+    def check_versions(self) -> None:
+        """Raises where it, or something that it depends on, was written to since the statistics were taken."""
+        self._check_itself()
+        if _versions(self.recipe) != self.versions:
+            raise RuntimeError(
+                f"ran_ext.convert: the input of {self.owner or 'a concatenation'}, or one of its parameters, was "
+                "modified in place after it was taken and before the result was used; run this module as written: "
+                "ran_ext.revert(module)"
+            )
+
+    def _check_itself(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            if version(self) > 0:
+                raise RuntimeError(_CHANGED.format("mark_dirty"))
+
+    def activated(self, act: Activation, inplace: bool) -> Tensor:
+        """``act`` of it."""
+        history = torch.is_grad_enabled() or not (inplace and self.requires_grad)
+        if self.value is not None or self.act is not identity or self.recipe.mean is None or not history:
+            return act(self.materialise(), inplace=inplace)  # type: ignore[call-arg]
+        made = Deferred.defer(self.recipe, act, self.owner, self.versions)
+        if inplace:
+            self.value = made
+        return made
+
+    def resolve(self) -> Deferred:
+        """Itself, or what an activation in place made of it."""
+        return self.value.resolve() if isinstance(self.value, Deferred) else self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        taken = _TAKEN.get(func)
+        if taken is not None:
+            found = taken(*args, **kwargs)
+            if found is not None:
+                return found
+        elif func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return func(*map(_real, args), **{name: _real(value) for name, value in kwargs.items()})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Reached where torch's functions are not asked, as from a Function: autograd has its own node for it."""
+        if func._schema.is_mutable:
+            raise RuntimeError(_CHANGED.format(func))
+        kwargs = kwargs or {}
+        return func(*map(_bare, args), **{name: _bare(value) for name, value in kwargs.items()})
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return repr(self.materialise())
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.materialise().__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialise().__reduce_ex__(protocol)
+
+
+def _real(value: Any) -> Any:
+    """``value`` with what is deferred in it written out."""
+    if isinstance(value, Deferred):
+        return value.materialise()
+    if type(value) in (list, tuple):
+        return type(value)(map(_real, value))
+    return value
+
+
+def _bare(value: Any) -> Any:
+    """The same below autograd."""
+    if isinstance(value, Deferred):
+        found = value.resolve()
+        if found is not value:
+            raise RuntimeError(
+                "ran_ext.convert: an activation in place, whose result was not used, changed the output of a batch "
+                "normalisation that an autograd.Function takes; use the activation's result"
+            )
+        if found.value is not None:
+            return found.value.detach()
+        found.check_versions()
+        with torch.no_grad():
+            return found.act(found.recipe.value())
+    if type(value) in (list, tuple):
+        return type(value)(map(_bare, value))
+    return value
+
+
+def _activation(function: Activation, *names: str) -> Callable[..., Tensor | None]:
+    """What takes a call of an activation with the keyword arguments ``names`` and ``inplace``."""
+
+    def take(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor | None:
+        if not isinstance(input, Deferred) or len(args) > len(names) + 1:
+            return None
+        if len(args) > len(names):
+            inplace, args = args[-1], args[:-1]
+        kwargs |= dict(zip(names, args, strict=False))
+        if kwargs.keys() - set(names):
+            return None
+        return input.resolve().activated(partial(function, **kwargs) if kwargs else function, bool(inplace))
+
+    return take
+
+
+def _in_place(function: Activation, *names: str) -> Callable[..., Tensor | None]:
+    take = _activation(function, *names)
+    return lambda input, *args, **kwargs: take(input, *args, **kwargs, inplace=True)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        return value
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _joined_layout(pieces: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of the pieces joined along the channels."""
+    n, _, height, width = pieces[0].shape
+    channels = sum(piece.shape[1] for piece in pieces)
+    shape = (n, channels, height, width)
+    if all(piece.is_contiguous(memory_format=torch.channels_last) for piece in pieces):
+        return shape, (channels * height * width, 1, channels * width, channels)
+    return shape, (channels * height * width, height * width, width, 1)
+
+
+def is_checkpointed() -> bool:
+    """Whether an activation checkpoint will run this again, or does: both times must take the same path."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return in_backward() or (hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint")
+
+
+def join(taken: Callable[[], None], tensors: Any, dim: Any = 0) -> Tensor | None:
+    """``torch.cat`` along the channels that keeps the pieces; None where it must be written out."""
+    if dim not in (1, -3) or not isinstance(tensors, (list, tuple)) or len(tensors) < 2:
+        return None
+    flat: list[Tensor] = []
+    for piece in tensors:
+        if isinstance(piece, Deferred):
+            if not piece.is_join:
+                return None
+            flat += piece.recipe.pieces
+        else:
+            flat.append(piece)
+    first = flat[0]
+    if not all(type(t) is Tensor and t.dim() == 4 and t.dtype == first.dtype and t.numel() for t in flat):
+        return None
+    if any(t.shape[0] != first.shape[0] or t.shape[2:] != first.shape[2:] or t.device != first.device for t in flat):
+        return None
+    made = Deferred.defer(Recipe(tuple(flat)), identity, None)
+    made.join_taken = taken
+    return made
+
+
+def _convolution(
+    input: Any,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor | None:
+    """A convolution that takes a deferred input in; None where it has to be written out."""
+    if not isinstance(input, Deferred):
+        return None
+    found = input.resolve()
+    recipe, x = found.recipe, found.recipe.pieces[0]
+    if found.value is not None or type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+        return None
+    channels = x.shape[1] if len(recipe.pieces) == 1 else sum(piece.shape[1] for piece in recipe.pieces)
+    if weight.dim() != 4 or weight.shape[1] * groups != channels or weight.device != x.device:
+        return None  # torch has the error's text
+    if isinstance(padding, str):
+        return None
+    autocasts = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    if not autocasts and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
+        return None
+    found.check_versions()
+    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    if found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None:
+        if len(recipe.pieces) == 1:
+            tell(found.owner, FUSED)
+            return recipe.fused(x, weight, bias, stride, padding)
+        if not autocasts:
+            tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
+            joined: Tensor = JoinedConvolution.apply(recipe, stride, padding, weight, bias, *recipe.tensors)
+            return joined
+    if autocasts:
+        return None
+    if found.is_join:
+        found.take_pieces()
+    grouped = "grouped " if groups > 1 else "dilated " if dilation != (1, 1) else ""
+    tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
+    geometry = stride, padding, dilation, groups
+    out: Tensor = Convolution.apply(recipe, found.act, geometry, weight, bias, *recipe.tensors)
+    return out
+
+
+def _relu(input: Any, inplace: bool = False) -> Tensor | None:
+    return input.resolve().activated(F.relu, bool(inplace)) if isinstance(input, Deferred) else None
+
+
+def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
+    """Dropout that drops nothing and draws no random numbers."""
+    nothing = isinstance(input, Deferred) and 0 <= p <= 1 and (p == 0 or not training)
+    return input if nothing else None
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_TAKEN: dict[Any, Callable[..., Tensor | None]] = {
+    F.conv2d: _convolution,
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
+    **dict.fromkeys((torch.relu_, Tensor.relu_), _in_place(F.relu)),
+    **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
+    F.relu6: _activation(F.relu6),
+    F.silu: _activation(F.silu),
+    F.hardswish: _activation(F.hardswish),
+    F.leaky_relu: _activation(F.leaky_relu, "negative_slope"),
+    F.hardtanh: _activation(F.hardtanh, "min_val", "max_val"),
+}
+
+_METADATA = {
+    Tensor._backward_hooks.__set__,  # type: ignore[union-attr]  # of what a Function changed in place
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "stride", "is_contiguous", "is_floating_point")),
+    *(getattr(Tensor, name) for name in ("is_complex", "element_size", "get_device", "ndimension", "__len__")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn", "is_cuda")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("is_sparse", "is_quantized", "is_mkldnn", "is_meta", "_version")),
+}

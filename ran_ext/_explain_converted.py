@@ -1,0 +1,68 @@
+"""What becomes of the batch normalisations and convolutions of a converted network, for :func:`ran_ext.explain`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _backend
+from ._converted import Converted, Convolving
+from ._deferred import FUSED, RECOMPUTED, Deferred
+
+PASSES = ("forward", "dgrad", "wgrad")
+#: By pass of an op, what it runs on and why.
+Ways = dict[str, tuple[str, str]]
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether anything in ``model`` is."""
+    return any(isinstance(module, Converted) for module in model.modules())
+
+
+def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
+    """For each pass of a convolution with or without BN-ReLU whether it takes a kernel, and why."""
+    weight, kernels = conv.weight.to(x.dtype), _backend._C
+    assert kernels is not None
+    found: list[tuple[bool, str]] = kernels.conv_ways(x, weight, conv.stride, conv.padding, _backend.conv3x3_mode())
+    return found
+
+
+def plain_ways(conv: Any, x: Tensor) -> Ways:
+    """Of a convolution that takes a tensor as it is: the library's but for 3x3 kernels."""
+    ways: Ways = dict.fromkeys(PASSES, ("library", ""))
+    if Convolving not in type(conv).__mro__ or not x.is_cpu or not _backend.use_native(x):
+        return ways
+    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    for one, (_, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
+        if why.startswith("Winograd"):
+            ways[one] = "fast", why
+    return ways
+
+
+def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
+    """The op and the ways of a convolution that took ``x`` in, as :func:`ran_ext._deferred.tell` says."""
+    recipe = x.resolve().recipe
+    if outcome.startswith(RECOMPUTED):
+        why = f"{outcome.removeprefix(RECOMPUTED + ': ')}: its input is computed again in backward, and not kept"
+        return "conv2d", dict.fromkeys(PASSES, ("recomputed", why))
+    raw = recipe.pieces[0] if len(recipe.pieces) == 1 else torch.cat(recipe.pieces, 1)
+    of = f"of {len(recipe.pieces)} pieces, joined for the call" if len(recipe.pieces) > 1 else ""
+    ways: Ways = {}
+    for one, (fused, why) in zip(PASSES, kernel_ways(conv, raw), strict=True):
+        why = why if not fused or why.startswith("Winograd") else ""
+        ways[one] = "fused" if fused else "library", "; ".join(part for part in (why, of) if part)
+    return "bn_relu_conv2d", ways
+
+
+def norm_ways(outcome: str) -> Ways:
+    """The way of a normalisation whose value no convolution took in."""
+    what, _, why = outcome.partition(": ")
+    return {"forward": (what, why)}
+
+
+def is_taken(outcome: str) -> bool:
+    """Whether a convolution took the value in."""
+    return outcome.startswith((FUSED, RECOMPUTED))

@@ -1,0 +1,277 @@
+"""How a value that is not written yet is computed, and what is differentiated by computing it again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import _backend
+from .ops.conv2d import conv2d
+
+Activation = Callable[[Tensor], Tensor]
+Optional = Tensor | None
+
+
+def identity(z: Tensor) -> Tensor:
+    """No activation."""
+    return z
+
+
+def version(t: Tensor | None) -> int:
+    """Changes with every write to ``t``, as far as torch counts them."""
+    return -1 if t is None or t.is_inference() else t._version
+
+
+class Recipe(NamedTuple):
+    """A batch normalisation, where there is one, of pieces joined along the channels.
+
+    Attributes:
+        pieces: ``(N, C_i, H, W)``; most often one.
+        weight, bias: of the normalisation, or None.
+        mean, var: None where nothing is normalised.
+        batch_stats: whether they are the pieces' own, which the derivative must know.
+        eps: added to the variance.
+        native: whether the compiled ops serve these tensors.
+    """
+
+    pieces: tuple[Tensor, ...]
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    batch_stats: bool = False
+    eps: float = 0.0
+    native: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that the value depends on."""
+        return self.mean, self.var, self.weight, self.bias, *self.pieces
+
+    def value(self) -> Tensor:
+        """What stands before the activation."""
+        return _value(self.batch_stats, self.eps, *self.tensors)
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
+        """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
+        out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
+            x, self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps,
+            weight, bias, None, stride, padding, False, [], None, False, _backend.conv3x3_mode(),
+        )[0]  # fmt: skip
+        return out
+
+    def relu(self) -> Tensor:
+        """``relu(value)`` in one op, of one piece."""
+        out: Tensor = torch.ops.ran_ext.bn_relu(
+            self.pieces[0], self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps
+        )[0]
+        return out
+
+
+def _value(
+    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
+) -> Tensor:
+    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if mean is None:
+        return x
+    if batch_stats:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor) -> list[Optional]:
+    """Those of ``out`` in the wanted tensors, to be differentiated again; None in the others."""
+    inputs: Any = [t for t, want in zip(tensors, wanted, strict=True) if want]
+    if not inputs:
+        return [None] * len(wanted)
+    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=True, allow_unused=True))
+    return [next(found) if want else None for want in wanted]
+
+
+class _Again:
+    """A value computed again in backward, from the statistics that forward took."""
+
+    def __init__(self, norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional]):
+        self.norm, self.act, self.tensors = norm, act, tensors
+        with torch.no_grad():
+            self.x, self.z = _normalised(*norm, *tensors)
+        self.z = self.z.detach()
+        if act is identity:
+            self.value = self.z
+        else:
+            with torch.enable_grad():
+                self.value = act(self.z.requires_grad_())
+
+    def gradients(self, wanted: Sequence[bool], dvalue: Tensor) -> list[Optional]:
+        """Those of the tensors, from that of the value."""
+        if not any(wanted):
+            return [None] * len(wanted)
+        dz = dvalue if self.act is identity else torch.autograd.grad(self.value, self.z, dvalue)[0]
+        mean, var, weight = self.tensors[:3]
+        dx, dweight, dbias = dz, None, None
+        if mean is not None and var is not None:
+            batch_stats, eps = self.norm
+            weight = None if weight is None else weight.contiguous()
+            kept = (None, None, mean, (var + eps).rsqrt()) if batch_stats else (mean, var, None, None)
+            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
+                dz, self.x, weight, *kept, batch_stats, eps, [any(wanted[4:]), wanted[2], wanted[3]]
+            )
+        pieces = self.tensors[4:]
+        dxs = dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)  # type: ignore[union-attr]
+        found = [None, None, dweight, dbias, *dxs]
+        return [d if want else None for d, want in zip(found, wanted, strict=True)]
+
+
+def _normalised(
+    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
+) -> tuple[Tensor, Tensor]:
+    """The pieces joined, and the value before the activation, of the statistics that are given."""
+    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    if mean is None:
+        return x, x
+    if mean.dtype != (x if weight is None else weight).dtype:  # of such statistics torch does not normalise
+        return x, _value(batch_stats, eps, mean, var, weight, bias, x)
+    return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+
+def _value_gradients(
+    norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
+) -> list[Optional]:
+    """Those of ``act(value)``."""
+    if not torch.is_grad_enabled():
+        return _Again(norm, act, tensors).gradients(wanted, dout)
+    out = act(_value(*norm, *tensors))
+    return _gradients(out, tensors, wanted, dout)
+
+
+class Value(torch.autograd.Function):
+    """``act(recipe.value())``, of which backward keeps what it depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Optional) -> Tensor:  # type: ignore[override]
+        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return act(_normalised(*ctx.norm, *tensors)[1])
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *_value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[2:], dout)
+
+
+class _Node(Value):
+    """The history of a tensor that is not written, without the compiled module."""
+
+    @staticmethod
+    def forward(ctx: Any, recipe: Recipe, act: Activation, make: Callable[[], Tensor], *tensors: Any) -> Tensor:  # type: ignore[override]
+        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.save_for_backward(*tensors)
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        found = _value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[3:], dout)
+        return None, None, None, *found
+
+
+def with_history(make: Callable[[], Tensor], recipe: Recipe, act: Activation) -> Tensor:
+    """The unwritten tensor that ``make`` makes; autograd takes it for ``act(recipe.value())``."""
+    if not torch.is_grad_enabled():
+        return make()
+    if _backend._C is None:
+        return _Node.apply(recipe, act, make, *recipe.tensors)  # type: ignore[no-any-return]
+    out = make()
+    backward = partial(_history_gradients, recipe, act)
+    _backend._C.set_deferred_history(out, (recipe.weight, recipe.bias, *recipe.pieces), backward)
+    return out
+
+
+def _history_gradients(recipe: Recipe, act: Activation, dout: Tensor) -> list[Optional]:
+    wanted = [t is not None and t.requires_grad for t in recipe.tensors]
+    return _value_gradients((recipe.batch_stats, recipe.eps), act, recipe.tensors, wanted, dout)[2:]
+
+
+class Convolution(torch.autograd.Function):
+    """A convolution of ``act(recipe.value())``, which backward computes again."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        recipe: Recipe,
+        act: Activation,
+        geometry: tuple[Any, ...],
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.act, ctx.geometry = (recipe.batch_stats, recipe.eps), act, geometry
+        ctx.fast = _backend.conv3x3_mode() if recipe.native and geometry[2:] == ((1, 1), 1) else None
+        ctx.save_for_backward(weight, bias, *tensors)
+        with torch.no_grad():
+            value = act(_normalised(*ctx.norm, *tensors)[1])
+            convolve = F.conv2d if ctx.fast is None else conv2d
+            return convolve(value, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[3:]
+        weight, bias, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            out = F.conv2d(ctx.act(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
+        again = _Again(ctx.norm, ctx.act, tensors)
+        value = again.value.detach()
+        stride, padding, dilation, groups = ctx.geometry
+        masks = [any(wanted[2:]), wanted[0], wanted[1]]
+        if ctx.fast is not None and dout.is_cpu:
+            dvalue, dweight, dbias = torch.ops.ran_ext.conv2d_backward(
+                dout, value, weight, stride, padding, masks, ctx.fast
+            )
+        else:
+            dvalue, dweight, dbias = torch.ops.aten.convolution_backward(
+                dout, value, weight, None if bias is None else list(bias.shape), stride, padding, dilation,
+                False, [0, 0], groups, masks,
+            )  # fmt: skip
+        rest = again.gradients(wanted[2:], dvalue)
+        return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
+
+
+class JoinedConvolution(torch.autograd.Function):
+    """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        recipe: Recipe,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        weight: Tensor,
+        bias: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        ctx.norm, ctx.geometry, ctx.mode = (recipe.batch_stats, recipe.eps), (stride, padding), _backend.conv3x3_mode()
+        ctx.save_for_backward(weight, bias, *tensors)
+        return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[3:]
+        weight, bias, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
+        mean, var, bn_weight, bn_bias = tensors[:4]
+        pieces: Any = tensors[4:]
+        batch_stats, eps = ctx.norm
+        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
+            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, eps, batch_stats,
+            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.mode,
+        )  # fmt: skip
+        found = [dweight, dbias, None, None, dbn_weight, dbn_bias]
+        found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)
+        return None, None, None, *(d if want else None for d, want in zip(found, wanted, strict=True))
