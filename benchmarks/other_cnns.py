@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -103,7 +104,7 @@ class UNet(nn.Module):
     def __init__(self, width: int = 64, depth: int = 4, classes: int = 2):
         super().__init__()
         widths = [width << level for level in range(depth + 1)]
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.first, self.last = _twice(3, width), nn.Conv2d(width, classes, 1)
         self.down = nn.ModuleList(nn.Sequential(nn.MaxPool2d(2), _twice(a, b)) for a, b in pairs)
         self.grow = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in reversed(pairs))
