@@ -233,14 +233,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     add("--batch", type=int, nargs="+", default=None, help="default 32; on CUDA 128 and 1024; with --quick 2")
     add("--dtype", nargs="+", choices=list(DTYPES), default=None, help="default those in hardware; float16: CUDA")
-    isa.add_option(parser)
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
     add("--quick", action="store_true", help="a rehearsal: tiny, without torch.compile; its times say nothing")
     add("--out", type=Path, default=None, help="JSON; the chart is drawn beside it")
     add("--against", type=Path, default=None, help="JSON of an older run: exit 1 where a ratio of ran_ext's got worse")
     add("--tolerance", type=float, default=0.05, help="by how much a ratio may be worse (default 0.05)")
-    options = parser.parse_args(argv)
-    isa.run_as_on(options.isa)
+    options = isa.parse(parser, argv)
     cuda = options.device == "cuda"
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU")

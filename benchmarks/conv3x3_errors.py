@@ -22,7 +22,7 @@ from ran_ext.data import CIFAR10
 from ran_ext.models import create_model
 
 from . import isa
-from .plain_cnns import resnet18
+from .other_cnns import resnet18
 from .timing import environment
 
 PASSES = ("forward", "dgrad", "wgrad")
@@ -128,9 +128,7 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100, help="of training, before activations are taken")
-    isa.add_option(parser)
-    options = parser.parse_args()
-    isa.run_as_on(options.isa)
+    options = isa.parse(parser)
     print(environment(torch.device("cpu")))
     print(
         f"{torch.backends.cpu.get_cpu_capability()}; the largest ratio of {len(SIZES)} sizes, or of a network's layers"

@@ -22,7 +22,7 @@ from ran_ext._command import Parser
 from ran_ext.nn import ResidualUnit
 
 from . import isa
-from .plain_cnns import resnet18, vgg16_bn
+from .other_cnns import resnet18, vgg16_bn
 from .timing import Spread, environment, interleave, ratios
 
 #: Channels of the networks of residual units.
@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain network")
-    isa.add_option(parser)
-    options = parser.parse_args()
-    isa.run_as_on(options.isa)
+    options = isa.parse(parser)
     device = torch.device("cpu")
     print(environment(device))
     print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, and times as fast")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Sequence
 
 from ran_ext._command import Parser
 
@@ -11,14 +13,12 @@ from ran_ext._command import Parser
 VARIABLES = {"native": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 
 
-def add_option(parser: Parser) -> None:
-    """``--isa``."""
+def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, with ``--isa``. Where its variables are missing the command starts again with them."""
     parser.add_argument("--isa", choices=VARIABLES, default="native", help="run as on a processor without AVX-512")
-
-
-def run_as_on(isa: str) -> None:
-    """Start the command again with the variables of ``isa``, unless they are there; then it does not return."""
-    wanted: dict[str, str] = VARIABLES[isa]
+    options = parser.parse_args(argv)
+    wanted: dict[str, str] = VARIABLES[options.isa]
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.environ.update(wanted)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    return options

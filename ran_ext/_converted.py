@@ -13,9 +13,7 @@ from . import _backend, _fusion, _tracing
 from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._recipe import Recipe, identity, version
 from .ops.bn_relu import in_backward
-from .ops.conv2d import conv2d
-
-_PLAIN = (Tensor, nn.Parameter)
+from .ops.conv2d import conv2d, is_3x3
 
 
 class Converted:
@@ -87,8 +85,8 @@ class Convolving(Converted):
 
 def is_fast(conv: Any) -> bool:
     """Whether the kernels may serve the geometry: 3x3, stride 1, padding 1, and enough channels."""
-    geometry = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
-    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and min(conv.in_channels, conv.out_channels) >= 16
+    fits = is_3x3(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return fits and conv.padding_mode == "zeros" and min(conv.in_channels, conv.out_channels) >= 16
 
 
 class Deferring(Converted):
@@ -99,7 +97,7 @@ class Deferring(Converted):
     def forward(self: Any, x: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return self.base.forward(self, x)  # type: ignore[no-any-return]
-        native = type(x) in _PLAIN and _backend.use_native(x)
+        native = type(x) in _fusion.PLAIN and _backend.use_native(x)
         own = self.__dict__  # through nn.Module's attributes it would take many times as long
         if own["_forward_hooks"] or own["_backward_hooks"] or not _defers(self, x, native):
             if is_watched():
@@ -131,7 +129,7 @@ def _defers(bn: Any, x: Any, native: bool) -> bool:
     A batch normalisation whose output was written out as it is the last time gains nothing.
     """
     if type(x) is not Deferred:
-        if type(x) not in _PLAIN or bn.__dict__.get("_written_out"):
+        if type(x) not in _fusion.PLAIN or bn.__dict__.get("_written_out"):
             return False
         if x.dim() != 4 or not x.is_floating_point() or x.numel() == 0 or x.is_meta:
             return False
@@ -169,7 +167,7 @@ def _defer(
     pieces = x.take_pieces() if isinstance(x, Deferred) else (x,)
     first = pieces[0]
     too_few = training and first.numel() == first.shape[1]
-    if too_few or not all(t is None or type(t) in _PLAIN for t in (weight, bias, running_mean, running_var)):
+    if too_few or not all(t is None or type(t) in _fusion.PLAIN for t in (weight, bias, running_mean, running_var)):
         x = first if len(pieces) == 1 else torch.cat(pieces, 1)
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, _factor(momentum, batches), eps)
     native = _backend.use_native(first) if native is None else native

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._fusion import PLAIN
 from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, with_history
 from .ops.bn_relu import in_backward
 
@@ -307,7 +308,7 @@ def _convolution(
         return None
     found = input.resolve()
     recipe, x = found.recipe, found.recipe.pieces[0]
-    if found.value is not None or type(weight) not in _PLAIN or (bias is not None and type(bias) not in _PLAIN):
+    if found.value is not None or type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
         return None
     channels = x.shape[1] if len(recipe.pieces) == 1 else sum(piece.shape[1] for piece in recipe.pieces)
     if weight.dim() != 4 or weight.shape[1] * groups != channels or weight.device != x.device:
@@ -348,7 +349,6 @@ def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = 
     return input if nothing else None
 
 
-_PLAIN = (Tensor, nn.Parameter)
 _TAKEN: dict[Any, Callable[..., Tensor | None]] = {
     F.conv2d: _convolution,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),

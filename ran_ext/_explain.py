@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _fusion
-from ._deferred import Deferred, watch
-from ._explain_converted import PASSES, is_converted, is_taken, norm_ways, plain_ways, taken_ways
+from ._deferred import FUSED, Deferred, watch
+from ._explain_converted import LIBRARY, PASSES, fused_ways, is_converted, is_taken, norm_ways, plain_ways, taken_ways
 from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
 #: What a pass runs on, for the table.
-FUSED, LIBRARY, PLAIN = "fused", "library", "plain PyTorch"
+PLAIN = "plain PyTorch"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,14 +170,7 @@ def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
     if torch.is_autocast_enabled(device) and x.dtype not in (torch.get_autocast_dtype(device), torch.float64):
         why = f"x is wider than autocast's {torch.get_autocast_dtype(device)}: normalised as it is, rounded once"
         return dict.fromkeys(PASSES, (LIBRARY, why))
-    kernels: Any = _backend._C
-    weight, mode = conv.weight.to(x.dtype), _backend.conv3x3_mode()
-    ways = zip(PASSES, kernels.conv_ways(x, weight, conv.stride, conv.padding, mode), strict=True)
-    # Winograd's kernels differ in accuracy; of the others there is one.
-    return {
-        one: (FUSED, why if why.startswith("Winograd") else "") if fused else (LIBRARY, why)
-        for one, (fused, why) in ways
-    }
+    return fused_ways(conv, x)
 
 
 def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from ._converted import Converted, Convolving
 from ._deferred import FUSED, RECOMPUTED, Deferred
 
 PASSES = ("forward", "dgrad", "wgrad")
+LIBRARY = "library"
 #: By pass of an op, what it runs on and why.
 Ways = dict[str, tuple[str, str]]
 
@@ -29,9 +30,19 @@ def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
     return found
 
 
+def fused_ways(conv: Any, x: Tensor, remark: str = "") -> Ways:
+    """Of a convolution with BN-ReLU before it."""
+    ways: Ways = {}
+    for one, (fused, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
+        # Winograd's kernels differ in accuracy; of the others there is one.
+        why = why if not fused or why.startswith("Winograd") else ""
+        ways[one] = FUSED if fused else LIBRARY, "; ".join(part for part in (why, remark) if part)
+    return ways
+
+
 def plain_ways(conv: Any, x: Tensor) -> Ways:
     """Of a convolution that takes a tensor as it is: the library's but for 3x3 kernels."""
-    ways: Ways = dict.fromkeys(PASSES, ("library", ""))
+    ways: Ways = dict.fromkeys(PASSES, (LIBRARY, ""))
     if Convolving not in type(conv).__mro__ or not x.is_cpu or not _backend.use_native(x):
         return ways
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
@@ -50,11 +61,7 @@ def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
         return "conv2d", dict.fromkeys(PASSES, ("recomputed", why))
     raw = recipe.pieces[0] if len(recipe.pieces) == 1 else torch.cat(recipe.pieces, 1)
     of = f"of {len(recipe.pieces)} pieces, joined for the call" if len(recipe.pieces) > 1 else ""
-    ways: Ways = {}
-    for one, (fused, why) in zip(PASSES, kernel_ways(conv, raw), strict=True):
-        why = why if not fused or why.startswith("Winograd") else ""
-        ways[one] = "fused" if fused else "library", "; ".join(part for part in (why, of) if part)
-    return "bn_relu_conv2d", ways
+    return "bn_relu_conv2d", fused_ways(conv, raw, of)
 
 
 def norm_ways(outcome: str) -> Ways:

@@ -17,6 +17,13 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def no_mode_stays_on():
+    """Of torch's functions: it would change what the tests after it run on."""
+    yield
+    assert torch._C._len_torch_function_stack() == 0
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """``full_disk(True)``: from now on every write of a checkpoint or a result fails as on a full disk."""

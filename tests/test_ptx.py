@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx"))
-import instructions
 import layout
+import operands
 import programs
 import protocols
 import translate
@@ -67,7 +67,7 @@ def test_a_kernel_becomes_a_function(tmp_path):
     ],
 )
 def test_what_is_not_known_stops_the_translation(unknown, tmp_path):
-    with pytest.raises(instructions.UnknownInstruction, match=r"a\.ptx: a_kernel: " + re.escape(unknown)):
+    with pytest.raises(operands.UnknownInstruction, match=r"a\.ptx: a_kernel: " + re.escape(unknown)):
         kernel_of(f"{unknown};", tmp_path)
 
 

@@ -307,10 +307,6 @@ LaunchShape resident_shape(const ChannelView& view, DType dtype, const ResidentP
   return shape;
 }
 
-}  // namespace
-
-namespace {
-
 struct Candidate {
   ResidentPlan plan;
   int64_t busy = 0;  // SMs that have a block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,10 +93,15 @@ def conv2d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any
     return F.conv2d(x, weight, bias, *args, **kwargs)
 
 
+def is_3x3(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any = (1, 1), groups: int = 1) -> bool:
+    """Whether the 3x3 kernels know a convolution of this geometry."""
+    return tuple(kernel) == (3, 3) and stride == padding == dilation == (1, 1) and groups == 1
+
+
 def _has_kernels(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether the compiled op may do better than the library: it looks closer."""
     if not x.is_cpu:
         return False
-    if weight.shape[2] == weight.shape[3] == 3 and stride == padding == (1, 1):
+    if is_3x3(weight.shape[2:], stride, padding):
         return True
     return x.dtype in (torch.bfloat16, torch.float16) or _backend.autocasts(x)

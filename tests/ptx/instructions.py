@@ -1,141 +1,16 @@
 """The PTX instructions that the kernels use, each as a C++ statement over instructions.h.
 
-An opcode must match one pattern whole, modifiers included: rounding, saturation or a cache hint that nobody has thought
-about stops the translation. The semantics are those of NVIDIA's "Parallel Thread Execution ISA".
+The semantics are those of NVIDIA's "Parallel Thread Execution ISA".
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 
-#: How a register of each type is kept, and how memory of each type is read.
-C_TYPES = {
-    "pred": "bool",
-    **{f"{kind}{bits}": f"uint{bits}_t" for kind in "bu" for bits in (8, 16, 32, 64)},
-    **{f"s{bits}": f"int{bits}_t" for bits in (8, 16, 32, 64)},
-    "f32": "float",
-    "f64": "double",
-}
-SPECIAL = {
-    **{
-        f"%{name}.{axis}": f"ptx::{name}({i})"
-        for name in ("tid", "ntid", "ctaid", "nctaid")
-        for i, axis in enumerate("xyz")
-    },
-    "%cluster_ctarank": "ptx::cluster_rank()",
-    "%envreg1": "ptx::grid_workspace(32)",
-    "%envreg2": "ptx::grid_workspace(0)",
-}
+from operands import C_TYPES, Operands, UnknownInstruction, assignment, instruction, members
+
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPERATOR = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}
-
-
-class UnknownInstruction(Exception):
-    """An instruction or operand that the translation does not know."""
-
-
-@dataclass
-class Operands:
-    """What the operands of one kernel's instructions mean."""
-
-    registers: dict[str, str]  # by name, with %: its type
-    parameters: dict[str, int]
-    shared: dict[str, int]
-    number: int = 0  # of the next instruction that touches memory or waits
-    numbered: bool = False  # whether the last one took it
-
-    def take_number(self) -> int:
-        self.numbered = True
-        return self.number
-
-    def label(self, name: str) -> str:
-        return "label" + re.sub(r"\W", "_", name)
-
-    def type_of(self, text: str) -> str:
-        return self.registers.get(text, "")
-
-    def name(self, text: str) -> str:
-        """A destination."""
-        if text not in self.registers:
-            raise UnknownInstruction(f"destination {text}")
-        return text.removeprefix("%")
-
-    def value(self, text: str, kind: str = "") -> str:
-        """A source; ``kind``: the type that the instruction reads it as."""
-        text = text.strip()
-        plain = self._plain(text)
-        if not kind or text in self.parameters:
-            return plain
-        c_type, held = C_TYPES[kind], self.type_of(text)
-        if held and (held[0] == "f") != (kind[0] == "f"):
-            return f"__builtin_bit_cast({c_type}, {plain})"
-        return plain if held and C_TYPES[held] == c_type else f"({c_type}){plain}" if kind[0] != "f" else plain
-
-    def _plain(self, text: str) -> str:
-        if text in self.registers:
-            return text.removeprefix("%")
-        if text in SPECIAL:
-            return SPECIAL[text]
-        if text in self.parameters:
-            return f"(uint64_t)parameters[{self.parameters[text]}]"
-        if text in self.shared:
-            return f"{self.shared[text]}u"
-        if re.fullmatch(r"0f[0-9A-Fa-f]{8}", text):
-            return f"__builtin_bit_cast(float, 0x{text[2:]}u)"
-        if re.fullmatch(r"0d[0-9A-Fa-f]{16}", text):
-            return f"__builtin_bit_cast(double, 0x{text[2:]}ull)"
-        if re.fullmatch(r"-?\d+", text):
-            return f"{text}ll"
-        raise UnknownInstruction(f"operand {text}")
-
-    def address(self, text: str) -> tuple[str, str]:
-        """The base (a register or a symbol) and the whole address, of ``[base+offset]``."""
-        match = re.fullmatch(r"\[([%\w$.]+)(?:\+(-?\d+))?\]", text.strip())
-        if not match:
-            raise UnknownInstruction(f"address {text}")
-        base = self.value(match[1], "b64") if match[1] not in self.shared else self.value(match[1])
-        return match[1], f"{base} + {match[2]}" if match[2] else base
-
-
-def split(text: str) -> list[str]:
-    """Operands, at the commas outside of braces and brackets."""
-    return [part.strip() for part in re.split(r",(?![^{\[]*[}\]])", text)] if text.strip() else []
-
-
-def members(text: str) -> list[str]:
-    """Of ``{a, b}``, or the one operand."""
-    return split(text[1:-1]) if text.startswith("{") else [text]
-
-
-Handler = Callable[[re.Match[str], list[str], Operands], str]
-TABLE: list[tuple[re.Pattern[str], Handler]] = []
-
-
-def instruction(pattern: str) -> Callable[[Handler], Handler]:
-    def add(handler: Handler) -> Handler:
-        TABLE.append((re.compile(pattern), handler))
-        return handler
-
-    return add
-
-
-def statement(text: str, operands: Operands) -> str:
-    """One instruction as C++.
-
-    Raises:
-        UnknownInstruction: it, or one of its operands, is not known.
-    """
-    opcode, _, rest = " ".join(text.split()).partition(" ")
-    for pattern, handler in TABLE:
-        if match := pattern.fullmatch(opcode):
-            try:
-                return handler(match, split(rest), operands)
-            except (UnknownInstruction, IndexError, KeyError, ValueError) as fault:
-                raise UnknownInstruction(f"{text}: {fault}") from fault
-    raise UnknownInstruction(text)
-
 
 # ---------------------------------------------------------------------------------------------------- arithmetic
 
@@ -147,85 +22,85 @@ def _integer(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{o.name(d)} = {o.value(x, kind)} {OPERATOR[m[1][:3]]} {o.value(y, kind)};"
 
 
-@instruction(r"mul\.wide\.([su])(16|32)")
+@assignment(r"mul\.wide\.([su])(16|32)")
 def _wide(m: re.Match[str], a: list[str], o: Operands) -> str:
     kind, wide = m[1] + m[2], C_TYPES[f"{m[1]}{2 * int(m[2])}"]
-    return f"{o.name(a[0])} = ({wide})({o.value(a[1], kind)}) * ({wide})({o.value(a[2], kind)});"
+    return f"({wide})({o.value(a[1], kind)}) * ({wide})({o.value(a[2], kind)})"
 
 
-@instruction(r"mul\.hi\.([su])(32|64)")
+@assignment(r"mul\.hi\.([su])(32|64)")
 def _high(m: re.Match[str], a: list[str], o: Operands) -> str:
     wide = "unsigned __int128" if m[1] == "u" else "__int128"
     x, y = (f"({wide})({o.value(v, m[1] + m[2])})" for v in a[1:])
-    return f"{o.name(a[0])} = ({x} * {y}) >> {m[2]};"
+    return f"({x} * {y}) >> {m[2]}"
 
 
-@instruction(r"mad\.lo\.[su](32|64)")
+@assignment(r"mad\.lo\.[su](32|64)")
 def _multiply_add(m: re.Match[str], a: list[str], o: Operands) -> str:
     x, y, z = (o.value(v, f"u{m[1]}") for v in a[1:])
-    return f"{o.name(a[0])} = {x} * {y} + {z};"
+    return f"{x} * {y} + {z}"
 
 
-@instruction(r"(div|rem)\.([su](?:32|64))")
+@assignment(r"(div|rem)\.([su](?:32|64))")
 def _divide(m: re.Match[str], a: list[str], o: Operands) -> str:
     function = {"div": "quotient", "rem": "remainder"}[m[1]]
-    return f"{o.name(a[0])} = ptx::{function}<{C_TYPES[m[2]]}>({o.value(a[1], m[2])}, {o.value(a[2], m[2])});"
+    return f"ptx::{function}<{C_TYPES[m[2]]}>({o.value(a[1], m[2])}, {o.value(a[2], m[2])})"
 
 
-@instruction(r"(and|or|xor)\.(pred|b16|b32|b64)")
+@assignment(r"(and|or|xor)\.(pred|b16|b32|b64)")
 def _logic(m: re.Match[str], a: list[str], o: Operands) -> str:
     kind = m[2]
-    return f"{o.name(a[0])} = {o.value(a[1], kind)} {OPERATOR[m[1]]} {o.value(a[2], kind)};"
+    return f"{o.value(a[1], kind)} {OPERATOR[m[1]]} {o.value(a[2], kind)}"
 
 
-@instruction(r"not\.(pred|b16|b32|b64)")
+@assignment(r"not\.(pred|b16|b32|b64)")
 def _not(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = {'!' if m[1] == 'pred' else '~'}{o.value(a[1], m[1])};"
+    return f"{'!' if m[1] == 'pred' else '~'}{o.value(a[1], m[1])}"
 
 
-@instruction(r"(shl|shr)\.([bus](?:16|32|64))")
+@assignment(r"(shl|shr)\.([bus](?:16|32|64))")
 def _shift(m: re.Match[str], a: list[str], o: Operands) -> str:
     function = {"shl": "left", "shr": "right"}[m[1]]
-    return f"{o.name(a[0])} = ptx::shift_{function}<{C_TYPES[m[2]]}>({o.value(a[1], m[2])}, {o.value(a[2], 'u32')});"
+    return f"ptx::shift_{function}<{C_TYPES[m[2]]}>({o.value(a[1], m[2])}, {o.value(a[2], 'u32')})"
 
 
-@instruction(r"(min|max)\.([su](?:16|32|64))")
+@assignment(r"(min|max)\.([su](?:16|32|64))")
 def _least(m: re.Match[str], a: list[str], o: Operands) -> str:
     x, y = (o.value(v, m[2]) for v in a[1:])
-    return f"{o.name(a[0])} = ptx::{m[1]}<{C_TYPES[m[2]]}>({x}, {y});"
+    return f"ptx::{m[1]}<{C_TYPES[m[2]]}>({x}, {y})"
 
 
-@instruction(r"(min|max)\.f32")
+@assignment(r"(min|max)\.f32")
 def _least_float(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = __builtin_f{m[1]}f({o.value(a[1], 'f32')}, {o.value(a[2], 'f32')});"
+    return f"__builtin_f{m[1]}f({o.value(a[1], 'f32')}, {o.value(a[2], 'f32')})"
 
 
-@instruction(r"neg\.(s16|s32|s64|f32)")
+@assignment(r"neg\.(s16|s32|s64|f32)")
 def _negative(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = -{o.value(a[1], m[1].replace('s', 'u'))};"
+    return f"-{o.value(a[1], m[1].replace('s', 'u'))}"
 
 
-@instruction(r"abs\.f32")
+@assignment(r"abs\.f32")
 def _magnitude(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = __builtin_fabsf({o.value(a[1], 'f32')});"
+    return f"__builtin_fabsf({o.value(a[1], 'f32')})"
 
 
-@instruction(r"bfi\.b64")
+@assignment(r"bfi\.b64")
 def _insert_bits(m: re.Match[str], a: list[str], o: Operands) -> str:
     if a[3:] != ["32", "32"]:
         raise UnknownInstruction("only the upper half is inserted")
-    return f"{o.name(a[0])} = {o.value(a[1])} << 32 | (uint32_t){o.value(a[2])};"
+    return f"{o.value(a[1])} << 32 | (uint32_t){o.value(a[2])}"
 
 
-@instruction(r"(add|sub|mul)(?:\.rn)?\.(f32|f64)")
+@assignment(r"(add|sub|mul)(?:\.rn)?\.(f32|f64)")
 def _float(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = {o.value(a[1], m[2])} {OPERATOR[m[1]]} {o.value(a[2], m[2])};"
+    return f"{o.value(a[1], m[2])} {OPERATOR[m[1]]} {o.value(a[2], m[2])}"
 
 
-@instruction(r"fma\.(rn|rm)\.f32")
+@assignment(r"fma\.(rn|rm)\.f32")
 def _fused(m: re.Match[str], a: list[str], o: Operands) -> str:
     function = {"rn": "__builtin_fmaf", "rm": "ptx::fma_down"}[m[1]]
-    return f"{o.name(a[0])} = {function}({', '.join(o.value(v, 'f32') for v in a[1:])});"
+    return f"{function}({', '.join(o.value(v, 'f32') for v in a[1:])})"
 
 
 @instruction(r"div\.(rn|approx)\.f32")
@@ -234,17 +109,17 @@ def _quotient(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{o.name(a[0])} = " + (f"{x} / {y};" if m[1] == "rn" else f"ptx::divide_roughly({x}, {y});")
 
 
-@instruction(r"(rcp\.rn|sqrt\.rn|ex2\.approx\.ftz)\.f32")
+@assignment(r"(rcp\.rn|sqrt\.rn|ex2\.approx\.ftz)\.f32")
 def _function(m: re.Match[str], a: list[str], o: Operands) -> str:
     before, after = {"rcp": ("1.0f / ", ""), "sqrt": ("__builtin_sqrtf(", ")"), "ex2": ("ptx::exp2_flushed(", ")")}[
         m[1].split(".")[0]
     ]
-    return f"{o.name(a[0])} = {before}{o.value(a[1], 'f32')}{after};"
+    return f"{before}{o.value(a[1], 'f32')}{after}"
 
 
-@instruction(r"setp\.(eq|ne|lt|le|gt|ge)\.([bus](?:16|32|64))")
+@assignment(r"setp\.(eq|ne|lt|le|gt|ge)\.([bus](?:16|32|64))")
 def _compare(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = {o.value(a[1], m[2])} {COMPARE[m[1]]} {o.value(a[2], m[2])};"
+    return f"{o.value(a[1], m[2])} {COMPARE[m[1]]} {o.value(a[2], m[2])}"
 
 
 @instruction(r"setp\.(eq|ne|lt|le|gt|ge|equ|neu|ltu|leu|gtu|geu|nan|num)\.f32")
@@ -257,9 +132,9 @@ def _compare_floats(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{o.name(a[0])} = " + (f"{nan} || {plain};" if len(m[1]) == 3 else f"!{nan} && {plain};")
 
 
-@instruction(r"selp\.([bus](?:16|32|64)|f32)")
+@assignment(r"selp\.([bus](?:16|32|64)|f32)")
 def _select(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = {o.value(a[3])} ? {o.value(a[1], m[1])} : {o.value(a[2], m[1])};"
+    return f"{o.value(a[3])} ? {o.value(a[1], m[1])} : {o.value(a[2], m[1])}"
 
 
 # ----------------------------------------------------------------------------------------- moves and conversions
@@ -282,49 +157,49 @@ def _move(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{o.name(d)} = {o.value(s, o.type_of(d))};"
 
 
-@instruction(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))")
+@assignment(r"cvt\.([su](?:8|16|32|64))\.([su](?:8|16|32|64))")
 def _resize(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ({C_TYPES[m[1]]})({C_TYPES[m[2]]}){o.value(a[1])};"
+    return f"({C_TYPES[m[1]]})({C_TYPES[m[2]]}){o.value(a[1])}"
 
 
-@instruction(r"cvt\.rn\.f32\.([su](?:16|32|64)|f64)|cvt\.f64\.(f32)")
+@assignment(r"cvt\.rn\.f32\.([su](?:16|32|64)|f64)|cvt\.f64\.(f32)")
 def _to_float(m: re.Match[str], a: list[str], o: Operands) -> str:
     to = "float" if m[1] else "double"
-    return f"{o.name(a[0])} = ({to})({C_TYPES[m[1] or m[2]]}){o.value(a[1])};"
+    return f"({to})({C_TYPES[m[1] or m[2]]}){o.value(a[1])}"
 
 
-@instruction(r"cvt\.sat\.f32\.f32")
+@assignment(r"cvt\.sat\.f32\.f32")
 def _saturate(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::saturate({o.value(a[1], 'f32')});"
+    return f"ptx::saturate({o.value(a[1], 'f32')})"
 
 
-@instruction(r"cvt\.f32\.(bf16|f16)")
+@assignment(r"cvt\.f32\.(bf16|f16)")
 def _widen(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::from_{m[1]}({o.value(a[1], 'b16')});"
+    return f"ptx::from_{m[1]}({o.value(a[1], 'b16')})"
 
 
-@instruction(r"cvt\.rn\.(bf16|f16)\.f32")
+@assignment(r"cvt\.rn\.(bf16|f16)\.f32")
 def _narrow(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::to_{m[1]}({o.value(a[1], 'f32')});"
+    return f"ptx::to_{m[1]}({o.value(a[1], 'f32')})"
 
 
-@instruction(r"cvt\.rn(\.relu)?\.(bf16|f16)x2\.f32")
+@assignment(r"cvt\.rn(\.relu)?\.(bf16|f16)x2\.f32")
 def _narrow_two(m: re.Match[str], a: list[str], o: Operands) -> str:
     high, low = (f"ptx::relu({o.value(v, 'f32')})" if m[1] else o.value(v, "f32") for v in a[1:])
-    return f"{o.name(a[0])} = (uint32_t)ptx::to_{m[2]}({high}) << 16 | ptx::to_{m[2]}({low});"
+    return f"(uint32_t)ptx::to_{m[2]}({high}) << 16 | ptx::to_{m[2]}({low})"
 
 
-@instruction(r"cvta(\.to)?\.(global|shared)\.u64")
+@assignment(r"cvta(\.to)?\.(global|shared)\.u64")
 def _convert_address(m: re.Match[str], a: list[str], o: Operands) -> str:
     if m[2] == "global":
-        return f"{o.name(a[0])} = {o.value(a[1])};"
+        return f"{o.value(a[1])}"
     function = "generic_to_shared" if m[1] else "shared_to_generic"
-    return f"{o.name(a[0])} = ptx::{function}({o.value(a[1])});"
+    return f"ptx::{function}({o.value(a[1])})"
 
 
-@instruction(r"mapa\.u64")
+@assignment(r"mapa\.u64")
 def _map(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::in_block_of_rank({o.value(a[1])}, {o.value(a[2])});"
+    return f"ptx::in_block_of_rank({o.value(a[1])}, {o.value(a[2])})"
 
 
 # --------------------------------------------------------------------------------------------------------- memory
@@ -356,14 +231,14 @@ def _store(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"{{ {held} ptx::store_{space}(v, {address}, sizeof v, {o.take_number()}); }}"
 
 
-@instruction(r"ld\.acquire\.gpu\.u32")
+@assignment(r"ld\.acquire\.gpu\.u32")
 def _acquire(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::load_acquire({o.address(a[1])[1]}, {o.take_number()});"
+    return f"ptx::load_acquire({o.address(a[1])[1]}, {o.take_number()})"
 
 
-@instruction(r"atom(?:\.global)?\.(add|inc)(?:\.release\.gpu)?\.u32")
+@assignment(r"atom(?:\.global)?\.(add|inc)(?:\.release\.gpu)?\.u32")
 def _atomic(m: re.Match[str], a: list[str], o: Operands) -> str:
-    return f"{o.name(a[0])} = ptx::atomic_{m[1]}({o.address(a[1])[1]}, {o.value(a[2], 'u32')}, {o.take_number()});"
+    return f"ptx::atomic_{m[1]}({o.address(a[1])[1]}, {o.value(a[2], 'u32')}, {o.take_number()})"
 
 
 @instruction(r"cp\.async\.cg\.shared\.global")

@@ -1,0 +1,238 @@
+"""A value that is not written yet is a tensor like any other: functions, changes in place, what autograd keeps."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from small_networks import Scale, assert_same, build, images, pair, step
+from torch import nn
+from torch.nn import functional as F
+
+from ran_ext import convert, revert
+from ran_ext._deferred import Deferred
+
+
+def test_a_value_asked_for_without_gradients_is_not_kept():
+    """A logging hook must not cut the graph."""
+    plain, ours = pair("preact")
+    for network in (plain, ours):
+
+        def log(module, args, out):
+            with torch.no_grad():
+                out.abs().mean()
+
+        for module in network.modules():
+            if isinstance(module, nn.ReLU):
+                module.register_forward_hook(log)
+    x = images()
+    assert_same(step(plain, x), step(ours, x))
+
+
+@pytest.mark.parametrize("name", ["postact", "hardswish in place", "leaky", "silu in place"])
+def test_an_activation_in_place_after_the_value_was_asked_for(name):
+    plain, ours = pair(name)
+    seen = []
+    for network in (plain, ours):
+        for module in network.modules():
+            if isinstance(module, (nn.ReLU, nn.Hardswish, nn.LeakyReLU, nn.SiLU)):
+                module.register_forward_pre_hook(lambda module, args: seen.append(args[0].sum()))
+    x = images()
+    assert_same(step(plain, x), step(ours, x))
+    assert_same(seen[: len(seen) // 2], seen[len(seen) // 2 :])
+
+
+@pytest.mark.parametrize("act", [nn.Identity(), nn.ReLU(), nn.SiLU()], ids=["none", "relu", "silu"])
+def test_a_function_takes_a_deferred_tensor(act):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm2d(3), act
+
+        def forward(self, x):
+            return Scale.apply(self.act(self.bn(x)))
+
+    plain = Net().double()
+    ours = convert(copy.deepcopy(plain))
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+def test_in_place_activation_whose_result_is_not_used():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.relu, self.conv = nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            out = self.bn(x)
+            self.relu(out)
+            return self.conv(out) + out.sum()
+
+    plain = Net().double()
+    ours = convert(copy.deepcopy(plain))
+    assert_same(step(plain, images()), step(ours, images()))
+
+
+def test_an_input_written_to_names_the_module():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn, self.conv = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            out = F.relu(self.bn(x))
+            x.add_(1)
+            return self.conv(out)
+
+    with pytest.raises(RuntimeError, match=r"ran_ext.convert: the input of BatchNorm2d\(3, .*modified in place"):
+        convert(Net())(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("act", "grad"),  # torch's ReLU keeps its output, which may not be changed then
+    [(nn.Identity(), True), (nn.SiLU(), True), (nn.Identity(), False), (nn.SiLU(), False), (nn.ReLU(), False)],
+)
+@pytest.mark.parametrize("change", ["whole", "view", "activation", "without gradients"])
+def test_in_place_changes_are_seen_by_all_who_hold_the_tensor(grad, act, change):
+    def run(bn):
+        out = act(bn(images()))
+        other = out[...] if type(out) is torch.Tensor else out
+        if change == "whole":
+            out += 1
+        elif change == "view":
+            out[:, 0].mul_(2)
+        elif change == "activation":
+            F.relu_(out)
+        else:
+            with torch.no_grad():
+                F.relu_(out)
+        out = other * 2
+        if not grad:
+            return [out]
+        out.sum().backward()
+        return [out.detach(), bn.weight.grad, bn.bias.grad]
+
+    plain = nn.BatchNorm2d(3).double()
+    ours = alone(copy.deepcopy(plain))
+    with torch.set_grad_enabled(grad):
+        assert_same(run(plain), run(ours))
+
+
+def test_a_function_that_changes_a_deferred_tensor_is_refused():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(x)
+            x.mul_(2)
+            return x
+
+        @staticmethod
+        def backward(ctx, dout):
+            return dout * 2
+
+    with pytest.raises(RuntimeError, match=r"an autograd.Function changes the output .* by mark_dirty"):
+        Double.apply(alone(nn.BatchNorm2d(3).double())(images())).sum()
+
+
+def test_parameters_written_to_before_a_stored_value_is_used_are_noticed():
+    ours, stored = convert(build("postact")), []
+    ours[1].relu.register_forward_hook(lambda module, args, out: stored.append(out))
+    step(ours, images())
+    assert isinstance(stored[0], Deferred)
+    with torch.no_grad():
+        ours[1].bn1.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"BatchNorm2d\(16.*, or one of its parameters, was modified in place"):
+        stored[0].sum()
+
+
+def alone(bn):
+    """Converted, but not as the outermost module, which writes its output out."""
+    convert(nn.Sequential(bn))
+    return bn
+
+
+def test_a_deferred_tensor_is_one_in_every_respect():
+    bn = alone(nn.BatchNorm2d(3).double())
+    plain = revert(copy.deepcopy(bn))
+    x = images()
+    expected = plain(x)
+
+    def fresh():
+        bn.train()  # forgets that its output was written out
+        found = bn(x)
+        assert isinstance(found, Deferred)
+        return found
+
+    assert fresh().shape == expected.shape
+    assert fresh().requires_grad
+    assert fresh().stride() == expected.stride()
+    torch.testing.assert_close(fresh()[:, :1], expected[:, :1])
+    torch.testing.assert_close(torch.stack([fresh(), fresh()]), torch.stack([expected, expected]))
+    torch.testing.assert_close(fresh().detach().numpy(), expected.detach().numpy())
+    assert "BatchNorm" in repr(fresh())
+    assert copy.deepcopy(fresh().detach()).equal(expected.detach())
+    assert pickle.loads(pickle.dumps(fresh().detach())).equal(expected.detach())
+    assert fresh().sum().item() == pytest.approx(expected.sum().item())
+
+
+class Interrupted(nn.Module):
+    def forward(self, x):
+        if self.training:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_an_interrupted_pass_leaves_nothing_behind():
+    ours = convert(nn.Sequential(nn.BatchNorm2d(3), Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        ours(torch.randn(2, 3, 4, 4))
+    ours.eval()(torch.randn(2, 3, 4, 4))
+    assert torch._C._len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("name", ["preact", "silu"])
+def test_running_statistics_written_to_before_backward_are_noticed(name):
+    """Of an evaluation that is differentiated; torch gives a wrong gradient."""
+    network = convert(build(name))
+    out = network.eval()(images().requires_grad_()).sum()
+    network.train()(images())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_saved_tensor_hooks_see_what_is_kept():
+    """Offloading must be able to take everything away."""
+    plain, ours = pair("dense")
+    x = images()
+    with torch.autograd.graph.save_on_cpu():
+        found = step(ours, x)
+    assert_same(step(plain, x), found)
+
+
+def test_a_second_backward_pass_needs_the_graph():
+    for network in pair("preact"):
+        out = network(images()).sum()
+        out.backward(retain_graph=True)
+        out.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            out.backward()
+
+
+class Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dout):
+        return dout
+
+
+def test_the_history_of_an_unwritten_tensor_lasts_as_long_as_the_graph():
+    bn = alone(nn.BatchNorm2d(3).double())
+    out = Keep.apply(bn(images()))
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.sum().backward()
