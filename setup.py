@@ -168,10 +168,9 @@ def build_ext_command() -> Any:
         def build_extensions(self) -> None:
             if PLAN.no_cuda:
                 print(f"ran_ext: building the CPU kernels only: {PLAN.no_cuda}", file=sys.stderr, flush=True)
-            build = Path(self.build_temp).resolve() / "kernels"
-            tasks = native.cpu_tasks(build)
+            tasks = native.cpu_tasks()
             if PLAN.cuda_home is not None:
-                tasks += native.cuda_tasks(build, PLAN.cuda_home / "bin" / "nvcc", PLAN.archs)
+                tasks += native.cuda_tasks(native.OBJECTS, PLAN.cuda_home / "bin" / "nvcc", PLAN.archs)
             try:
                 self.extensions[0].extra_objects = native.compile_all(tasks)
                 super().build_extensions()

@@ -20,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
+#: The kernels' objects, whichever way of building made them. They know neither torch nor Python, so they serve again.
+OBJECTS = ROOT / "build" / "kernels"
 
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
 CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
@@ -76,11 +78,13 @@ def cxx() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
-def run(command: Sequence[str | Path]) -> str:
+def run(command: Sequence[str | Path], cwd: Path | None = None) -> str:
     """What ``command`` prints, both streams; BuildFailure with the same text where it fails."""
     line = [str(word) for word in command]
     try:
-        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        done = subprocess.run(
+            line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=cwd
+        )
     except OSError as error:
         raise BuildFailure(f"{shlex.join(line)}\n{error}") from error
     if done.returncode:
@@ -93,7 +97,10 @@ def run(command: Sequence[str | Path]) -> str:
 
 @dataclass(frozen=True)
 class Compile:
-    """One object file: the compiler and its flags, without the source, the output and the dependency file."""
+    """One object file: the compiler and its flags, without the source, the output and the dependency file.
+
+    The compiler is called in ROOT, and what lies below is named from there: objects copied with their sources stay fresh.
+    """
 
     source: Path
     object: Path
@@ -101,7 +108,8 @@ class Compile:
 
     @property
     def full_command(self) -> list[str]:
-        return [*self.command, "-MMD", "-MF", f"{self.object}.d", "-c", str(self.source), "-o", str(self.object)]
+        source, made = (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path for path in (self.source, self.object))
+        return [*self.command, "-MMD", "-MF", f"{made}.d", "-c", str(source), "-o", str(made)]
 
     def is_fresh(self) -> bool:
         """Whether the object is newer than all it was made from, and was made by the same command."""
@@ -111,14 +119,14 @@ class Compile:
         if record.read_text() != shlex.join(self.full_command):
             return False
         made = self.object.stat().st_mtime
-        headers = [Path(name) for name in shlex.split(depfile.read_text().replace("\\\n", " ").split(": ", 1)[1])]
+        headers = [ROOT / name for name in shlex.split(depfile.read_text().replace("\\\n", " ").split(": ", 1)[1])]
         return all(header.exists() and header.stat().st_mtime <= made for header in headers)
 
     def run(self) -> str:
         """Compile, and note the command beside the object; what the compiler says."""
         self.object.parent.mkdir(parents=True, exist_ok=True)
         began = time.time()
-        said = run(self.full_command)
+        said = run(self.full_command, cwd=ROOT)
         os.utime(self.object, (began, began))  # a source edited meanwhile is newer than its object
         Path(f"{self.object}.cmd").write_text(shlex.join(self.full_command))
         return said
@@ -143,7 +151,7 @@ def compile_all(tasks: Sequence[Compile]) -> list[str]:
     return [str(task.object) for task in tasks]
 
 
-def cpu_tasks(build: Path) -> list[Compile]:
+def cpu_tasks(build: Path = OBJECTS) -> list[Compile]:
     """Every file of csrc/cpu for every instruction set, in a folder each."""
     return [
         Compile(source, build / isa / f"{source.stem}.o", (*cxx(), *CPU_FLAGS, *flags, f"-DRAN_ISA={isa}"))

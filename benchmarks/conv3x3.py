@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from ran_ext._explain import layers
 from ran_ext.nn import BNReLUConv2d
 
 from . import isa
-from .timing import Spread, environment, interleave, ratios
+from .table import Table
+from .timing import Spread, interleave, ratios
 
 #: Channels (in and out), pixels along a side.
 SIZES = [
@@ -64,27 +66,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mode", choices=["fast", "strict", "library"], default="fast", help="of set_conv3x3")
+    parser.add_argument("--out", type=Path, default=None, help="JSON")
     options = isa.parse(parser)
     device = torch.device("cpu")
-    print(environment(device))
-    print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, PyTorch / ran_ext")
-    gains = []
+    columns = ["channels", "pixels", "PyTorch, ms", "ran_ext, ms", "forward", "backward", "both", "taken"]
+    title = f"3x3 convolutions, batch {options.batch}, set_conv3x3({options.mode!r}), times as fast"
+    table, gains = Table(title, columns, options.out), []
     with ran_ext.set_conv3x3(options.mode), torch.no_grad():
         for channels, pixels in SIZES:
             x = torch.zeros(options.batch, channels, pixels, pixels).to(memory_format=torch.channels_last)
             [row] = layers(BNReLUConv2d(channels, channels, 3, padding=1), x)
-            line, total = f"{channels:4} x {pixels:2}^2", {"PyTorch": 0.0, "ran_ext": 0.0}
+            total, gain = {"PyTorch": 0.0, "ran_ext": 0.0}, {}
             for task, calls in functions(channels, pixels, options.batch).items():
                 seconds = interleave(calls, options.rounds, device)
-                medians = {name: Spread.of(values).median for name, values in seconds.items()}
-                total = {name: total[name] + medians[name] for name in total}
-                gain = ratios(seconds, "PyTorch")["ran_ext"].median
-                line += f" | {task} {1e3 * medians['PyTorch']:6.2f} / {1e3 * medians['ran_ext']:6.2f} = {gain:.2f}x"
+                total = {name: total[name] + Spread.of(values).median for name, values in seconds.items()}
+                gain[task] = ratios(seconds, "PyTorch")["ran_ext"].median
             gains.append(total["PyTorch"] / total["ran_ext"])
             taken = ", ".join(why.removeprefix("Winograd ") or way for way, why in row.ways.values())
-            print(f"{line} | both {gains[-1]:.2f}x | {taken}", flush=True)
+            milliseconds = (1e3 * seconds for seconds in total.values())
+            table.add(f"{channels}", f"{pixels}", *milliseconds, gain["forward"], gain["backward"], gains[-1], taken)
     mean = math.exp(sum(map(math.log, gains)) / len(gains))
-    print(f"geometric mean {mean:.2f}x, least {min(gains):.2f}x")
+    table.add("geometric mean", "", "", "", "", "", mean, f"least {min(gains):.2f}")
 
 
 if __name__ == "__main__":

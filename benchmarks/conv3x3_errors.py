@@ -11,6 +11,7 @@ python -m benchmarks.conv3x3_errors --isa avx2     as on a processor with AVX2
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from ran_ext.models import create_model
 
 from . import isa
 from .other_cnns import resnet18
-from .timing import environment
+from .table import Table
 
 PASSES = ("forward", "dgrad", "wgrad")
 MODES = ("fast", "strict")
@@ -92,10 +93,9 @@ class Errors:
                 ratio = squares[mode][name] ** 0.5 / theirs if theirs else 1.0
                 self.worst[mode][name] = max(self.worst[mode][name], ratio)
 
-    def row(self, name: str) -> str:
-        """A line of the table."""
-        cells = [f"{self.worst[mode][one]:.2f}" for mode in MODES for one in PASSES]
-        return f"| {name} | {' | '.join([*cells, *(f'{self.theirs[one]:.1e}' for one in PASSES)])} |"
+    def cells(self) -> list[float]:
+        """A row of the table."""
+        return [*(self.worst[mode][one] for mode in MODES for one in PASSES), *self.theirs.values()]
 
 
 def in_training(model: nn.Module, pixels: int, steps: int, batch: int = 32) -> Iterator[Case]:
@@ -128,13 +128,17 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100, help="of training, before activations are taken")
+    parser.add_argument("--out", type=Path, default=None, help="JSON")
     options = isa.parse(parser)
-    print(environment(torch.device("cpu")))
-    print(
-        f"{torch.backends.cpu.get_cpu_capability()}; the largest ratio of {len(SIZES)} sizes, or of a network's layers"
+    columns = [
+        "inputs",
+        *(f"{mode}: {one}" for mode in MODES for one in PASSES),
+        *(f"PyTorch's, {one}" for one in PASSES),
+    ]
+    title = (
+        f"errors of 3x3 convolutions, the largest of {len(SIZES)} sizes or of a network's layers, {options.seeds} seeds"
     )
-    print(f"| inputs | {' | '.join(f'{mode}: {one}' for mode in MODES for one in PASSES)} | PyTorch's error: |  |  |")
-    print(f"| --- | {' | '.join(['---:'] * 9)} |")
+    table = Table(title, columns, options.out)
     for name, draw in KINDS.items():
         errors = Errors()
         for size in SIZES:
@@ -143,7 +147,7 @@ def main() -> None:
                 torch.manual_seed(seed)
                 cases.append(draw(size))
             errors.add(cases)
-        print(errors.row(name), flush=True)
+        table.add(name, *errors.cells())
     for name, build, pixels in (
         ("ran_compact in training", lambda: create_model("ran_compact"), 32),
         ("ResNet-18 in training", lambda: resnet18(classes=10), 64),
@@ -152,7 +156,7 @@ def main() -> None:
         errors = Errors()
         for case in in_training(build(), pixels, options.steps):
             errors.add([case])
-        print(errors.row(name), flush=True)
+        table.add(name, *errors.cells())
 
 
 if __name__ == "__main__":

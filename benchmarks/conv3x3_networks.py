@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from ran_ext.nn import ResidualUnit
 
 from . import isa
 from .other_cnns import resnet18, vgg16_bn
-from .timing import Spread, environment, interleave, ratios
+from .table import Table
+from .timing import Spread, interleave, ratios
 
 #: Channels of the networks of residual units.
 WIDTHS = (24, 40, 48, 96, 100)
@@ -52,10 +54,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain network")
+    parser.add_argument("--out", type=Path, default=None, help="JSON")
     options = isa.parse(parser)
-    device = torch.device("cpu")
-    print(environment(device))
-    print(torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), "threads; milliseconds, and times as fast")
+    rivals = ["eager", *(["compile"] if options.compile else [])]
+    columns = [
+        "network",
+        "ran_ext, ms",
+        *(f"{rival}, ms" for rival in rivals),
+        *(f"of {rival}'s speed" for rival in rivals),
+    ]
+    table = Table(f"training step, float32, batch {options.batch}, channels_last", columns, options.out)
 
     def measure(name: str, pixels: int, ours: nn.Module, plain: nn.Module, in_ran_ext: bool) -> None:
         x = torch.randn(options.batch, 3, pixels, pixels).to(memory_format=torch.channels_last)
@@ -67,13 +75,9 @@ def main() -> None:
         if options.compile:
             compiled = partial(step, torch.compile(plain), x, labels)
             calls["compile"] = partial(plainly, compiled) if in_ran_ext else compiled
-        seconds = interleave(calls, options.rounds, device, warm_up=2)
-        line = f"{name:30}"
-        for rival in calls:
-            milliseconds = 1e3 * Spread.of(seconds[rival]).median
-            gain = "" if rival == "ran_ext" else f" = {ratios(seconds, rival)['ran_ext'].median:.2f}x"
-            line += f" | {rival} {milliseconds:7.1f}{gain}"
-        print(line, flush=True)
+        seconds = interleave(calls, options.rounds, torch.device("cpu"), warm_up=2)
+        milliseconds = (1e3 * Spread.of(seconds[one]).median for one in ("ran_ext", *rivals))
+        table.add(name, *milliseconds, *(ratios(seconds, rival)["ran_ext"].median for rival in rivals))
 
     conv = ran_ext.ops.conv2d
     measure("ResNet-18, 128 pixels", 128, resnet18(conv), resnet18(), in_ran_ext=False)

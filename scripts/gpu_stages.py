@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from _build.native import find_toolkit
+from _build.native import OBJECTS, find_toolkit
 
 from .check_cuda import find_tool
 from .stages import Stage
@@ -21,8 +21,6 @@ from .stages import Stage
 ROOT = Path(__file__).resolve().parent.parent
 #: Makes a stage from its name, minutes and arguments.
 Maker = Callable[..., Stage]
-#: Where the build stage leaves its objects, for the emulation's stage to link.
-BUILD = ROOT / "build" / "gpu_suite"
 #: Where nvidia-smi does not say it: that of the GPUs that the suite is written for.
 DEFAULT_CAPABILITY = "9.0"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -78,7 +76,7 @@ def _on(gpu: bool, options: argparse.Namespace) -> list[str]:
         return ["--device", "cpu"]
     if options.prebuilt is not None:
         return ["--prebuilt", str(options.prebuilt.resolve())]
-    return ["--archs", _capability(), "--objects", str(BUILD / "kernels")]
+    return ["--archs", _capability(), "--objects", str(OBJECTS)]
 
 
 def _capability() -> str:
@@ -99,8 +97,7 @@ def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
     build = [python, "setup.py", "build_ext", "--inplace"]
     if not gpu:
         return Stage("build", 4, [build, info])
-    environment = {"TORCH_CUDA_ARCH_LIST": _capability()}
-    return Stage("build", 4, [[*build, "--build-temp", str(BUILD)], info], environment=environment)
+    return Stage("build", 4, [build, info], environment={"TORCH_CUDA_ARCH_LIST": _capability()})
 
 
 def _data(options: argparse.Namespace, out: Path) -> tuple[list[str], str]:

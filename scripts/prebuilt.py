@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _build import native
 from ran_ext._command import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,8 +81,8 @@ def make(folder: Path, archs: str, chip: str) -> None:
         shutil.copy2(path, folder / path.name)
     run("setup.py", "build_py", "--build-lib", build / "lib")
     shutil.copy2(build / "lib" / "ran_ext" / "_built_for.py", folder / "_built_for.py")
-    objects = ["--objects", build / "temp" / "kernels"]
-    run("tests/emulation/compare_gpu.py", "--prepare", folder, "--archs", archs, *objects, "--limits", *CHIPS[chip])
+    prepare = ["--prepare", folder, "--archs", archs, "--objects", native.OBJECTS, "--limits", *CHIPS[chip]]
+    run("tests/emulation/compare_gpu.py", *prepare)
     (folder / "prebuilt.json").write_text(json.dumps({**state(torch.__version__), "archs": archs}, indent=1) + "\n")
     shutil.rmtree(build)
 

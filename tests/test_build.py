@@ -125,6 +125,10 @@ def test_build_is_whole_and_incremental(project):
     assert "[1/" not in third.stdout  # ninja had nothing to do for the torch side
     assert call(project, "-c", names).stdout.startswith("new_baseline")
 
+    moved = shutil.copytree(project, project.parent / "a copy", copy_function=shutil.copy2)
+    fresh = call(moved, "-c", "from _build import native; print({task.is_fresh() for task in native.cpu_tasks()})")
+    assert fresh.stdout.strip() == "{True}", fresh.stderr
+
     noted = {}
     exec((project / "ran_ext/_built_for.py").read_text(), noted)
     assert noted["TORCH"] == torch.__version__
