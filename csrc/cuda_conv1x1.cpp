@@ -40,6 +40,10 @@ Tensor aligned(const Tensor& t) {
 }
 Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
 
+ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
+  return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kOp};
+}
+
 }  // namespace
 
 ConvWay cuda_conv1x1_way(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
@@ -72,7 +76,7 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
   y.out = at::empty({shape.n, shape.c_out, shape.out_h(), shape.out_w()}, x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
   const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y.out)) : Tensor();
-  const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::forward, shape));
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
   cuda::Conv1x1Forward args{};
   args.y = y.out.mutable_data_ptr();
   args.x = x.const_data_ptr();
@@ -81,7 +85,8 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
   args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
   args.residual = added.defined() ? added.const_data_ptr() : nullptr;
   args.shape = shape;
-  args.workspace = workspace.mutable_data_ptr();
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
   const auto kept = in_launch(next.running);
   if (next.wanted) {
     y.next_mean = at::empty({shape.c_out}, bn.mean.options());
@@ -101,7 +106,7 @@ std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor&
   const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
   Tensor mask = at::empty({shape.n, shape.c_out, shape.h, shape.w}, x.options(), at::MemoryFormat::ChannelsLast);
   Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::forward, shape));
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
   cuda::Conv1x1Forward args{};
   args.y = mask.mutable_data_ptr();
   args.gate = {out.mutable_data_ptr(), trunk.const_data_ptr(), trunk.size(2), trunk.size(3), int(scale)};
@@ -109,7 +114,8 @@ std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor&
   args.weight = weight.const_data_ptr();
   args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
   args.shape = shape;
-  args.workspace = workspace.mutable_data_ptr();
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
   check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), "conv_attention_gate");
   return {out, mask};
 }
@@ -121,7 +127,7 @@ std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Te
   Tensor dz = at::empty_like(x);
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
-  const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::dgrad, shape));
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::dgrad, shape);
   cuda::Conv1x1Dgrad args{};
   args.dz = dz.mutable_data_ptr();
   args.sum_dz = sums.dz.mutable_data_ptr<float>();
@@ -131,7 +137,8 @@ std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Te
   args.norm = norm_of(bn);
   args.weight = weight.const_data_ptr();
   args.shape = shape;
-  args.workspace = workspace.mutable_data_ptr();
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
   check_launch(cuda::conv1x1_dgrad(args, dtype_of(x, kOp, "x"), current_stream()), "bn_relu_conv2d (backward, dx)");
   return {dz, sums};
 }

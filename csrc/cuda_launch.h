@@ -33,7 +33,7 @@ class ScratchWithCounters {
  public:
   ScratchWithCounters(size_t bytes, size_t count, const char* op)
       : bytes_((bytes + 15) / 16 * 16), memory_(scratch(bytes_ + count * sizeof(unsigned))) {
-    check_launch(cudaMemsetAsync(counters(), 0, count * sizeof(unsigned), current_stream()), op);
+    if (count > 0) check_launch(cudaMemsetAsync(counters(), 0, count * sizeof(unsigned), current_stream()), op);
   }
   void* workspace() const { return memory_.mutable_data_ptr(); }
   unsigned* counters() const { return reinterpret_cast<unsigned*>(static_cast<char*>(workspace()) + bytes_); }

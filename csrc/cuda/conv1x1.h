@@ -26,8 +26,10 @@ enum class Conv1x1Pass { forward, dgrad, wgrad };
 // words.
 bool conv1x1_supported(Conv1x1Pass pass, const Conv1x1Shape& shape, DType dtype, std::string* why);
 
-// Bytes of scratch a pass needs on the current device; 16-byte aligned, contents irrelevant before and after.
+// Bytes of scratch a pass needs on the current device; 16-byte aligned, contents irrelevant before and after. And the
+// words that it counts in, zero before and after.
 size_t conv1x1_workspace(Conv1x1Pass pass, const Conv1x1Shape& shape);
+size_t conv1x1_counters(Conv1x1Pass pass, const Conv1x1Shape& shape);
 
 // out = (1 + sigmoid(y)) * trunk, where y is up-sampled (nearest) by `scale` and cropped to the trunk's h and w.
 struct Conv1x1Gate {
@@ -56,6 +58,7 @@ struct Conv1x1Forward {
   const void* residual;  // of y's shape, or null
   Conv1x1Shape shape;
   void* workspace;
+  unsigned* counters;
 };
 
 // dz = (dy * weight) where z = bn(x) > 0, else 0; and the two sums over pixels that batch normalisation's backward
@@ -71,6 +74,7 @@ struct Conv1x1Dgrad {
   const void* weight;
   Conv1x1Shape shape;
   void* workspace;
+  unsigned* counters;
 };
 
 // dweight = dy^T * relu(bn(x)), with relu(bn(x)) computed again from x; dbias = sum of dy over pixels.

@@ -14,6 +14,8 @@ struct DgradArgs {
   const T* x;
   BatchNorm<float> norm;
   GradientSums* partials;  // [gridDim.x][columns]
+  float* split_sums;       // of the depth's parts, and a counter a tile
+  unsigned* counters;
 };
 
 // Of a tile's columns, side by side in shared memory.
@@ -51,6 +53,7 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> a
   for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
     typename decltype(product)::Sums sums;
     product.run(sums);
+    if (!merge_splits<Tile>(sums, args.split_sums, args.counters, product.flag())) return;
     float scale[8], shift[8], mean[8];
     load_swapped(table.scale, threadIdx.x, scale);
     load_swapped(table.shift, threadIdx.x, shift);
@@ -96,15 +99,18 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
                              {static_cast<const T*>(p.weight), c_out, c_in},
                              c_in,
                              plan.row_tiles,
-                             plan.resident},
+                             plan.resident,
+                             plan.chunks_a_split},
                             static_cast<T*>(p.dz),
                             static_cast<const T*>(p.x),
                             p.norm,
-                            partials};
+                            partials,
+                            reinterpret_cast<float*>(partials + int64_t(plan.row_blocks) * c_in),
+                            p.counters};
     const cudaError_t error = with_tile(plan.tile, [&](auto t) {
       using Tile = decltype(t);
-      const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles), dim3(Tile::kVectors, Tile::kRowGroups),
-                              plan.shared_bytes};
+      const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles, plan.splits),
+                              dim3(Tile::kVectors, Tile::kRowGroups), plan.shared_bytes};
       return RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T>, args);
     });
     if (error != cudaSuccess) return error;

@@ -20,6 +20,8 @@ struct ForwardArgs {
   BatchNorm<float> norm;
   Moments<float>* partials;  // [gridDim.x][columns]; null: no statistics
   int64_t* batches;          // num_batches_tracked, to be incremented; may be null
+  float* split_sums;         // of the depth's parts, and a counter a tile
+  unsigned* counters;
 };
 
 // Mean and sum of squared deviations of a thread's 8 columns, row by row (Welford 1962).
@@ -71,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<
   Product<Tile, T, kNormalise, false> product(args.product, dynamic_shared<T>());
   product.start();
   if constexpr (kNormalise) product.fill_table(args.norm);
-  if (args.batches && thread_rank() == 0 && blockIdx.x == 0 && blockIdx.y == 0) ++*args.batches;
+  if (args.batches && thread_rank() + blockIdx.x + blockIdx.y + blockIdx.z == 0) ++*args.batches;
 
   const int rows = args.product.a.rows, columns = args.product.columns;
   const int column = product.first_column() + 8 * threadIdx.x;
@@ -95,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<
   for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
     typename decltype(product)::Sums sums;
     product.run(sums);
+    if (!merge_splits<Tile>(sums, args.split_sums, args.counters, product.flag())) return;
     visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_residual, finish);
     if (args.gated) gate_rows<Tile>(args, tile * Tile::kRows, column, moments);
   }
@@ -129,12 +132,14 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
   const int rows = static_cast<int>(s.rows()), c_in = static_cast<int>(s.c_in), c_out = static_cast<int>(s.c_out);
   const bool normalise = p.norm.mean != nullptr;
   const Plan plan = make_plan(rows, c_in, c_out, forward_table_bytes(c_in));
-  auto* partials = p.statistics.mean ? static_cast<Moments<float>*>(p.workspace) : nullptr;
+  auto* moments = static_cast<Moments<float>*>(p.workspace);
+  auto* partials = p.statistics.mean ? moments : nullptr;
   const ForwardArgs<T> args{{{static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
                              {static_cast<const T*>(p.weight), c_out, c_in},
                              c_out,
                              plan.row_tiles,
-                             plan.resident},
+                             plan.resident,
+                             plan.chunks_a_split},
                             static_cast<T*>(p.y),
                             static_cast<T*>(p.gate.out),
                             static_cast<const T*>(p.gate.trunk),
@@ -145,11 +150,13 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
                             static_cast<const T*>(p.residual),
                             p.norm,
                             partials,
-                            partials ? p.statistics.running.batches : nullptr};
+                            partials ? p.statistics.running.batches : nullptr,
+                            reinterpret_cast<float*>(moments + int64_t(plan.row_blocks) * c_out),
+                            p.counters};
   const cudaError_t error = with_tile(plan.tile, [&](auto t) {
     using Tile = decltype(t);
-    const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles), dim3(Tile::kVectors, Tile::kRowGroups),
-                            plan.shared_bytes};
+    const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles, plan.splits),
+                            dim3(Tile::kVectors, Tile::kRowGroups), plan.shared_bytes};
     return normalise ? RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, true>, args)
                      : RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, false>, args);
   });

@@ -33,6 +33,39 @@ __device__ __forceinline__ State merge_blocks(const State* partials, int blocks,
   return state[0];
 }
 
+// Where the depth is split: leaves this block's sums of its tile in the workspace, and in the block that comes last
+// adds up those of all splits, in their order. Whether this is that block, which alone goes on. `flag`: one shared
+// word.
+template <typename Tile, typename Sums>
+__device__ __forceinline__ bool merge_splits(Sums& sums, float* workspace, unsigned* counters, Shared<unsigned> flag) {
+  if constexpr (Tile::kSplits) {
+    if (gridDim.z == 1) return true;
+    constexpr int kFloats = Tile::kBlocks * Tile::kColumns / 2;  // a thread's, kept as [vector of 4][thread]
+    float* mine = &sums[0][0][0];
+    const unsigned tile = blockIdx.y * gridDim.x + blockIdx.x;
+    float* first = workspace + static_cast<int64_t>(tile) * gridDim.z * kFloats * kThreads + 4 * thread_rank();
+    float* to = first + static_cast<int64_t>(blockIdx.z) * kFloats * kThreads;
+#pragma unroll
+    for (int i = 0; i < kFloats; i += 4)
+      store_pack<4>(to + i * kThreads, Pack<float, 4>{mine[i], mine[i + 1], mine[i + 2], mine[i + 3]});
+    if (!last_block(counters + tile, gridDim.z, flag)) return false;
+#pragma unroll
+    for (int i = 0; i < kFloats; ++i) mine[i] = 0;
+#pragma unroll 1
+    for (unsigned split = 0; split < gridDim.z; ++split) {
+      const float* from = first + static_cast<int64_t>(split) * kFloats * kThreads;
+#pragma unroll
+      for (int i = 0; i < kFloats; i += 4) {
+        float v[4];
+        load<4>(from + i * kThreads, v);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) mine[i + j] += v[j];
+      }
+    }
+  }
+  return true;
+}
+
 // Merges what the threads of a block have on their 8 columns, and leaves it in the workspace. `scratch` may have been
 // in use up to here.
 template <typename Tile, typename State>

@@ -25,6 +25,7 @@ struct Tile {
   static constexpr int kStageFloats = 8 * kStagePitch;    // a warp's, on the way from sums to output
   static constexpr int kVectors = kColumns / 8;           // 16-byte vectors of a row
   static constexpr int kRowGroups = kThreads / kVectors;  // threads that share a vector of columns
+  static constexpr bool kSplits = kBlocks == 1;           // the depth; of the others, every processor has a tile anyhow
 };
 using LargeTile = Tile<2, 128, 3>;
 using TallTile = Tile<2, 64, 3>;
@@ -69,12 +70,24 @@ auto with_tile(TileKind kind, F&& f) {
   }
 }
 
+// Chunks of depth that a block sums up at least where the depth is split; fewer, and what the splits leave for each
+// other is more traffic than the operands.
+inline constexpr int64_t kLeastChunks = 4;
+
 // A product of (rows, depth) by (depth, columns): forward and dgrad.
 struct Plan {
   TileKind tile;
   bool resident;  // the weight stays in shared memory, loaded once a block
   int row_tiles, row_blocks, column_tiles;
+  int splits, chunks_a_split;  // of the depth; where there are several, a block has one tile of rows
   size_t shared_bytes;
+
+  int tiles() const { return row_tiles * column_tiles; }
+  // In the workspace: the sums of every split of every tile. And the words that count who has left them.
+  size_t split_bytes() const {
+    return splits == 1 ? 0 : size_t(tiles()) * splits * SmallTile::kRows * SmallTile::kColumns * sizeof(float);
+  }
+  size_t counters() const { return splits == 1 ? 0 : tiles(); }
 };
 
 // Shared memory of a block that keeps `weight_slots` chunks of the weight.
@@ -106,10 +119,15 @@ inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table
     const int64_t chunks = blocks_for(depth, kPanel);
     Plan plan;
     plan.tile = kind;
-    plan.resident = product_bytes<Tile>(chunks, table_bytes) <= static_cast<size_t>(device.shared_a_block);
-    plan.shared_bytes = product_bytes<Tile>(plan.resident ? chunks : Tile::kStages, table_bytes);
     plan.row_tiles = static_cast<int>(blocks_for(rows, Tile::kRows));
     plan.column_tiles = static_cast<int>(blocks_for(columns, Tile::kColumns));
+    // Where there are too few tiles for the processors, but a long depth, several blocks share a tile.
+    const int64_t wanted = device.processors / std::max<int64_t>(1, int64_t(plan.row_tiles) * plan.column_tiles);
+    const int64_t most = Tile::kSplits ? std::min(wanted, chunks / kLeastChunks) : 1;
+    plan.chunks_a_split = static_cast<int>(blocks_for(chunks, std::max<int64_t>(1, most)));
+    plan.splits = static_cast<int>(blocks_for(chunks, plan.chunks_a_split));
+    plan.resident = product_bytes<Tile>(plan.chunks_a_split, table_bytes) <= static_cast<size_t>(device.shared_a_block);
+    plan.shared_bytes = product_bytes<Tile>(plan.resident ? plan.chunks_a_split : Tile::kStages, table_bytes);
     // As many blocks as run at once (two a processor where they fit, by registers no more), with even shares of tiles.
     const int64_t a_processor = plan.shared_bytes + 1024 <= size_t(device.shared_a_processor) / 2 ? 2 : 1;
     const int64_t slots = std::max<int64_t>(1, a_processor * device.processors / std::max(1, plan.column_tiles));

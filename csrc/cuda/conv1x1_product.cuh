@@ -11,10 +11,12 @@ struct ProductArgs {
   Operand<T> weight;  // (columns, depth), or (depth, columns) where transposed
   int columns, row_tiles;
   bool resident;
+  int chunks_a_split;
 };
 
-// blockIdx.y is the tile of columns; blockIdx.x and every gridDim.x-th after it are the tiles of rows. A chunk is
-// kPanel of depth. The copies of the next chunks, also those of the next tile, are in flight while one is multiplied.
+// blockIdx.y is the tile of columns; blockIdx.x and every gridDim.x-th after it are the tiles of rows; blockIdx.z is
+// the part of the depth. A chunk is kPanel of depth. The copies of the next chunks, also those of the next tile, are in
+// flight while one is multiplied.
 template <typename Tile, typename T, bool kNormalise, bool kTransposed>
 class Product {
  public:
@@ -22,21 +24,26 @@ class Product {
 
   __device__ Product(const ProductArgs<T>& args, Shared<T> shared)
       : args_(args),
-        chunks_((args.a.columns + kPanel - 1) / kPanel),
+        first_chunk_(blockIdx.z * args.chunks_a_split),
+        chunks_((args.a.columns + kPanel - 1) / kPanel - first_chunk_),
         rows_(shared),
         weight_(shared + Tile::kStages * kRowsPanel),
         next_tile_(blockIdx.x) {
+    if (chunks_ > args.chunks_a_split) chunks_ = args.chunks_a_split;
     stage_ = shared_cast<float>(weight_ + (args.resident ? chunks_ : Tile::kStages) * kWeightPanels);
   }
 
   // Behind the operands: what the epilogue uses, then the table of scale and shift.
   __device__ Shared<float> stage() const { return stage_; }
   __device__ Shared<float> table() const { return stage_ + kWarps * Tile::kStageFloats; }
+  // One word that is free after the last tile.
+  __device__ Shared<unsigned> flag() const { return shared_cast<unsigned>(rows_); }
   __device__ int first_column() const { return blockIdx.y * Tile::kColumns; }
 
   __device__ void fill_table(const BatchNorm<float>& norm) {
     for (int channel = thread_rank(); channel < chunks_ * kPanel; channel += kThreads)
-      shared_cast<ScaleShift<float>>(table())[channel] = channel_scale_shift(norm, channel, args_.a.columns);
+      shared_cast<ScaleShift<float>>(table())[channel] =
+          channel_scale_shift(norm, first_chunk_ * kPanel + channel, args_.a.columns);
   }
 
   __device__ void start() {
@@ -65,7 +72,7 @@ class Product {
 
   __device__ void request_next() {
     if (next_tile_ < args_.row_tiles) {
-      const int depth = next_chunk_ * kPanel;
+      const int depth = (first_chunk_ + next_chunk_) * kPanel;
       copy_panel<Tile::kRows, !kTransposed>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
       if (!args_.resident || next_tile_ == static_cast<int>(blockIdx.x))
         request_weight(weight_slot(next_chunk_, next_slot_), depth);
@@ -87,7 +94,7 @@ class Product {
 
   __device__ void multiply(Sums& sums, int chunk) const {
     const Shared<T> rows = rows_ + slot_ * kRowsPanel, weight = weight_slot(chunk, slot_);
-    const int left = args_.a.columns - chunk * kPanel, depth = left < kPanel ? left : kPanel;
+    const int left = args_.a.columns - (first_chunk_ + chunk) * kPanel, depth = left < kPanel ? left : kPanel;
     const int warp_row = thread_rank() / 32 * Tile::kWarpRows;
 #pragma unroll 1
     for (int k = 0; k < depth; k += 16) {
@@ -124,10 +131,11 @@ class Product {
       a[block][3] = bn_relu_pair<T>(a[block][3], right.value[0], right.value[1]);
     }
   }
+  // Of a channel counted from the first of this block's part of the depth.
   __device__ Shared<float> table_of(int channel) const { return table() + 2 * channel; }
 
   const ProductArgs<T>& args_;
-  int chunks_;
+  int first_chunk_, chunks_;
   Shared<T> rows_, weight_;
   Shared<float> stage_;
   int slot_ = 0;                                    // of the chunk to multiply

@@ -51,9 +51,14 @@ bool conv1x1_supported(Conv1x1Pass pass, const Conv1x1Shape& shape, DType dtype,
 
 size_t conv1x1_workspace(Conv1x1Pass pass, const Conv1x1Shape& s) {
   if (pass == Conv1x1Pass::wgrad) return conv1x1::wgrad_workspace(s);
-  const size_t blocks = plan_of(pass, s).row_blocks;
-  return pass == Conv1x1Pass::dgrad ? blocks * s.c_in * sizeof(GradientSums)
-                                    : blocks * s.c_out * sizeof(Moments<float>);
+  const Plan plan = plan_of(pass, s);
+  const size_t blocks = plan.row_blocks;
+  return plan.split_bytes() + (pass == Conv1x1Pass::dgrad ? blocks * s.c_in * sizeof(GradientSums)
+                                                          : blocks * s.c_out * sizeof(Moments<float>));
+}
+
+size_t conv1x1_counters(Conv1x1Pass pass, const Conv1x1Shape& s) {
+  return pass == Conv1x1Pass::wgrad ? 0 : plan_of(pass, s).counters();
 }
 
 }  // namespace ran::cuda

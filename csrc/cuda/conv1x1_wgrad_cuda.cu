@@ -29,7 +29,6 @@ struct WgradPlan {
 
 WgradPlan make_wgrad_plan(const Conv1x1Shape& s) {
   const int64_t chunks = blocks_for(s.rows(), kPanel), processors = device_limits().processors;
-  constexpr int64_t kLeastChunks = 4;  // a split; fewer, and the workspace is more traffic than the operands
   const auto tiles = [&](int side) { return blocks_for(s.c_in, side) * blocks_for(s.c_out, side); };
   const bool large = s.c_in > 64 && s.c_out > 64 && tiles(128) * (chunks / kLeastChunks) >= processors;
   const int64_t side = large ? 128 : 64;

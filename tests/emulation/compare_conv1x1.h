@@ -32,6 +32,7 @@ void conv1x1_forward(const Run& run, const Conv1x1Shape& s, const Fused& fused) 
   const auto trunk = run.input<T>(s.n * gate_h * gate_w * s.c_out, -2, 2);
   const Array<T> y(outputs), gated(trunk.size());
   const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::forward, s));
+  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(Conv1x1Pass::forward, s), 0));
   ran::cuda::Conv1x1Forward args{};
   args.y = y.data();
   if (fused.gate_scale) args.gate = {gated.data(), trunk.data(), gate_h, gate_w, fused.gate_scale};
@@ -43,6 +44,7 @@ void conv1x1_forward(const Run& run, const Conv1x1Shape& s, const Fused& fused) 
   if (fused.residual) args.residual = residual.data();
   args.shape = s;
   args.workspace = workspace.data();
+  args.counters = counters.data();
   run.launch(ran::cuda::conv1x1_forward(args, Type<T>::dtype, nullptr));
   run.output("y", y, Match::bits, rounding(10 * s.c_in));
   if (fused.gate_scale) run.output("gated", gated, Match::bits, 2 * Type<T>::ulp);
@@ -58,9 +60,10 @@ void conv1x1_dgrad(const Run& run, const Conv1x1Shape& s) {
   const Array<T> dz(x.size());
   const Array<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
   const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::dgrad, s));
-  const ran::cuda::Conv1x1Dgrad args{dz.data(),       sum_dz.data(), sum_dz_xhat.data(), dy.data(),
-                                     x.data(),        norm.get(),    weight.data(),      s,
-                                     workspace.data()};
+  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(Conv1x1Pass::dgrad, s), 0));
+  const ran::cuda::Conv1x1Dgrad args{dz.data(),        sum_dz.data(),  sum_dz_xhat.data(), dy.data(),
+                                     x.data(),         norm.get(),     weight.data(),      s,
+                                     workspace.data(), counters.data()};
   run.launch(ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr));
   run.output("dz", dz, Match::bits, rounding(2 * s.c_out));
   run.output("sum_dz", sum_dz, Match::bits, flips<T>(20, s.rows()));

@@ -87,7 +87,9 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
   add_forward("forward_deep", deep, {true, false, false, false, 0});
   add_forward("forward_large", {1, tiles, 129, 8, 72, 1}, {true, true, false, true, 0});
   add_forward("forward_tall", {1, tiles, 129, 8, 64, 1}, {});
+  add_forward("forward_depth_split", {1, 7, 11, 520, 40, 1}, {true, true, true, true, 0});
   add_dgrad("dgrad", small);
+  add_dgrad("dgrad_depth_split", {1, 7, 11, 40, 520, 1});
   add_dgrad("dgrad_large", {1, tiles, 129, 72, 8, 1});
   add_dgrad("dgrad_tall", {1, tiles, 129, 64, 8, 1});
   add_wgrad("wgrad", small);

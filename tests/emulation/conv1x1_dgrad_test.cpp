@@ -15,10 +15,17 @@ void check_dgrad(const Conv1x1Inputs<T>& in) {
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dz(in.x.size());
   const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
-  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::dgrad, s));
-  const ran::cuda::Conv1x1Dgrad args{dz.data(),       sum_dz.data(), sum_dz_xhat.data(), dy.data(),
-                                     in.x.data(),     in.norm(),     in.weight.data(),   s,
-                                     workspace.data()};
+  const Conv1x1Scratch scratch(Conv1x1Pass::dgrad, s);
+  const ran::cuda::Conv1x1Dgrad args{dz.data(),
+                                     sum_dz.data(),
+                                     sum_dz_xhat.data(),
+                                     dy.data(),
+                                     in.x.data(),
+                                     in.norm(),
+                                     in.weight.data(),
+                                     s,
+                                     scratch.workspace.data(),
+                                     scratch.counters.data()};
   run_schedules([&] { return ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr); }, dz, sum_dz, sum_dz_xhat);
 
   auto want = multiply({values(dy), s.c_out, 1}, {values(in.weight), s.c_in, 1}, s.rows(), s.c_out, s.c_in);

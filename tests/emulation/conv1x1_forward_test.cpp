@@ -91,7 +91,7 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
   const Outputs<T> out{s, options};
   const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(out.y.size(), -2, 2, in.c.whole);
   const Filled<T> trunk(out.gated.size(), -2, 2, in.c.whole);
-  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::forward, s));
+  const Conv1x1Scratch scratch(Conv1x1Pass::forward, s);
   ran::cuda::Conv1x1Gate gate{};
   if (options.gate_scale) gate = {out.gated.data(), trunk.data(), out.gate_h, out.gate_w, options.gate_scale};
   const ran::cuda::Conv1x1Forward args{out.y.data(),
@@ -103,7 +103,8 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
                                        options.bias ? bias.data() : nullptr,
                                        options.residual ? residual.data() : nullptr,
                                        s,
-                                       workspace.data()};
+                                       scratch.workspace.data(),
+                                       scratch.counters.data()};
   run_schedules(
       [&] {
         out.reset_running();
@@ -171,12 +172,18 @@ void check_limits() {
             const auto plan = ran::cuda::plan_of(pass, s);
             EXPECT(plan.shared_bytes <= size_t(device.shared_a_block));
             EXPECT(plan.row_blocks >= 1 && plan.row_blocks <= plan.row_tiles && plan.column_tiles <= 65535);
+            EXPECT(plan.splits == 1 ||
+                   (plan.row_blocks == plan.row_tiles && plan.splits * plan.tiles() <= device.processors &&
+                    plan.chunks_a_split >= ran::cuda::conv1x1::kLeastChunks));
           }
   }
   ran::cuda::conv1x1::emulated_device = devices[2];
   begin_case("128 tiles on 132 processors");
   const auto plan = ran::cuda::plan_of(Conv1x1Pass::forward, {128, 8, 16, 256, 128, 1});
   EXPECT(plan.tile == ran::cuda::conv1x1::TileKind::large && plan.row_blocks == 128);
+  begin_case("32 tiles on 132 processors");
+  const auto split = ran::cuda::plan_of(Conv1x1Pass::forward, {32, 8, 8, 1024, 64, 1});
+  EXPECT(split.tiles() == 32 && split.splits == 4 && split.chunks_a_split == 4);
 }
 
 int main() {

@@ -57,6 +57,10 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     {"plain, tall tile", {1, 9, 17, 24, 64, 1}, false, 1, kHopper},
     {"plain, small tile", {1, 9, 15, 104, 72, 1}, false, 132, kSmall},
     {"not affine", {2, 5, 9, 24, 40, 1}, true, 132, kHopper, false, 0, -1, false},
+    // The depth of forward and of dgrad: two parts of 5 and 4 chunks, the last one short.
+    {"whole, forward's depth split", {1, 7, 11, 520, 40, 1}, true, 132, kHopper, true},
+    {"whole, dgrad's depth split", {1, 7, 11, 40, 520, 1}, true, 132, kHopper, true},
+    {"depth split, weight streamed", {1, 5, 7, 584, 136, 1}, true, 6, kSmall},
     // The pixels of wgrad: six parts of at most 4 chunks, two of at most 5; the last part and its last chunk are short.
     {"whole, pixels split", {1, 39, 37, 24, 16, 1}, true, 132, kHopper, true},
     {"pixels split, large tile", {1, 17, 33, 72, 72, 1}, true, 2, kHopper},
@@ -107,6 +111,20 @@ struct Conv1x1Inputs {
       a[i] = c.normalise ? value(make<T>(ran::relu(z(at)))) : value(x[at]);
     }
     return a;
+  }
+};
+
+// What a pass works in; its counters are zero again after it.
+struct Conv1x1Scratch {
+  emu::Buffer<unsigned char> workspace;
+  emu::Buffer<unsigned> counters;
+
+  Conv1x1Scratch(Conv1x1Pass pass, const Conv1x1Shape& s)
+      : workspace(conv1x1_workspace(pass, s)), counters(conv1x1_counters(pass, s)) {
+    std::memset(counters.data(), 0, counters.bytes());
+  }
+  ~Conv1x1Scratch() {
+    for (size_t i = 0; i < counters.size(); ++i) EXPECT(counters[i] == 0);
   }
 };
 

@@ -63,6 +63,10 @@ void convolutions(const Run& run) {
     measure([&] { conv1x1_dgrad<T>(run, s); });
     measure([&] { conv1x1_wgrad<T>(run, s); });
   }
+  // A tile for four processors: the depth is split.
+  const Conv1x1Shape forward_split{1, 1, 64, 512, 64, 1}, dgrad_split{1, 1, 64, 64, 512, 1};
+  measure([&] { conv1x1_forward<T>(run, forward_split, {true, true, true, true, 0}); });
+  measure([&] { conv1x1_dgrad<T>(run, dgrad_split); });
   const Conv1x1Shape strided{2, 32, 32, 128, 128, 2};
   measure([&] { conv1x1_forward<T>(run, strided, {true, false, false, true, 0}); });
   measure([&] { conv1x1_wgrad<T>(run, {1, 32, 64, 128, 128, 1}); });
