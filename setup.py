@@ -102,7 +102,7 @@ class Plan:
         (folder / "_built_for.py").write_text("\n".join(lines) + "\n")
 
     def extension(self) -> Any:
-        """The torch side, csrc/*.cpp; the kernel objects are added when they are compiled."""
+        """The torch side; the kernel objects are added when they are compiled."""
         from torch.utils.cpp_extension import CppExtension
 
         assert self.torch is not None
@@ -119,7 +119,7 @@ class Plan:
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         return CppExtension(
             "ran_ext._C",
-            [str(path.relative_to(ROOT)) for path in sorted(native.CSRC.glob("*.cpp"))],
+            [str(path.relative_to(ROOT)) for path in native.torch_sources()],
             include_dirs=include,
             define_macros=macros,
             libraries=libraries,

@@ -151,6 +151,11 @@ def compile_all(tasks: Sequence[Compile]) -> list[str]:
     return [str(task.object) for task in tasks]
 
 
+def torch_sources() -> list[Path]:
+    """The files that know torch: all but the kernels."""
+    return sorted(path for path in CSRC.rglob("*.cpp") if path.parent.name not in ("cpu", "cuda"))
+
+
 def cpu_tasks(build: Path = OBJECTS) -> list[Compile]:
     """Every file of csrc/cpu for every instruction set, in a folder each."""
     return [

@@ -7,7 +7,7 @@ shared memory and those that stream it, in this order under the same keys, fused
 python -m benchmarks.dispatch --out FILE --install             on a GPU; also makes it the package's own table
 python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal, whose times say nothing
 
-Rows of other architectures are kept. ``csrc/cuda_dispatch.h`` says how a row is used, ``ran_ext.explain`` shows it.
+Rows of other architectures are kept. ``csrc/common/measured.h`` says how a row is used, ``ran_ext.explain`` shows it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 // The list of native functions: what Python calls directly, and the ops that torch knows.
 #include <torch/csrc/utils/pybind.h>
 
-#include "conv_paths.h"
-#include "deferred.h"
+#include "common/kernels.h"
+#include "conv/choose.h"
+#include "ops/deferred.h"
 #ifdef RAN_WITH_CUDA
-#include "cuda_bn_relu.h"
-#include "cuda_dispatch.h"
+#include "batch_norm/cuda.h"
+#include "common/measured.h"
 #endif
 
 namespace {
@@ -23,39 +24,42 @@ py::dict build_info() {
   return info;
 }
 
-// Forward, dgrad and wgrad of a convolution: whether each takes a fused kernel, and why.
-std::vector<std::pair<bool, std::string>> conv_ways(const at::Tensor& x, const at::Tensor& weight,
-                                                    std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                                    int64_t conv3x3) {
-  const ran::Convolution conv{stride, padding, ran::conv3x3_mode("conv_ways", conv3x3)};
-  ran::check_convolution("conv_ways", x, weight, conv);
-  std::vector<std::pair<bool, std::string>> ways;
+// What a pass runs on: whether that is a fused kernel, and why; for ran_ext.explain.
+using Explained = std::pair<bool, std::string>;
+
+std::vector<Explained> explain_conv(const at::Tensor& x_, const at::Tensor& weight, std::vector<int64_t> stride,
+                                    std::vector<int64_t> padding, int64_t conv3x3) {
+  constexpr const char* kOp = "explain_conv";
+  const ran::Convolution conv{stride, padding, ran::conv3x3_mode(kOp, conv3x3)};
+  ran::check_convolution(kOp, x_, weight, conv);
+  const at::Tensor x = ran::dense(x_);
+  std::vector<Explained> passes;
   for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
-    const ran::ConvWay way = ran::conv_way(pass, ran::dense(x), weight, conv);
-    ways.emplace_back(way.fused, way.why);
+    const ran::ConvPath path = ran::choose_conv(pass, x, weight, conv);
+    passes.emplace_back(ran::is_fused(path), ran::describe(path, pass, x, weight, conv));
   }
-  return ways;
+  return passes;
 }
 
-// Whether one kernel takes a 1x1 convolution and the gate behind it, and why.
-std::pair<bool, std::string> conv_gate_way(const at::Tensor& trunk, const at::Tensor& x, const at::Tensor& weight,
-                                           int64_t scale) {
-  const ran::ConvWay way = ran::conv_gate_way(ran::dense(trunk), ran::dense(x), weight, scale);
-  return {way.fused, way.why};
+// Of a 1x1 convolution and the gate behind it: whether one kernel does both.
+Explained explain_conv_gate(const at::Tensor& trunk_, const at::Tensor& x_, const at::Tensor& weight, int64_t scale) {
+  const at::Tensor trunk = ran::dense(trunk_), x = ran::dense(x_);
+  const ran::ConvPath path = ran::choose_conv_gate(trunk, x, weight, scale);
+  return {ran::is_fused(path), ran::describe(path, ran::ConvPass::gate, x, weight, {{1, 1}, {0, 0}})};
 }
 
 #ifdef RAN_WITH_CUDA
 
-// Forward and backward of BN-ReLU: whether one kernel holds x (and its gradient) in shared memory, and why not.
-std::vector<std::pair<bool, std::string>> bn_relu_ways(const at::Tensor& x) {
-  std::vector<std::pair<bool, std::string>> ways;
+// Forward and backward of BN-ReLU: whether one kernel holds x (and its gradient) in shared memory.
+std::vector<Explained> explain_bn_relu(const at::Tensor& x_) {
+  const at::Tensor x = ran::dense(x_);
   const c10::DeviceGuard guard(x.device());
-  for (const int tensors : {1, 2}) {
-    std::string why;
-    const bool fits = ran::resident_plan(ran::dense(x), tensors, &why).group > 0;
-    ways.emplace_back(fits, why);
+  std::vector<Explained> passes;
+  for (const bool backward : {false, true}) {
+    const ran::BnReluPath path = ran::choose_bn_relu(x, backward);
+    passes.emplace_back(path == ran::BnReluPath::resident, ran::describe(path, x, backward));
   }
-  return ways;
+  return passes;
 }
 
 using Entry = std::tuple<int, std::string, std::string, int64_t, int64_t, int64_t, double, double>;
@@ -75,11 +79,11 @@ void set_dispatch_table(const std::vector<Entry>& entries) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
-  m.def("conv_ways", &conv_ways);
-  m.def("conv_gate_way", &conv_gate_way);
+  m.def("explain_conv", &explain_conv);
+  m.def("explain_conv_gate", &explain_conv_gate);
   m.def("set_deferred_history", &ran::set_deferred_history);
 #ifdef RAN_WITH_CUDA
-  m.def("bn_relu_ways", &bn_relu_ways);
+  m.def("explain_bn_relu", &explain_bn_relu);
   m.def("set_dispatch_table", &set_dispatch_table);
 #endif
 }

@@ -21,7 +21,7 @@ from ._choice import Choose, Setting
 from ._tracing import why_watched
 
 BACKENDS = ("auto", "native", "reference")
-CONV3X3_MODES = ("fast", "strict", "library")  # as in csrc/conv_paths.h
+CONV3X3_MODES = ("fast", "strict", "library")  # as in csrc/conv/convolution.h
 
 
 def _is_beside(name: str) -> bool:

@@ -160,7 +160,7 @@ def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -
         return _conv_ways(module, x)
     kernels: Any = _backend._C
     if x.is_cuda:
-        ways = zip(("forward", "dgrad"), kernels.bn_relu_ways(x), strict=True)
+        ways = zip(("forward", "dgrad"), kernels.explain_bn_relu(x), strict=True)
         return {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in ways}
     return {"forward": (FUSED, ""), "dgrad": (FUSED, "")}
 
@@ -179,7 +179,7 @@ def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str
     if trunk.dtype != dtype:
         return FUSED, "the convolution before it apart: trunk is wider"
     kernels: Any = _backend._C
-    both, why = kernels.conv_gate_way(trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor)
+    both, why = kernels.explain_conv_gate(trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor)
     return FUSED, f"{'with' if both else 'without'} the convolution before it: {why}"
 
 

@@ -125,7 +125,7 @@ def spreads(case: Case) -> bool:
         return True
     pair = [[v, v] if isinstance(v, int) else list(v) for v in (case.arguments["stride"], case.arguments["padding"])]
     assert _backend._C is not None
-    ways = _backend._C.conv_ways(case.arguments["x"], case.arguments["weight"], *pair, _backend.conv3x3_mode())
+    ways = _backend._C.explain_conv(case.arguments["x"], case.arguments["weight"], *pair, _backend.conv3x3_mode())
     return any(fused and "minimal" in why for fused, why in ways)
 
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../types.h"
+#include "../common/types.h"
 #include "parallel.h"
 
 namespace ran::cpu::RAN_ISA {

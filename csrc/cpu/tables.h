@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "../math.h"
+#include "../common/formulas.h"
 #include "vec.h"
 
 namespace ran::cpu::RAN_ISA {

@@ -1,8 +1,8 @@
 // One SIMD vector of accumulators (float, or double for double data) and its loads and stores from any dtype.
 //
-// Every file of cpu/ is compiled once for each instruction set, with RAN_ISA naming the namespace; setup.py holds the
-// flags. Arithmetic is GCC's vector extension, so that `a * b + c` reads as it does on paper; only what that extension
-// lacks is an intrinsic.
+// Every file of cpu/ is compiled once for each instruction set, with RAN_ISA naming the namespace; _build/native.py
+// holds the flags. Arithmetic is GCC's vector extension, so that `a * b + c` reads as it does on paper; only what that
+// extension lacks is an intrinsic.
 #pragma once
 
 #if defined(__AVX2__)
@@ -14,10 +14,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../types.h"
+#include "../common/types.h"
 
 #ifndef RAN_ISA
-#error "compile with -DRAN_ISA=baseline|avx2|avx512|avx512_bf16; setup.py does"
+#error "compile with -DRAN_ISA=baseline|avx2|avx512|avx512_bf16; _build/native.py does"
 #endif
 
 namespace ran::cpu::RAN_ISA {

@@ -1,4 +1,4 @@
-// The one-dimensional transforms of Winograd's minimal filtering F(m, 3): m outputs of a 3-tap filter from m + 2 inputs
+// The one-dimensional transforms of Winograd F(m, 3): m outputs of a 3-tap filter from m + 2 inputs
 // by m + 2 multiplications (Winograd 1980; Lavin and Gray 2016). Two-dimensional ones apply them along both axes.
 //
 //   input     B^T d   m + 2 inputs       -> points     weight    G g     3 taps            -> points

@@ -141,6 +141,6 @@ inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table
 inline size_t forward_table_bytes(int64_t c_in) { return blocks_for(c_in, kPanel) * kPanel * 2 * sizeof(float); }
 inline size_t dgrad_table_bytes() { return 3 * LargeTile::kColumns * sizeof(float); }
 
-size_t wgrad_workspace(const Conv1x1Shape& shape);  // conv1x1_wgrad_cuda.cu
+size_t wgrad_workspace(const Conv1x1Shape& shape);  // conv1x1_wgrad.cu
 
 }  // namespace ran::cuda::conv1x1

@@ -6,7 +6,7 @@
 
 #include <cstring>
 
-#include "../math.h"
+#include "../common/formulas.h"
 #include "conv1x1_plan.h"
 #include "mma.cuh"
 #include "vec.cuh"

@@ -17,7 +17,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include "../types.h"
+#include "../common/types.h"
 
 namespace ran::cuda {
 
@@ -61,7 +61,7 @@ cudaError_t bn_relu_forward(void* out, const void* x, DType dtype, ChannelView v
 cudaError_t bn_relu_backward_reduce(float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                                     ChannelView view, BatchNorm<float> norm, void* workspace, unsigned* counters,
                                     cudaStream_t stream);
-// dx with batch statistics over `count` values a channel, plus `residual` (the gradient that reaches x on another way,
+// dx with batch statistics over `count` values a channel, plus `residual` (the gradient that reaches x by another path,
 // or null). sum_dz null: the statistics were given, dx = scale * dz. Sums already divided by the count go with count
 // = 1.
 cudaError_t bn_relu_backward_apply(void* dx, const void* dout, const void* x, const float* sum_dz,

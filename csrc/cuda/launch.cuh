@@ -20,7 +20,7 @@
 #include "shared_limit.h"
 #endif
 
-#include "../types.h"
+#include "../common/types.h"
 
 namespace ran {
 

@@ -2,7 +2,7 @@
 // are never added atomically.
 #pragma once
 
-#include "../math.h"
+#include "../common/formulas.h"
 #include "launch.cuh"
 
 namespace ran {

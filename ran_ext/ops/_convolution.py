@@ -1,4 +1,4 @@
-"""``F.conv2d`` around two faults of oneDNN; ``csrc/library_conv.h`` is the same for the compiled ops."""
+"""``F.conv2d`` around two faults of oneDNN; ``csrc/conv/library.h`` is the same for the compiled ops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 // attention_gate_{forward,backward} against double.
-#include "../../csrc/cuda/attention_gate_cuda.cu"
+#include "../../csrc/cuda/attention_gate.cu"
+
 #include "check.h"
 
 using namespace check;

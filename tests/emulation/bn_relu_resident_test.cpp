@@ -1,5 +1,6 @@
 // The one-kernel BN-ReLU, by clusters and by cooperative launches, against double; and which shapes fit.
-#include "../../csrc/cuda/bn_relu_resident_cuda.cu"
+#include "../../csrc/cuda/bn_relu_resident.cu"
+
 #include "bn_relu_reference.h"
 
 using namespace check;

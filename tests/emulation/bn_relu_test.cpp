@@ -1,7 +1,7 @@
 // The streaming BN-ReLU kernels against double.
-#include "../../csrc/cuda/bn_relu_apply_cuda.cu"
-#include "../../csrc/cuda/bn_relu_backward_cuda.cu"
-#include "../../csrc/cuda/bn_relu_statistics_cuda.cu"
+#include "../../csrc/cuda/bn_relu_apply.cu"
+#include "../../csrc/cuda/bn_relu_backward.cu"
+#include "../../csrc/cuda/bn_relu_statistics.cu"
 #include "bn_relu_reference.h"
 
 using namespace check;

@@ -21,7 +21,7 @@ KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\("
 
 def includes(root: Path) -> list[Path]:
     """The include folders of a tree with csrc and tests/emulation."""
-    return [root / "tests" / "emulation", root / "csrc", root / "csrc" / "cuda"]
+    return [root / "tests" / "emulation", root / "csrc" / "common", root / "csrc" / "cuda"]
 
 
 def kernels() -> list[Path]:
@@ -61,7 +61,7 @@ def compile_program(name: str, command: Sequence[str | Path], cache: Path, root:
 
 def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> Path:
     """``tests/emulation/<name>.cpp``, and ``others``, of the tree at ``root`` as an emulation."""
-    folders = [f"-iquote{folder}" for folder in includes(root)]  # not -I: csrc/math.h must not stand in for <math.h>
+    folders = [f"-iquote{folder}" for folder in includes(root)]
     files = [root / "tests" / "emulation" / f"{name}.cpp", *others]
     return compile_program(name, ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++", *files], cache, root)
 

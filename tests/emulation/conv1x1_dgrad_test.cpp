@@ -1,6 +1,7 @@
 // conv1x1_dgrad against double.
-#include "../../csrc/cuda/conv1x1_dgrad_cuda.cu"
-#include "../../csrc/cuda/conv1x1_support_cuda.cu"
+#include "../../csrc/cuda/conv1x1_dgrad.cu"
+
+#include "../../csrc/cuda/conv1x1_support.cu"
 #include "conv1x1_reference.h"
 
 size_t ran::cuda::conv1x1::wgrad_workspace(const Conv1x1Shape&) { return 0; }

@@ -1,6 +1,7 @@
 // conv1x1_forward and what conv1x1_supported says, against double.
-#include "../../csrc/cuda/conv1x1_forward_cuda.cu"
-#include "../../csrc/cuda/conv1x1_support_cuda.cu"
+#include "../../csrc/cuda/conv1x1_forward.cu"
+
+#include "../../csrc/cuda/conv1x1_support.cu"
 #include "conv1x1_reference.h"
 
 // The other passes' part of the workspace function is not asked for here.

@@ -4,9 +4,9 @@
 
 #include <vector>
 
+#include "../../csrc/common/formulas.h"
 #include "../../csrc/cuda/conv1x1_plan.h"
 #include "check.h"
-#include "math.h"
 
 namespace check {
 

@@ -1,6 +1,7 @@
 // conv1x1_wgrad against double.
-#include "../../csrc/cuda/conv1x1_support_cuda.cu"
-#include "../../csrc/cuda/conv1x1_wgrad_cuda.cu"
+#include "../../csrc/cuda/conv1x1_wgrad.cu"
+
+#include "../../csrc/cuda/conv1x1_support.cu"
 #include "conv1x1_reference.h"
 
 using namespace check;

@@ -14,7 +14,7 @@
 #include <cuda_fp16.h>
 #endif
 
-#include "../../csrc/types.h"
+#include "../../csrc/common/types.h"
 
 namespace check {
 

@@ -90,7 +90,7 @@ def mutate(root: Path, rewrite: Callable[[str, Sequence[Mutant]], str] = choose)
 def included(path: Path, seen: set[str]) -> set[str]:
     """Names of the files that ``path`` includes, directly or not."""
     for name in (Path(name).name for name in INCLUDE.findall(path.read_text())):
-        for folder in ("csrc/cuda", "csrc", "tests/emulation"):
+        for folder in ("csrc/cuda", "csrc/common", "tests/emulation"):
             if name not in seen and (ROOT / folder / name).exists():
                 seen.add(name)
                 included(ROOT / folder / name, seen)

@@ -1,6 +1,6 @@
 // upsample_add_{forward,backward} and max_pool_{forward,backward} against double.
-#include "../../csrc/cuda/max_pool_cuda.cu"
-#include "../../csrc/cuda/upsample_add_cuda.cu"
+#include "../../csrc/cuda/max_pool.cu"
+#include "../../csrc/cuda/upsample_add.cu"
 #include "check.h"
 
 using namespace check;

@@ -1,7 +1,7 @@
 """The three ways in which the kernels' blocks agree, step by step, for exploration.py.
 
     last_block  reduce.cuh: write a partial, fence, barrier, count, barrier, fence; the last block reads all partials
-    grid        a cooperative launch of bn_relu_resident_cuda.cu: write, the grid's barrier as cooperative_groups has
+    grid        a cooperative launch of bn_relu_resident.cu: write, the grid's barrier as cooperative_groups has
                 it, read
     cluster     a cluster's: publish in shared memory, barrier of the cluster, read the others', and a barrier before
                 which no block may end

@@ -1,0 +1,177 @@
+#ifdef RAN_WITH_CUDA
+
+#include "cuda.h"
+
+#include <ATen/Functions.h>
+
+#include "../common/cuda_launch.h"
+#include "../common/measured.h"
+
+namespace ran {
+namespace {
+
+constexpr const char* kOp = "bn_relu";
+
+cuda::Device device_of() {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, kOp);
+  return {device_attribute(cudaDevAttrMultiProcessorCount, kOp),
+          size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)), major >= 9 ? 8 : 1};
+}
+
+bool is_float_vector(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_contiguous(); }
+
+const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+BatchNorm<float> norm_of(const BatchNormArgs& bn) {
+  return {floats(bn.mean), floats(bn.var), floats(bn.weight), floats(bn.bias), bn.kernel.eps};
+}
+
+bool on_16_bytes(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+}  // namespace
+
+std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
+  if (!running.kept() || !is_float_vector(running.mean) || !is_float_vector(running.var)) return std::nullopt;
+  if (running.momentum && !(*running.momentum >= 0)) return std::nullopt;  // the kernels' sign for a cumulative average
+  return cuda::RunningStatistics{running.mean.mutable_data_ptr<float>(), running.var.mutable_data_ptr<float>(),
+                                 running.batches.defined() ? running.batches.mutable_data_ptr<int64_t>() : nullptr,
+                                 float(running.momentum.value_or(-1.0))};
+}
+
+bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running) {
+  const c10::DeviceGuard guard(x.device());
+  const ChannelView view = view_of(x);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  const auto kept = in_launch(running);
+  check_launch(
+      cuda::bn_relu_statistics(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), x.const_data_ptr(),
+                               dtype_of(x, kOp, "x"), view, kept.value_or(cuda::RunningStatistics{}),
+                               scratch.workspace(), scratch.counters(), current_stream()),
+      "batch_norm_stats");
+  return kept.has_value();
+}
+
+void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn) {
+  const c10::DeviceGuard guard(x.device());
+  check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x),
+                                     norm_of(bn), current_stream()),
+               kOp);
+}
+
+BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
+  const c10::DeviceGuard guard(x.device());
+  const ChannelView view = view_of(x);
+  BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  check_launch(cuda::bn_relu_backward_reduce(sums.dz.mutable_data_ptr<float>(), sums.dz_xhat.mutable_data_ptr<float>(),
+                                             dout.const_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view,
+                                             norm_of(bn), scratch.workspace(), scratch.counters(), current_stream()),
+               "bn_relu (backward, sums)");
+  return sums;
+}
+
+void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                     const BackwardSums* sums, double count) {
+  const c10::DeviceGuard guard(x.device());
+  check_launch(cuda::bn_relu_backward_apply(dx.mutable_data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
+                                            sums ? floats(sums->dz) : nullptr, sums ? floats(sums->dz_xhat) : nullptr,
+                                            residual.defined() ? residual.const_data_ptr() : nullptr, count,
+                                            dtype_of(x, kOp, "x"), view_of(x), norm_of(bn), current_stream()),
+               "bn_relu (backward, dx)");
+}
+
+// ------------------------------------------------------------------------------------------------------- the choice
+
+namespace {
+
+constexpr TwoPaths kPaths{"RAN_EXT_BN_RELU", "resident", "streaming"};
+
+Measured measured_pass(const Tensor& x, bool backward) {
+  const ChannelView view = view_of(x);
+  return {architecture(kOp), dtype_of(x, kOp, "x"), backward ? "bn_relu_backward" : "bn_relu",
+          view.count(),      view.channels,         view.channels};
+}
+
+cuda::ResidentPlan plan_of(const Tensor& x, bool backward) {
+  return cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), backward ? 2 : 1);
+}
+
+}  // namespace
+
+BnReluPath choose_bn_relu(const Tensor& x, bool backward) {
+  if (x.numel() == 0 || x.scalar_type() == at::kDouble) return BnReluPath::streaming_dtype;
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return BnReluPath::streaming_layout;
+  if (!on_16_bytes(x)) return BnReluPath::streaming_alignment;
+  const Decision decision = decide(measured_pass(x, backward), kPaths);
+  if (decision == Decision::other_asked || decision == Decision::other_faster) return BnReluPath::streaming_decided;
+  return plan_of(x, backward).group ? BnReluPath::resident : BnReluPath::streaming_size;
+}
+
+std::string describe(BnReluPath path, const Tensor& x, bool backward) {
+  switch (path) {
+    case BnReluPath::streaming_dtype:
+      return "there is no kernel for this dtype or an empty x";
+    case BnReluPath::streaming_layout:
+      return "x is not channels_last";
+    case BnReluPath::streaming_alignment:
+      return "x does not begin on a 16-byte boundary";
+    case BnReluPath::streaming_size:
+      return "x is too large for the blocks' shared memory, or its channels are no multiple of 8";
+    case BnReluPath::streaming_decided:
+      return describe(measured_pass(x, backward), kPaths);
+    case BnReluPath::resident:
+      break;
+  }
+  const std::string why = describe(measured_pass(x, backward), kPaths);
+  return "one kernel, " + (why.empty() ? "held in shared memory" : why);
+}
+
+// ----------------------------------------------------------------------------------------------------- shared memory
+
+std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,
+                                                                        const OptTensor& weight, const OptTensor& bias,
+                                                                        double eps, const Running& running) {
+  if (!x.is_cuda()) return std::nullopt;
+  const c10::DeviceGuard guard(x.device());
+  if (choose_bn_relu(x, false) != BnReluPath::resident) return std::nullopt;
+  const cuda::ResidentPlan plan = plan_of(x, false);
+  const ChannelView view = view_of(x);
+  const DType dtype = dtype_of(x, op, "x");
+  Tensor out = at::empty_like(x), mean = at::empty({view.channels}, x.options().dtype(at::kFloat));
+  Tensor var = at::empty_like(mean);
+  const BatchNormArgs bn(op, x, weight, bias, mean, var, eps);
+  const ScratchWithCounters scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan),
+                                    cuda::bn_relu_counters(view), op);
+  const auto kept = in_launch(running);
+  check_launch(
+      cuda::bn_relu_resident_forward(out.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
+                                     var.mutable_data_ptr<float>(), x.const_data_ptr(), floats(bn.weight),
+                                     floats(bn.bias), dtype, view, eps, kept.value_or(cuda::RunningStatistics{}), plan,
+                                     scratch.workspace(), scratch.counters(), current_stream()),
+      op);
+  if (running.kept() && !kept) running.update(mean, var, view.count());
+  return std::tuple(out, mean, var);
+}
+
+std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
+                                                           const Tensor& residual, const BatchNormArgs& bn) {
+  if (!x.is_cuda() || !dout.is_contiguous(at::MemoryFormat::ChannelsLast) || !on_16_bytes(dout)) return std::nullopt;
+  if (residual.defined() && !on_16_bytes(residual)) return std::nullopt;
+  const c10::DeviceGuard guard(x.device());
+  if (choose_bn_relu(x, true) != BnReluPath::resident) return std::nullopt;
+  const cuda::ResidentPlan plan = plan_of(x, true);
+  const ChannelView view = view_of(x);
+  const DType dtype = dtype_of(x, kOp, "x");
+  BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
+  check_launch(cuda::bn_relu_resident_backward(
+                   dx.mutable_data_ptr(), sums.dz.mutable_data_ptr<float>(), sums.dz_xhat.mutable_data_ptr<float>(),
+                   dout.const_data_ptr(), x.const_data_ptr(), residual.defined() ? residual.const_data_ptr() : nullptr,
+                   dtype, view, norm_of(bn), plan, workspace.mutable_data_ptr(), current_stream()),
+               "bn_relu (backward)");
+  return sums;
+}
+
+}  // namespace ran
+
+#endif

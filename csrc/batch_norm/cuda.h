@@ -1,0 +1,50 @@
+// Batch normalisation + ReLU on a GPU: the kernels that stream a tensor, those that hold it in shared memory, and the
+// choice between the two.
+#pragma once
+
+#ifdef RAN_WITH_CUDA
+
+#include <optional>
+#include <string>
+
+#include "../cuda/kernels.h"
+#include "bn_relu.h"
+
+namespace ran {
+
+// `running` for a launch; none where the kernels cannot take it, which is so unless it is float32.
+std::optional<cuda::RunningStatistics> in_launch(const Running& running);
+
+// Fills mean and biased var of x, dense, (N, C, H, W); whether `running` was updated too.
+bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running);
+
+// As bn_relu_apply(), bn_relu_sums() and bn_relu_dx(), x not empty.
+void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn);
+BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);
+void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
+                     const BackwardSums* sums, double count);
+
+// As bn_relu_batch() and bn_relu_gradients(), or nothing where x is not on a GPU or is streamed.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,
+                                                                        const OptTensor& weight, const OptTensor& bias,
+                                                                        double eps, const Running& running);
+std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
+                                                           const Tensor& residual, const BatchNormArgs& bn);
+
+// What BN-ReLU's forward pass, or its backward, runs on. Resident: one kernel that holds x (and its gradient) in shared
+// memory; streaming: kernels for any size, with the reason.
+enum class BnReluPath {
+  resident,
+  streaming_dtype,  // or x is empty
+  streaming_layout,
+  streaming_alignment,
+  streaming_decided,  // as faster, or by RAN_EXT_BN_RELU
+  streaming_size,
+};
+BnReluPath choose_bn_relu(const Tensor& x, bool backward);
+// The path in words, for ran_ext.explain.
+std::string describe(BnReluPath path, const Tensor& x, bool backward);
+
+}  // namespace ran
+
+#endif

@@ -1,0 +1,47 @@
+// What the ops' derivatives share. Backward runs a fused op; where its result must itself be differentiable (double
+// backward), it runs decomposed into ATen's, which autograd differentiates.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "tensors.h"
+
+namespace ran {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// Looks up one of this library's ops.
+template <typename Signature>
+inline auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+// Running statistics on their way through autograd, which differentiates nothing in them.
+struct Kept {
+  at::TensorList tensors;
+  std::optional<double> momentum;
+
+  // The ops below autograd change them; autograd notices where they were saved for a backward pass.
+  void mark_changed() const {
+    for (const Tensor& t : tensors)
+      if (!t.is_inference()) torch::autograd::impl::bump_version(t);
+  }
+};
+
+// The gradients of `out` in `inputs`, differentiable; undefined where an input is absent or needs none.
+inline variable_list differentiate(const Tensor& out, const variable_list& inputs, const Tensor& dout) {
+  variable_list wanted;
+  for (const Tensor& input : inputs)
+    if (input.defined() && input.requires_grad()) wanted.push_back(input);
+  variable_list found = torch::autograd::grad({out}, wanted, {dout}, /*retain_graph=*/true, /*create_graph=*/true,
+                                              /*allow_unused=*/true);
+  variable_list result;
+  auto next = found.begin();
+  for (const Tensor& input : inputs) result.push_back(input.defined() && input.requires_grad() ? *next++ : Tensor());
+  return result;
+}
+
+}  // namespace ran

@@ -1,0 +1,61 @@
+#include "decomposed.h"
+
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+
+namespace ran::decomposed {
+namespace {
+
+// `sizes` are the result's.
+Tensor upsampled(const Tensor& lower, at::IntArrayRef sizes, int64_t scale) {
+  scale = bounded_scale(scale, sizes);
+  if (scale == 1) return lower;
+  return lower.repeat_interleave(scale, 2).repeat_interleave(scale, 3).narrow(2, 0, sizes[2]).narrow(3, 0, sizes[3]);
+}
+
+// Of each scale x scale window, the last ones cut off at the border: the gradient of `upsampled`.
+Tensor window_sums(const Tensor& t, int64_t scale) {
+  scale = bounded_scale(scale, t.sizes());
+  if (scale == 1) return t;
+  const int64_t h = divide_up(t.size(2), scale), w = divide_up(t.size(3), scale);
+  const Tensor whole = at::constant_pad_nd(t, {0, w * scale - t.size(3), 0, h * scale - t.size(2)});
+  return whole.reshape({t.size(0), t.size(1), h, scale, w, scale}).sum({3, 5});
+}
+
+}  // namespace
+
+Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale) {
+  return (at::sigmoid(upsampled(mask, trunk.sizes(), scale)) + 1) * trunk;
+}
+
+std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
+                                                   int64_t scale) {
+  const Tensor s = at::sigmoid(upsampled(mask, trunk.sizes(), scale));
+  return {dout * (1 + s), window_sums(dout * trunk * s * (1 - s), scale)};
+}
+
+Tensor upsample_add(const Tensor& lower, const Tensor& skip, int64_t height, int64_t width) {
+  const Tensor wide = upsampled(lower, {lower.size(0), lower.size(1), height, width}, 2);
+  return skip.defined() ? wide + skip : wide;
+}
+
+Tensor upsample_add_backward(const Tensor& dout) { return window_sums(dout, 2); }
+
+std::tuple<Tensor, Tensor> max_pool2d(const Tensor& x) {
+  const auto [out, place] =
+      at::max_pool2d_with_indices(x, {2, 2}, {2, 2}, /*padding=*/0, /*dilation=*/1, /*ceil_mode=*/true);
+  const int64_t width = x.size(3);
+  return {out, place.floor_divide(width).remainder(2) * 2 + place.remainder(width).remainder(2)};
+}
+
+Tensor max_pool2d_backward(const Tensor& dout, const Tensor& index, int64_t height, int64_t width) {
+  // (N, C, H / 2, 2, W / 2, 2): every window with dout where its maximum stands.
+  const auto along = [](const Tensor& t) { return t.unsqueeze(3).unsqueeze(5); };
+  const Tensor positions = at::arange(4, index.options()).view({2, 1, 2});
+  const Tensor windows = at::where(along(index) == positions, along(dout), at::zeros({}, dout.options()));
+  return windows.reshape({dout.size(0), dout.size(1), 2 * dout.size(2), 2 * dout.size(3)})
+      .narrow(2, 0, height)
+      .narrow(3, 0, width);
+}
+
+}  // namespace ran::decomposed

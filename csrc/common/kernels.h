@@ -1,0 +1,34 @@
+// The kernels of a tensor's device.
+#pragma once
+
+#include <c10/core/DeviceGuard.h>
+
+#include "../cpu/kernels.h"
+#include "tensors.h"
+#ifdef RAN_WITH_CUDA
+#include "../cuda/kernels.h"
+#include "cuda_launch.h"
+#endif
+
+namespace ran {
+
+// Those of the instruction set that runs here.
+const cpu::Kernels& cpu_kernels();
+
+// Runs a kernel that both devices have under one name, on x's device. A GPU's takes the current stream as well, and
+// `op` names it where the launch fails.
+#ifdef RAN_WITH_CUDA
+#define RAN_RUN_KERNEL(op, x, kernel, ...)                           \
+  do {                                                               \
+    if ((x).is_cuda()) {                                             \
+      const c10::DeviceGuard guard((x).device());                    \
+      check_launch(cuda::kernel(__VA_ARGS__, current_stream()), op); \
+    } else {                                                         \
+      cpu_kernels().kernel(__VA_ARGS__);                             \
+    }                                                                \
+  } while (false)
+#else
+#define RAN_RUN_KERNEL(op, x, kernel, ...) cpu_kernels().kernel(__VA_ARGS__)
+#endif
+
+}  // namespace ran

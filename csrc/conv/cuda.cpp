@@ -1,0 +1,189 @@
+#ifdef RAN_WITH_CUDA
+
+#include "cuda.h"
+
+#include <ATen/Functions.h>
+#include <c10/cuda/CUDAGuard.h>
+
+#include "../batch_norm/cuda.h"
+#include "../common/cuda_launch.h"
+#include "../common/measured.h"
+#include "../cuda/conv1x1.h"
+
+namespace ran {
+namespace {
+
+constexpr const char* kOp = "bn_relu_conv2d";
+
+cuda::Conv1x1Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride) {
+  return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), int(stride)};
+}
+
+cuda::Conv1x1Pass pass_of(ConvPass pass) {
+  switch (pass) {
+    case ConvPass::dgrad:
+      return cuda::Conv1x1Pass::dgrad;
+    case ConvPass::wgrad:
+      return cuda::Conv1x1Pass::wgrad;
+    default:
+      return cuda::Conv1x1Pass::forward;
+  }
+}
+
+BatchNorm<float> norm_of(const BatchNormArgs& bn) {
+  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
+  return {pointer(bn.mean), pointer(bn.var), pointer(bn.weight), pointer(bn.bias), bn.kernel.eps};
+}
+
+// The kernels read 16 bytes at a time; a slice may begin elsewhere.
+Tensor aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? t.clone(at::MemoryFormat::Preserve) : t;
+}
+Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
+
+constexpr TwoPaths kPaths{"RAN_EXT_CONV1X1", "fused", "library"};
+
+Measured measured_pass(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  constexpr const char* kNames[] = {"forward", "dgrad", "wgrad", "gate"};  // in the order of ConvPass
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
+  return {architecture(kOp), dtype_of(x, kOp, "x"), kNames[int(pass)], shape.rows(), shape.c_in, shape.c_out};
+}
+
+ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
+  return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kOp};
+}
+
+}  // namespace
+
+ConvPath choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (weight.size(2) != 1 || weight.size(3) != 1 || conv.padding[0] != 0 || conv.padding[1] != 0 ||
+      conv.stride[0] != conv.stride[1])
+    return ConvPath::library_shape;
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
+  const c10::cuda::CUDAGuard guard(x.device());
+  if (!cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), nullptr))
+    return ConvPath::library_refused;
+  const Decision decision = decide(measured_pass(pass, x, weight, conv), kPaths);
+  return decision == Decision::fused_asked || decision == Decision::fused_faster ? ConvPath::product
+                                                                                 : ConvPath::library_decided;
+}
+
+ConvPath choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
+  if (scale > 2) return ConvPath::library_apart;
+  if (!trunk.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
+  return choose_cuda_conv1x1(ConvPass::gate, x, weight, {{1, 1}, {0, 0}});
+}
+
+std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
+                                  const Convolution& conv) {
+  if (path == ConvPath::library_shape)
+    return "only 1x1 convolutions without padding, of one stride in height and width, have fused kernels";
+  const c10::cuda::CUDAGuard guard(x.device());
+  std::string why;
+  if (path == ConvPath::library_refused)
+    cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), &why);
+  else
+    why = describe(measured_pass(pass, x, weight, conv), kPaths);
+  return why.empty() ? "no measurement of these channels on this architecture (RAN_EXT_CONV1X1=fused tries it)" : why;
+}
+
+void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_,
+                          const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                          const NextStatistics& next) {
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor x = aligned(x_), weight = aligned(weight_.contiguous());
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
+  y.out = at::empty({shape.n, shape.c_out, shape.out_h(), shape.out_w()}, x.options(), at::MemoryFormat::ChannelsLast);
+  const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
+  const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y.out)) : Tensor();
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
+  cuda::Conv1x1Forward args{};
+  args.y = y.out.mutable_data_ptr();
+  args.x = x.const_data_ptr();
+  args.norm = norm_of(bn);
+  args.weight = weight.const_data_ptr();
+  args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
+  args.residual = added.defined() ? added.const_data_ptr() : nullptr;
+  args.shape = shape;
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
+  const auto kept = in_launch(next.running);
+  if (next.wanted) {
+    y.next_mean = at::empty({shape.c_out}, bn.mean.options());
+    y.next_var = at::empty_like(y.next_mean);
+    args.statistics = {y.next_mean.mutable_data_ptr<float>(), y.next_var.mutable_data_ptr<float>(),
+                       kept.value_or(cuda::RunningStatistics{})};
+  }
+  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), kOp);
+  if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
+}
+
+std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor& x_, const Tensor& weight_,
+                                             const OptTensor& bias, int64_t scale) {
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor trunk = aligned(trunk_), x = aligned(x_), weight = aligned(weight_.contiguous());
+  const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
+  Tensor mask = at::empty({shape.n, shape.c_out, shape.h, shape.w}, x.options(), at::MemoryFormat::ChannelsLast);
+  Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
+  cuda::Conv1x1Forward args{};
+  args.y = mask.mutable_data_ptr();
+  args.gate = {out.mutable_data_ptr(), trunk.const_data_ptr(), trunk.size(2), trunk.size(3), int(scale)};
+  args.x = x.const_data_ptr();
+  args.weight = weight.const_data_ptr();
+  args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
+  args.shape = shape;
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
+  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), "conv_attention_gate");
+  return {out, mask};
+}
+
+std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
+                                                    const Tensor& weight_) {
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor x = aligned(x_), weight = aligned(weight_.contiguous()), dy = aligned_pixels(dout);
+  Tensor dz = at::empty_like(x);
+  BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
+  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::dgrad, shape);
+  cuda::Conv1x1Dgrad args{};
+  args.dz = dz.mutable_data_ptr();
+  args.sum_dz = sums.dz.mutable_data_ptr<float>();
+  args.sum_dz_xhat = sums.dz_xhat.mutable_data_ptr<float>();
+  args.dy = dy.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.norm = norm_of(bn);
+  args.weight = weight.const_data_ptr();
+  args.shape = shape;
+  args.workspace = scratch.workspace();
+  args.counters = scratch.counters();
+  check_launch(cuda::conv1x1_dgrad(args, dtype_of(x, kOp, "x"), current_stream()), "bn_relu_conv2d (backward, dx)");
+  return {dz, sums};
+}
+
+std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
+                                              const Tensor& weight, const Convolution& conv, bool want_bias) {
+  const c10::cuda::CUDAGuard guard(x_.device());
+  const Tensor x = aligned(x_), dy = aligned_pixels(dout);
+  Tensor dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
+  Tensor dbias = want_bias ? at::empty({weight.size(0)}, x.options()) : Tensor();
+  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
+  const Tensor workspace = scratch(cuda::conv1x1_workspace(cuda::Conv1x1Pass::wgrad, shape));
+  cuda::Conv1x1Wgrad args{};
+  args.dweight = dweight.mutable_data_ptr();
+  args.dbias = want_bias ? dbias.mutable_data_ptr() : nullptr;
+  args.dy = dy.const_data_ptr();
+  args.x = x.const_data_ptr();
+  args.norm = norm_of(bn);
+  args.shape = shape;
+  args.workspace = workspace.mutable_data_ptr();
+  check_launch(cuda::conv1x1_wgrad(args, dtype_of(x, kOp, "x"), current_stream()),
+               "bn_relu_conv2d (backward, dweight)");
+  return {dweight, dbias};
+}
+
+}  // namespace ran
+
+#endif

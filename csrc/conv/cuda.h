@@ -1,0 +1,37 @@
+// The fused 1x1 convolutions of the GPU on tensors; CPU builds have none of them.
+#pragma once
+
+#include <tuple>
+
+#include "choose.h"
+
+namespace ran {
+
+#ifdef RAN_WITH_CUDA
+
+// `product` for a channels_last 1x1 convolution without padding, of a shape that the kernel takes, where it is the
+// faster one by measurement.
+ConvPath choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
+// The same of the gate in the forward kernel's epilogue.
+ConvPath choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale);
+// Of the paths that only a GPU has, in words.
+std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
+                                  const Convolution& conv);
+
+// y.out = conv(relu(bn(x))) + bias + residual, and the next statistics where they are wanted.
+void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
+                          const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                          const NextStatistics& next);
+// The gated trunk, and the mask that gates it: conv(x) + bias.
+std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight,
+                                             const OptTensor& bias, int64_t scale);
+// dz, the gradient of bn(x), and its sums; stride 1.
+std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                                                    const Tensor& weight);
+// dweight, and dbias, undefined where it is not wanted.
+std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                                              const Tensor& weight, const Convolution& conv, bool want_bias);
+
+#endif
+
+}  // namespace ran

@@ -1,0 +1,66 @@
+// Which 3x3 convolutions the Winograd kernels take, and with which tile. Accuracy comes first: against float64 "fast"
+// is off by at most twice what PyTorch's own is, "strict" by at most 1.2 times, on dense inputs (measured for 8 to 512
+// channels, 1 to 57 pixels and batches of 1 to 64, float32; the tests repeat it). Then speed, measured on the same.
+#include "kernels.h"
+#include "winograd_tiles.h"
+
+namespace ran::cpu::RAN_ISA {
+
+namespace {
+
+// Forward and data gradient sum over channels: the more, the more the library rounds, while Winograd's own error, of
+// its transforms, stays.
+bool channels_suffice(ConvPass pass, const ConvShape& s) {
+  const int64_t terms = pass == ConvPass::forward ? s.ci : s.co, pixels = std::min(s.h, s.w);
+  // So few values PyTorch may hand to another library, which rounds less.
+  if (s.n < 16 && s.n * s.h * s.w * terms <= 20480) return false;
+  if (pixels <= 2) return false;  // zeros of the padding cost the library no rounding
+  if (pixels <= 4) return terms >= 128;
+  return terms >= (pass == ConvPass::forward ? 36 : 28);
+}
+
+// The weight gradient sums over tiles. Measured against oneDNN's kernels for AVX-512, which are more accurate than
+// those for AVX2.
+bool tiles_suffice(const ConvShape& s, int64_t tiles) { return tiles >= 192 || (tiles >= 128 && s.n >= 32); }
+
+bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
+  return pass == ConvPass::wgrad ? tiles_suffice(s, TileGrid<4>(s).count) : channels_suffice(pass, s);
+}
+
+bool f2x2_is_accurate(ConvPass pass, const ConvShape& s, bool strict) {
+  const int64_t pixels = std::min(s.h, s.w), tiles = TileGrid<2>(s).count;
+  if (pass != ConvPass::wgrad) return !strict || pixels > 1;
+  return pixels > 2 && tiles >= (strict ? 512 : 32);
+}
+
+// Multiplications, for one channel in and out.
+template <int m>
+int64_t cost(const ConvShape& s) {
+  return TileGrid<m>(s).count * (m + 2) * (m + 2);
+}
+
+}  // namespace
+
+bool conv3x3_supported(DType dtype, ConvShape s) {
+#if defined(__FMA__)
+  return dtype != DType::f64 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 1 &&
+         s.pad_w == 1 && s.pixels() > 0;
+#else
+  return false;
+#endif
+}
+
+Conv3x3 conv3x3_choice(ConvPass pass, DType dtype, ConvShape s, bool strict) {
+  const int64_t channels = std::min(s.ci, s.co);
+  if (channels < 16) return Conv3x3::library;
+  // With fewer tiles the weight's transform takes longer than the multiplications that it saves.
+  const bool f4x4_is_fast = TileGrid<4>(s).count >= 4, f2x2_is_fast = TileGrid<2>(s).count >= 16;
+  const bool rounds = dtype != DType::f32;  // to 16 bits, beside which the transforms' error is nothing
+  const bool f4x4 = !strict && f4x4_is_fast && (rounds || f4x4_is_accurate(pass, s));
+  const bool f2x2 = f2x2_is_fast && (rounds || f2x2_is_accurate(pass, s, strict)) &&
+                    (channels >= 32 || (s.ci % kLanes == 0 && s.co % kLanes == 0));
+  if (f4x4 && (!f2x2 || cost<4>(s) < cost<2>(s))) return Conv3x3::f4x4;
+  return f2x2 ? Conv3x3::f2x2 : Conv3x3::library;
+}
+
+}  // namespace ran::cpu::RAN_ISA
