@@ -30,8 +30,8 @@ inline Vec<float> exp(Vec<float> x) {
   return scale(p, k);
 }
 
-// 2^x to within 2^-13: enough where the result is rounded to the 8 or 11 bits of a 16-bit type. The polynomial has the
-// least largest relative error of those that give 1 for 0.
+// 2^x to within 2^-13: enough where the result is rounded to the 8 or 11 bits of a 16-bit type. Of the polynomials that
+// give 1 for 0 this one's largest relative error is the smallest.
 inline Vec<float> exp2_short(Vec<float> x) {
   x = clamp(x, -126.0f, 126.0f);
   const Vec<float> k = round(x), r = x - k;

@@ -20,8 +20,7 @@ constexpr int64_t kGrain = 32768;     // values that are worth a thread
 
 int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
-// ---- channels_last: [rows][channels]; a task is one tile of rows, one block of channels
-// -------------------------------
+// ---- channels_last: [rows][channels]; a task is one tile of rows, one block of channels ----
 
 template <typename A>
 constexpr int64_t channel_block() {
@@ -78,7 +77,7 @@ void reduce_rows(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelVi
       const auto sums = sum_in_runs<Pair<Vec<A>>>(rows, [&](Pair<Vec<A>>& s, int64_t r) {
         const int64_t at = (row + r) * v.channels + c + i;
         const Vec<A> value = load(x + at, n);
-        const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + at, n);
+        const Vec<A> dz = relu_backward(load(dout + at, n), fma(value, scale, shift));
         s.first += dz;
         s.second = fma(dz, value - mean, s.second);
       });
@@ -100,7 +99,7 @@ void apply_rows(T* dx, const T* dout, const T* x, const T* residual, ChannelView
                      const int64_t at = row * v.channels + i;
                      const Vec<A> value = load(x + at, n);
                      const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
-                     const Vec<A> dz = z <= Vec<A>{} ? Vec<A>{} : load(dout + at, n);
+                     const Vec<A> dz = relu_backward(load(dout + at, n), z);
                      Vec<A> rest{};
                      if constexpr (kBatchStats)
                        rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
@@ -110,8 +109,7 @@ void apply_rows(T* dx, const T* dout, const T* x, const T* residual, ChannelView
                });
 }
 
-// ---- NCHW: [outer][channels][inner]; a task is one plane
-// ---------------------------------------------------------------
+// ---- NCHW: [outer][channels][inner]; a task is one plane ----
 
 template <typename Body>
 void for_planes(ChannelView v, Body&& body) {
@@ -155,7 +153,7 @@ void reduce_planes(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, Channel
       const auto add = [&](Pair<Vec<A>>& s, int64_t i, int n) {
         const int64_t from = at + start + i * VecOf<A>::lanes;
         const Vec<A> value = load(x + from, n);
-        const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + from, n);  // 0 past the end
+        const Vec<A> dz = relu_backward(load(dout + from, n), fma(value, scale, shift));  // 0 past the end
         s.first += dz;
         s.second = fma(dz, first(value - bn.mean[c], n), s.second);
       };
@@ -184,7 +182,7 @@ void apply_planes(T* dx, const T* dout, const T* x, const T* residual, ChannelVi
     const Vec<A> a = splat(k.a[c]), b = splat(k.b[c]), constant = splat(k.c[c]);
     for_lanes<A>(v.inner, [&](int64_t i, int n) {
       const Vec<A> value = load(x + at + i, n);
-      const Vec<A> dz = fma(value, scale, shift) <= Vec<A>{} ? Vec<A>{} : load(dout + at + i, n);
+      const Vec<A> dz = relu_backward(load(dout + at + i, n), fma(value, scale, shift));
       Vec<A> rest{};
       if constexpr (kBatchStats) rest = fma(b, value - k.mean[c], constant);
       if (residual) rest += load(residual + at + i, n);

@@ -131,7 +131,7 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
         for (int r = 0; r < n; ++r) {
           const int64_t at = (first + row + r) * s.ci + c;
           const Vec<float> value = load(x + at, lanes);
-          const Vec<float> masked = fma(value, scale, shift) <= Vec<float>{} ? Vec<float>{} : tile.at[r][h];
+          const Vec<float> masked = relu_backward(tile.at[r][h], fma(value, scale, shift));
           store(dz + at, masked, lanes);
           const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
           s0 += stored;

@@ -141,6 +141,11 @@ template <typename V>
 inline V relu(V x) {
   return x <= V{} ? V{} : x;
 }
+// As relu_backward() of formulas.h.
+template <typename V>
+inline V relu_backward(V dout, V z) {
+  return z <= V{} ? V{} : dout;
+}
 
 #if defined(__AVX512F__)
 constexpr __mmask16 kEvery = 0xffff;  // lane; without a mask GCC 12 warns of an uninitialised value that there is not

@@ -48,7 +48,7 @@ void data_gradient(T* dz, float* sum_dz, float* sum_dz_xhat, const T* dout, cons
         for (int j = 0; j < columns; ++j) {
           const int64_t to = first + (i * s.w + j) * s.ci;
           const Vec<float> value = load(x + to, lanes);
-          const Vec<float> masked = fma(value, scale, shift) <= Vec<float>{} ? Vec<float>{} : y[i][j];
+          const Vec<float> masked = relu_backward(y[i][j], fma(value, scale, shift));
           store(dz + to, masked, lanes);
           const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
           s0 += stored;

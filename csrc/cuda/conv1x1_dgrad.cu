@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> a
                        unpack(packed_x, x);
 #pragma unroll
                        for (int i = 0; i < 8; ++i)  // where z is NaN the gradient passes, as in torch
-                         dz[i] = normalise(x[i], ScaleShift<float>{scale[i], shift[i]}) <= 0 ? 0 : dz[i];
+                         dz[i] = relu_backward(dz[i], normalise(x[i], ScaleShift<float>{scale[i], shift[i]}));
                        const auto rounded = pack_floats<T>(dz);
                        store_pack<8>(args.dz + static_cast<int64_t>(row) * columns + column, rounded);
                        unpack(rounded, dz);

@@ -25,17 +25,17 @@ struct Tile {
   static constexpr int kStageFloats = 8 * kStagePitch;    // a warp's, on the way from sums to output
   static constexpr int kVectors = kColumns / 8;           // 16-byte vectors of a row
   static constexpr int kRowGroups = kThreads / kVectors;  // threads that share a vector of columns
-  static constexpr bool kSplits = kBlocks == 1;           // the depth; of the others, every processor has a tile anyhow
+  static constexpr bool kSplits = kBlocks == 1;           // the depth; of the others, every SM has a tile already
 };
 using LargeTile = Tile<2, 128, 3>;
 using TallTile = Tile<2, 64, 3>;
 using SmallTile = Tile<1, 64, 4>;
 
 struct DeviceLimits {
-  int capability;          // 90 for 9.0
-  int processors;          // streaming multiprocessors
-  int shared_a_block;      // bytes
-  int shared_a_processor;  // bytes
+  int capability;        // 90 for 9.0
+  int sm_count;          // streaming multiprocessors
+  int shared_per_block;  // bytes
+  int shared_per_sm;     // bytes
 };
 
 #if defined(RAN_EMULATE)
@@ -97,7 +97,7 @@ size_t product_bytes(int64_t weight_slots, size_t table_bytes) {
   return panels * kPanel * 2 + kWarps * Tile::kStageFloats * sizeof(float) + table_bytes;
 }
 
-// The largest tile that fits and gives nearly every processor one; else the small one.
+// The largest tile that fits and gives nearly every SM one; else the small one.
 inline TileKind choose_tile(int64_t rows, int64_t depth, int64_t columns, size_t table_bytes,
                             const DeviceLimits& device) {
   const int64_t chunks = blocks_for(depth, kPanel);
@@ -105,7 +105,7 @@ inline TileKind choose_tile(int64_t rows, int64_t depth, int64_t columns, size_t
     using Tile = decltype(t);
     const size_t bytes = product_bytes<Tile>(std::min<int64_t>(chunks, Tile::kStages), table_bytes);
     const int64_t tiles = blocks_for(rows, Tile::kRows) * blocks_for(columns, Tile::kColumns);
-    return bytes <= static_cast<size_t>(device.shared_a_block) && 8 * tiles >= 7 * int64_t(device.processors);
+    return bytes <= static_cast<size_t>(device.shared_per_block) && 8 * tiles >= 7 * int64_t(device.sm_count);
   };
   if (columns > 64 && suits(LargeTile{})) return TileKind::large;
   return suits(TallTile{}) ? TileKind::tall : TileKind::small;
@@ -121,16 +121,18 @@ inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table
     plan.tile = kind;
     plan.row_tiles = static_cast<int>(blocks_for(rows, Tile::kRows));
     plan.column_tiles = static_cast<int>(blocks_for(columns, Tile::kColumns));
-    // Where there are too few tiles for the processors, but a long depth, several blocks share a tile.
-    const int64_t wanted = device.processors / std::max<int64_t>(1, int64_t(plan.row_tiles) * plan.column_tiles);
+    // Where there are too few tiles for the SMs, but a long depth, several blocks share a tile.
+    const int64_t wanted = device.sm_count / std::max<int64_t>(1, int64_t(plan.row_tiles) * plan.column_tiles);
     const int64_t most = Tile::kSplits ? std::min(wanted, chunks / kLeastChunks) : 1;
     plan.chunks_a_split = static_cast<int>(blocks_for(chunks, std::max<int64_t>(1, most)));
     plan.splits = static_cast<int>(blocks_for(chunks, plan.chunks_a_split));
-    plan.resident = product_bytes<Tile>(plan.chunks_a_split, table_bytes) <= static_cast<size_t>(device.shared_a_block);
+    plan.resident =
+        product_bytes<Tile>(plan.chunks_a_split, table_bytes) <= static_cast<size_t>(device.shared_per_block);
     plan.shared_bytes = product_bytes<Tile>(plan.resident ? plan.chunks_a_split : Tile::kStages, table_bytes);
-    // As many blocks as run at once (two a processor where they fit, by registers no more), with even shares of tiles.
-    const int64_t a_processor = plan.shared_bytes + 1024 <= size_t(device.shared_a_processor) / 2 ? 2 : 1;
-    const int64_t slots = std::max<int64_t>(1, a_processor * device.processors / std::max(1, plan.column_tiles));
+    // As many blocks as run at once, with even shares of tiles: two an SM where shared memory allows. Registers allow
+    // no more.
+    const int64_t blocks_per_sm = plan.shared_bytes + 1024 <= size_t(device.shared_per_sm) / 2 ? 2 : 1;
+    const int64_t slots = std::max<int64_t>(1, blocks_per_sm * device.sm_count / std::max(1, plan.column_tiles));
     plan.row_blocks = static_cast<int>(blocks_for(plan.row_tiles, blocks_for(std::max(1, plan.row_tiles), slots)));
     return plan;
   });

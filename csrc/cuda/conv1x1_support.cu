@@ -35,7 +35,7 @@ std::string refusal(Conv1x1Pass pass, const Conv1x1Shape& s, DType dtype) {
     return "the device must have compute capability 8.0 or more, it has " + std::to_string(device.capability / 10) +
            "." + std::to_string(device.capability % 10);
   if (pass == Conv1x1Pass::wgrad) return "";
-  const size_t bytes = plan_of(pass, s).shared_bytes, most = device.shared_a_block;
+  const size_t bytes = plan_of(pass, s).shared_bytes, most = device.shared_per_block;
   if (bytes <= most) return "";
   return "so many input channels take " + std::to_string(bytes) + " bytes of shared memory a block, the device has " +
          std::to_string(most);

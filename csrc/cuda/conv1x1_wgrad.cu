@@ -28,13 +28,12 @@ struct WgradPlan {
 };
 
 WgradPlan make_wgrad_plan(const Conv1x1Shape& s) {
-  const int64_t chunks = blocks_for(s.rows(), kPanel), processors = device_limits().processors;
+  const int64_t chunks = blocks_for(s.rows(), kPanel), sm_count = device_limits().sm_count;
   const auto tiles = [&](int side) { return blocks_for(s.c_in, side) * blocks_for(s.c_out, side); };
-  const bool large = s.c_in > 64 && s.c_out > 64 && tiles(128) * (chunks / kLeastChunks) >= processors;
+  const bool large = s.c_in > 64 && s.c_out > 64 && tiles(128) * (chunks / kLeastChunks) >= sm_count;
   const int64_t side = large ? 128 : 64;
-  constexpr int64_t kBlocksAProcessor = 2;  // both fit, by shared memory and by registers
-  const int64_t wanted =
-      std::min(blocks_for(kBlocksAProcessor * processors, tiles(side)), blocks_for(chunks, kLeastChunks));
+  constexpr int64_t kBlocksPerSm = 2;  // both fit, by shared memory and by registers
+  const int64_t wanted = std::min(blocks_for(kBlocksPerSm * sm_count, tiles(side)), blocks_for(chunks, kLeastChunks));
   const int64_t chunks_a_split = std::max<int64_t>(1, blocks_for(chunks, std::max<int64_t>(1, wanted)));
   return {large, static_cast<int>(blocks_for(s.c_in, side)), static_cast<int>(blocks_for(s.c_out, side)),
           static_cast<int>(blocks_for(chunks, chunks_a_split)), static_cast<int>(chunks_a_split)};

@@ -110,7 +110,7 @@ void check_that_processors_are_busy() {
   const std::pair<int64_t, int64_t> shapes[] = {{32768, 32}, {32768, 64}, {32768, 128}, {8192, 256}, {2048, 1024}};
   for (const auto& [outer, channels] : shapes)
     for (const int tensors : {1, 2}) {
-      begin_case("busy processors: %ldx%ld", outer, channels);
+      begin_case("busy SMs: %ldx%ld", outer, channels);
       const ran::ChannelView view{outer, channels, 1};
       const ResidentPlan plan = ran::cuda::bn_relu_resident_plan(view, ran::DType::bf16, h200, tensors);
       EXPECT(ran::cuda::resident_shape(view, ran::DType::bf16, plan, tensors).grid.x >= 120);
@@ -168,7 +168,7 @@ int main() {
         for (const Inputs inputs : {Inputs::whole, Inputs::nan}) check_resident_backward<T>(view, plan, inputs, true);
       }
     }
-    // As they are planned for a device, here one of 12 processors.
+    // As they are planned for a device, here one of 12 SMs.
     const ran::ChannelView view{300, 64, 1};
     for (const int max_cluster : {1, 8}) {
       if (max_cluster > 1 && std::getenv("RAN_NO_CLUSTERS")) continue;

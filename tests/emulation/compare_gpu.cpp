@@ -57,9 +57,9 @@ void add_ops(std::vector<Case>& cases, const DeviceLimits& device) {
     if (device.capability < 90 || (group == 16 && device.capability >= 120)) break;  // what the chips take
     add_resident("resident_cluster_" + std::to_string(group), {32, 64, 1}, group, true);
   }
-  // More memory than a launch has without asking for it; a block on every processor.
+  // More memory than a launch has without asking for it; a block on every SM.
   add_resident("resident_large_slab", {740, 64, 1}, 1, false);
-  add_resident("resident_whole_grid", {int64_t(8) * device.processors, 64, 1}, device.processors, false);
+  add_resident("resident_whole_grid", {int64_t(8) * device.sm_count, 64, 1}, device.sm_count, false);
 }
 
 void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
@@ -76,8 +76,8 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
     cases.push_back(in_16_bits(name, body));
   };
   const Conv1x1Shape small{2, 7, 9, 40, 72, 1}, strided{2, 7, 9, 40, 72, 2}, deep{1, 5, 7, 320, 40, 1};
-  // As many pixels as give every processor a large tile, or a share of them.
-  const int64_t tiles = device.processors;
+  // As many pixels as give every SM a large tile, or a share of them.
+  const int64_t tiles = device.sm_count;
   add_forward("forward", small, {});
   add_forward("forward_norm", small, {true, true, true, true, 0});
   add_forward("forward_gate", small, {true, true, false, true, 1});
@@ -117,8 +117,8 @@ Options parse(int argc, char** argv) {
       emu::schedule = name == "reverse" ? emu::Schedule::reverse : emu::Schedule::forward;
     } else if (option == "--limits" && i + 4 < argc) {
       int* const limits[] = {
-          &ran::cuda::conv1x1::emulated_device.capability, &ran::cuda::conv1x1::emulated_device.processors,
-          &ran::cuda::conv1x1::emulated_device.shared_a_block, &ran::cuda::conv1x1::emulated_device.shared_a_processor};
+          &ran::cuda::conv1x1::emulated_device.capability, &ran::cuda::conv1x1::emulated_device.sm_count,
+          &ran::cuda::conv1x1::emulated_device.shared_per_block, &ran::cuda::conv1x1::emulated_device.shared_per_sm};
       for (int* limit : limits) *limit = std::atoi(argv[++i]);
 #endif
     } else {
@@ -135,8 +135,8 @@ int run_all(const Options& options) {
   add_conv1x1(cases, device);
   FILE* file = std::fopen(options.file, "wb");
   if (!file) stop("cannot write", options.file);
-  std::fprintf(file, "device %d %d %d %d\n", device.capability, device.processors, device.shared_a_block,
-               device.shared_a_processor);
+  std::fprintf(file, "device %d %d %d %d\n", device.capability, device.sm_count, device.shared_per_block,
+               device.shared_per_sm);
   int ran = 0;
   for (const Case& c : cases) {
     if (options.only && c.name != options.only) continue;

@@ -29,7 +29,7 @@ from build import ROOT, build, kernels
 sys.path.insert(0, str(ROOT / "_build"))
 import native
 
-#: For --device cpu, a Hopper GPU of few processors: capability, processors, shared bytes a block and a processor.
+#: For --device cpu, a Hopper GPU of few SMs: capability, SMs, shared bytes a block and an SM.
 SMALL_HOPPER = ["90", "4", str(227 << 10), str(228 << 10)]
 #: A dtype's numpy type, and the distance of neighbours relative to the larger.
 DTYPES = {

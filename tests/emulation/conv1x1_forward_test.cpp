@@ -154,7 +154,7 @@ void check_refusals() {
   expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
 }
 
-// Whatever the plan, its launch must be taken; and a tile that nearly every processor has one of is not given up.
+// Whatever the plan, its launch must be taken; and a tile that nearly every SM has one of is not given up.
 void check_limits() {
   using ran::cuda::conv1x1::DeviceLimits;
   const DeviceLimits devices[] = {{80, 108, 163 << 10, 164 << 10},
@@ -168,21 +168,21 @@ void check_limits() {
         for (const int64_t c_out : {8, 64, 128, 136, 1024, 65536})
           for (const auto pass : {Conv1x1Pass::forward, Conv1x1Pass::dgrad}) {
             const Conv1x1Shape s{1, rows, 1, c_in, c_out, 1};
-            begin_case("limits: %ld rows, %ld to %ld, %d processors", rows, c_in, c_out, device.processors);
+            begin_case("limits: %ld rows, %ld to %ld, %d SMs", rows, c_in, c_out, device.sm_count);
             if (!conv1x1_supported(pass, s, ran::DType::bf16, nullptr)) continue;
             const auto plan = ran::cuda::plan_of(pass, s);
-            EXPECT(plan.shared_bytes <= size_t(device.shared_a_block));
+            EXPECT(plan.shared_bytes <= size_t(device.shared_per_block));
             EXPECT(plan.row_blocks >= 1 && plan.row_blocks <= plan.row_tiles && plan.column_tiles <= 65535);
             EXPECT(plan.splits == 1 ||
-                   (plan.row_blocks == plan.row_tiles && plan.splits * plan.tiles() <= device.processors &&
+                   (plan.row_blocks == plan.row_tiles && plan.splits * plan.tiles() <= device.sm_count &&
                     plan.chunks_a_split >= ran::cuda::conv1x1::kLeastChunks));
           }
   }
   ran::cuda::conv1x1::emulated_device = devices[2];
-  begin_case("128 tiles on 132 processors");
+  begin_case("128 tiles on 132 SMs");
   const auto plan = ran::cuda::plan_of(Conv1x1Pass::forward, {128, 8, 16, 256, 128, 1});
   EXPECT(plan.tile == ran::cuda::conv1x1::TileKind::large && plan.row_blocks == 128);
-  begin_case("32 tiles on 132 processors");
+  begin_case("32 tiles on 132 SMs");
   const auto split = ran::cuda::plan_of(Conv1x1Pass::forward, {32, 8, 8, 1024, 64, 1});
   EXPECT(split.tiles() == 32 && split.splits == 4 && split.chunks_a_split == 4);
 }

@@ -17,7 +17,7 @@ struct Conv1x1Case {
   const char* name;
   Conv1x1Shape shape;  // n, h, w, c_in, c_out, stride
   bool normalise;      // else x goes into the product as it is; the forward pass alone takes it so
-  int processors;      // few make large tiles and several tiles a block, many make small tiles
+  int sm_count;        // few make large tiles and several tiles a block, many make small tiles
   int shared_bytes;    // a block may have; decides whether the weight stays in shared memory
   bool whole = false;  // small integers: every sum is exact, so the bits are known
   double shift = 0;    // of the batch normalisation's bias
@@ -83,7 +83,7 @@ struct Conv1x1Inputs {
 
   explicit Conv1x1Inputs(const Conv1x1Case& c) : c(c) {
     begin_case("conv1x1 %s, %s", c.name, Type<T>::name);
-    ran::cuda::conv1x1::emulated_device = {80, c.processors, c.shared_bytes, c.shared_bytes + 1024};
+    ran::cuda::conv1x1::emulated_device = {80, c.sm_count, c.shared_bytes, c.shared_bytes + 1024};
     for (int64_t i = 0; c.whole && i < s.c_in; ++i) var[i] = 1;
     for (int64_t i = 0; !c.affine && i < s.c_in; ++i) scale[i] = 1, bias[i] = 0;  // what null stands for
     if (c.nan_at >= 0) x[c.nan_at] = make<T>(NAN);

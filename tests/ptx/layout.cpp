@@ -53,7 +53,7 @@ void ops(const Run& run) {
   measure([&] { resident<T>(run, {2048, 64, 1}, 4, true, 32); });
 }
 
-// With each tile: by so many rows that every processor has one, or by fewer.
+// With each tile: by so many rows that every SM has one, or by fewer.
 template <typename T>
 void convolutions(const Run& run) {
   const Conv1x1Shape large{1, 8, 64, 128, 128, 1}, tall{1, 8, 64, 64, 64, 1}, small{1, 2, 64, 128, 64, 1};
@@ -63,7 +63,7 @@ void convolutions(const Run& run) {
     measure([&] { conv1x1_dgrad<T>(run, s); });
     measure([&] { conv1x1_wgrad<T>(run, s); });
   }
-  // A tile for four processors: the depth is split.
+  // A tile for four SMs: the depth is split.
   const Conv1x1Shape forward_split{1, 1, 64, 512, 64, 1}, dgrad_split{1, 1, 64, 64, 512, 1};
   measure([&] { conv1x1_forward<T>(run, forward_split, {true, true, true, true, 0}); });
   measure([&] { conv1x1_dgrad<T>(run, dgrad_split); });
