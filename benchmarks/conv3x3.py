@@ -42,13 +42,10 @@ def functions(channels: int, pixels: int, batch: int) -> dict[str, dict[str, Cal
     x, weight = drawn(batch, channels, pixels, pixels), drawn(channels, channels, 3, 3)
     dout = torch.randn_like(x)
     mean, var, one = torch.zeros(channels), torch.ones(channels), [1, 1]
-    no_statistics: tuple[bool, list[Tensor], None] = (False, [], None)
     return {
         "forward": {
             "PyTorch": lambda: aten.convolution(x, weight, None, one, one, one, False, [0, 0], 1),
-            "ran_ext": lambda: ours.bn_relu_conv2d(
-                x, None, None, mean, var, *no_statistics, 1e-5, weight, None, None, one, one, *no_statistics, False
-            ),
+            "ran_ext": lambda: ours.bn_relu_conv2d(x, weight, running=[], mean=mean, var=var, padding=one),
         },
         "backward": {
             "PyTorch": lambda: aten.convolution_backward(

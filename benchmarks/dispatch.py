@@ -64,9 +64,8 @@ def run_pass(case: AnyCase, name: str, dtype: torch.dtype, device: torch.device)
         norm, geometry = (bn_weight, bn_bias, mean, var), ([1, 1], [0, 0])
         out = case.plain(x, bn_weight, bn_bias, mean.clone(), var.clone(), weight, bias)
     if name == "forward":
-        return lambda: torch.ops.ran_ext.bn_relu_conv2d(
-            x.detach(), *norm, True, [], None, 1e-5, weight, bias, None, *geometry, False, [], None, False
-        )
+        named = dict(zip(("bn_weight", "bn_bias", "mean", "var"), norm, strict=True))
+        return lambda: torch.ops.ran_ext.bn_relu_conv2d(x.detach(), weight, bias, running=[], **named)
     wanted = PASSES[name]
     return lambda: torch.ops.ran_ext.bn_relu_conv2d_backward(out, x, *norm, weight, *geometry, 1e-5, True, wanted, None)
 

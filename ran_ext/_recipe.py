@@ -60,8 +60,8 @@ class Recipe(NamedTuple):
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
         out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-            x, self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps,
-            weight, bias, None, stride, padding, False, [], None, False, _backend.conv3x3_mode(),
+            x, weight, bias, running=[], bn_weight=self.weight, bn_bias=self.bias, mean=self.mean, var=self.var,
+            batch_stats=self.batch_stats, eps=self.eps, stride=stride, padding=padding, conv3x3=_backend.conv3x3_mode(),
         )[0]  # fmt: skip
         return out
 

@@ -159,9 +159,8 @@ def test_compiled_ops_refuse_or_bound_sizes_themselves(huge):
 
 def convolution(x, *, mean=None, var=None, weight=W, residual=None, stride=(1, 1), padding=(0, 0)):
     """The compiled op by itself."""
-    norm = (None, None, mean, var, False, [], None, 1e-5)
-    rest = (list(stride), list(padding), False, [], None, False)
-    return torch.ops.ran_ext.bn_relu_conv2d(x, *norm, weight, None, residual, *rest)
+    options = {"mean": mean, "var": var, "residual": residual, "stride": list(stride), "padding": list(padding)}
+    return torch.ops.ran_ext.bn_relu_conv2d(x, weight, running=[], **options)
 
 
 def test_compiled_ops_want_both_statistics_and_fitting_tensors():

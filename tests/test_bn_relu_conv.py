@@ -146,15 +146,20 @@ def test_opcheck(case, layout):
     def kept(channels: int) -> list[torch.Tensor]:
         return [torch.zeros(channels), torch.ones(channels), torch.tensor(0)]
 
-    for known, running, following in (
+    for known, running, of_next in (
         ((None, None, False), (kept(case[1]), None), (True, kept(case[4]), None)),
         ((None, None, False), ([], None), (False, [], None)),
         ((mean, var, True), ([], None), (True, kept(case[4])[:2], 0.1)),
         ((mean, var, False), ([], None), (False, [], None)),
     ):
         torch.library.opcheck(
-            torch.ops.ran_ext.bn_relu_conv2d,
-            (x_, g_, b_, *known, *running, 1e-5, w_, bias_, r_, stride, padding, *following, False),
+            torch.ops.ran_ext._chained_bn_relu_conv2d,
+            (x_, g_, b_, *known, *running, 1e-5, w_, bias_, r_, stride, padding, *of_next, False),
+        )
+    for options in ({"bn_weight": g_, "bn_bias": b_}, {"mean": mean, "var": var, "residual": r_}):
+        geometry = {"stride": stride, "padding": padding}
+        torch.library.opcheck(
+            torch.ops.ran_ext.bn_relu_conv2d, (x_, w_, bias_), {"running": [], **options, **geometry}
         )
     dout = torch.randn_like(r)
     for wanted, fork in (([True] * 3, None), ([True, False, False], x.clone()), ([False, True, True], None)):

@@ -216,7 +216,7 @@ def test_next_statistics_are_those_of_the_output(case):
     x = torch.randn(n, ci, h, w).to(memory_format=torch.channels_last)
     args = (x, module.bn.weight, module.bn.bias, None, None, False, [], None, 1e-5, module.conv.weight)
     with torch.no_grad():
-        out, _, _, mean, var, _ = torch.ops.ran_ext.bn_relu_conv2d(
+        out, _, _, mean, var, _ = torch.ops.ran_ext._chained_bn_relu_conv2d(
             *args, module.conv.bias, None, [1, 1], [1, 1], True, [], None, False
         )
     wide = out.double()

@@ -38,7 +38,7 @@ def kept(way: str, x: Tensor, mean: Tensor, var: Tensor, momentum: float | None 
         known = (first.running_mean, first.running_var)
         args = (None, None, *known, False, [], None, 0.0, conv.weight, None, None, [1, 1], [0, 0])
         x = x.contiguous(memory_format=torch.channels_last)
-        torch.ops.ran_ext.bn_relu_conv2d(x, *args, True, [mean, var, batches], momentum, False)
+        torch.ops.ran_ext._chained_bn_relu_conv2d(x, *args, True, [mean, var, batches], momentum, False)
     elif way == "processes":
         bn = nn.SyncBatchNorm(c, momentum=momentum)
         bn.running_mean, bn.running_var, bn.num_batches_tracked = mean, var, batches

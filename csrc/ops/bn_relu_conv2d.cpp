@@ -16,16 +16,17 @@ namespace {
 constexpr const char* kOp = "bn_relu_conv2d";
 
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false; and
 // x again, where autograd is to `fork`: the gradient of that output is added in the launch that writes dx. Below
 // autograd it is empty.
-Tensors6 bn_relu_conv2d(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
-                        const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
-                        const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
-                        at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                        std::optional<double> next_momentum, bool, int64_t conv3x3) {
+Tensors6 chained(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+                 const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
+                 const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
+                 at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
+                 std::optional<double> next_momentum, bool, int64_t conv3x3) {
   const Tensor x = dense_activation(kOp, x_);
   const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
   check_convolution(kOp, x, weight, conv);
@@ -73,13 +74,16 @@ struct Statistics {
   bool fork;
 };
 
-struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
+struct ChainedFunction : torch::autograd::Function<ChainedFunction> {
+  // The places of forward's differentiable arguments among all of its arguments, and so among backward's results.
+  enum Place { kX = 0, kBnWeight = 1, kBnBias = 2, kWeight = 7, kBias = 8, kResidual = 9, kPlaces = 13 };
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight,
                                const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
                                const Statistics& stats, double eps, const Tensor& weight, const OptTensor& bias,
                                const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
                                int64_t conv3x3) {
-    static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
+    static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var, next_mean, next_var, none] =
         op.call(x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps,
@@ -105,10 +109,10 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(bn_relu_conv2d_backward)>("ran_ext::bn_relu_conv2d_backward");
-    variable_list result(13);
+    variable_list result(kPlaces);
     const Tensor& dfork = grads[5];
     if (!grads[0].defined()) {
-      result[0] = dfork;
+      result[kX] = dfork;
       return result;
     }
     const variable_list saved = ctx->get_saved_variables();
@@ -116,14 +120,14 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
     const auto stride = ctx->saved_data["stride"].toIntVector(), padding = ctx->saved_data["padding"].toIntVector();
     const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
     const double eps = ctx->saved_data["eps"].toDouble();
-    if (ctx->saved_data["has_residual"].toBool()) result[9] = grads[0];
+    if (ctx->saved_data["has_residual"].toBool()) result[kResidual] = grads[0];
     if (at::GradMode::is_enabled()) {
       const Tensor a = decomposed::bn_relu(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
       const Tensor out = library::conv2d(a, weight, bias, stride, padding);
       const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
-      std::copy_n(found.begin(), 3, result.begin());
-      std::copy_n(found.begin() + 3, 2, result.begin() + 7);
-      if (dfork.defined()) result[0] = result[0].defined() ? result[0] + dfork : dfork;
+      std::copy_n(found.begin(), 3, result.begin() + kX);
+      std::copy_n(found.begin() + 3, 2, result.begin() + kWeight);
+      if (dfork.defined()) result[kX] = result[kX].defined() ? result[kX] + dfork : dfork;
       return result;
     }
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0) || ctx->needs_input_grad(1) || ctx->needs_input_grad(2),
@@ -132,25 +136,25 @@ struct BnReluConvFunction : torch::autograd::Function<BnReluConvFunction> {
         op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted,
                 dfork.defined() ? OptTensor(dfork) : std::nullopt, ctx->saved_data["conv3x3"].toInt());
     if (wanted[0]) {
-      result[0] = dx;
-      if (bn_weight.defined()) result[1] = dbn_weight.to(bn_weight.scalar_type());
-      if (bn_bias.defined()) result[2] = dbn_bias.to(bn_bias.scalar_type());
+      result[kX] = dx;
+      if (bn_weight.defined()) result[kBnWeight] = dbn_weight.to(bn_weight.scalar_type());
+      if (bn_bias.defined()) result[kBnBias] = dbn_bias.to(bn_bias.scalar_type());
     }
-    if (wanted[1]) result[7] = dweight;
-    if (wanted[2]) result[8] = dbias;
+    if (wanted[1]) result[kWeight] = dweight;
+    if (wanted[2]) result[kBias] = dbias;
     return result;
   }
 };
 
-Tensors6 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                                 const OptTensor& mean, const OptTensor& var, bool batch_stats, at::TensorList running,
-                                 std::optional<double> momentum, double eps, const Tensor& weight,
-                                 const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
-                                 at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
+Tensors6 chained_autograd(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+                          const OptTensor& var, bool batch_stats, at::TensorList running,
+                          std::optional<double> momentum, double eps, const Tensor& weight, const OptTensor& bias,
+                          const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, bool next_stats,
+                          at::TensorList next_running, std::optional<double> next_momentum, bool fork,
+                          int64_t conv3x3) {
   const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}, fork};
-  const variable_list out = BnReluConvFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias,
-                                                      residual, stride, padding, conv3x3);
+  const variable_list out = ChainedFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias, residual,
+                                                   stride, padding, conv3x3);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
@@ -158,13 +162,13 @@ Tensors6 bn_relu_conv2d_autograd(const Tensor& x, const OptTensor& bn_weight, co
 // x itself is wider (a network's first layer) it is normalised in that precision and rounded once, after the ReLU;
 // where the residual is wider the sum is. The next statistics are then taken from what comes out.
 template <at::DeviceType device>
-Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                                 const OptTensor& mean, const OptTensor& var, bool batch_stats, at::TensorList running,
-                                 std::optional<double> momentum, double eps, const Tensor& weight,
-                                 const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
-                                 at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                                 std::optional<double> next_momentum, bool fork, int64_t conv3x3) {
-  static const auto op = find_op<decltype(bn_relu_conv2d)>("ran_ext::bn_relu_conv2d");
+Tensors6 chained_autocast(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+                          const OptTensor& var, bool batch_stats, at::TensorList running,
+                          std::optional<double> momentum, double eps, const Tensor& weight, const OptTensor& bias,
+                          const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, bool next_stats,
+                          at::TensorList next_running, std::optional<double> next_momentum, bool fork,
+                          int64_t conv3x3) {
+  static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const bool wide_x = x.scalar_type() != lower && x.scalar_type() != at::kDouble;
   const auto cast = [&](const Tensor& t) {
@@ -198,11 +202,29 @@ Tensors6 bn_relu_conv2d_autocast(const Tensor& x, const OptTensor& bn_weight, co
   return {out, batch_mean, batch_var, next_mean, next_var, identity};
 }
 
+// The op by itself, its options named. It is made of the chained one: autograd, autocast and tracers see that.
+Tensors3 bn_relu_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::TensorList running,
+                        const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
+                        const OptTensor& var, bool batch_stats, std::optional<double> momentum, double eps,
+                        const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, int64_t conv3x3) {
+  static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
+  const auto result = op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, weight, bias,
+                              residual, stride, padding, false, {}, std::nullopt, false, conv3x3);
+  return {std::get<0>(result), std::get<1>(result), std::get<2>(result)};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
-      "bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool batch_stats, "
+      "bn_relu_conv2d(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor(a!)[] running, Tensor? bn_weight=None, "
+      "Tensor? bn_bias=None, Tensor? mean=None, Tensor? var=None, bool batch_stats=False, float? momentum=None, "
+      "float eps=1e-05, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int conv3x3=0) -> "
+      "(Tensor out, Tensor mean, Tensor var)",
+      bn_relu_conv2d);
+  m.def(
+      "_chained_bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool "
+      "batch_stats, "
       "Tensor(a!)[] running, float? momentum, float eps, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
       "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork, int conv3x3=0) -> "
       "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var, Tensor identity)");
@@ -213,17 +235,17 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
-  m.impl("bn_relu_conv2d", bn_relu_conv2d);
+  m.impl("_chained_bn_relu_conv2d", chained);
   m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
 }
 #ifdef RAN_WITH_CUDA
 TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("bn_relu_conv2d", bn_relu_conv2d);
+  m.impl("_chained_bn_relu_conv2d", chained);
   m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
 }
 #endif
-TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autograd); }
-TORCH_LIBRARY_IMPL(ran_ext, AutocastCPU, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autocast<at::kCPU>); }
-TORCH_LIBRARY_IMPL(ran_ext, AutocastCUDA, m) { m.impl("bn_relu_conv2d", bn_relu_conv2d_autocast<at::kCUDA>); }
+TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("_chained_bn_relu_conv2d", chained_autograd); }
+TORCH_LIBRARY_IMPL(ran_ext, AutocastCPU, m) { m.impl("_chained_bn_relu_conv2d", chained_autocast<at::kCPU>); }
+TORCH_LIBRARY_IMPL(ran_ext, AutocastCUDA, m) { m.impl("_chained_bn_relu_conv2d", chained_autocast<at::kCUDA>); }
 
 }  // namespace ran

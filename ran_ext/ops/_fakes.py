@@ -93,7 +93,7 @@ def _register() -> None:
     def _(dout: Tensor, x: Tensor, *args: Any) -> Tensor:
         return _dense_like(x)
 
-    @fake("ran_ext::bn_relu_conv2d")
+    @fake("ran_ext::_chained_bn_relu_conv2d")
     def _(
         x: Tensor,
         bn_weight: Tensor | None,
@@ -113,9 +113,9 @@ def _register() -> None:
         *args: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         size = x.shape[1] if mean is None else 0
-        following = weight.shape[0] if next_stats else 0
+        next_size = weight.shape[0] if next_stats else 0
         out = F.conv2d(_dense_like(x), weight, bias, stride, padding)
-        vectors = _vector(x, size), _vector(x, size), _vector(x, following), _vector(x, following)
+        vectors = _vector(x, size), _vector(x, size), _vector(x, next_size), _vector(x, next_size)
         return out, *vectors, x.new_empty([0])
 
     @fake("ran_ext::conv2d")
@@ -170,9 +170,23 @@ def _register() -> None:
             dbias if wanted[2] else x.new_empty([0]),
         )
 
-    @flops(torch.ops.ran_ext.bn_relu_conv2d)
-    def _(x: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-        return conv_flop_count(x, args[8], out_shape[0])
+    @flops(torch.ops.ran_ext._chained_bn_relu_conv2d)
+    def _(
+        x: Any,
+        bn_weight: Any,
+        bn_bias: Any,
+        mean: Any,
+        var: Any,
+        batch_stats: Any,
+        running: Any,
+        momentum: Any,
+        eps: Any,
+        weight: Any,
+        *args: Any,
+        out_shape: Any,
+        **kwargs: Any,
+    ) -> int:
+        return conv_flop_count(x, weight, out_shape[0])
 
     @flops(torch.ops.ran_ext.conv2d)
     def _(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
@@ -188,9 +202,21 @@ def _register() -> None:
 
     @flops(torch.ops.ran_ext.bn_relu_conv2d_backward)
     def _(
-        dout: Any, x: Any, bn_weight: Any, bn_bias: Any, mean: Any, var: Any, weight: Any, *args: Any, **kwargs: Any
+        dout: Any,
+        x: Any,
+        bn_weight: Any,
+        bn_bias: Any,
+        mean: Any,
+        var: Any,
+        weight: Any,
+        stride: Any,
+        padding: Any,
+        eps: Any,
+        batch_stats: Any,
+        wanted: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> int:
-        wanted = args[4]
         return conv_flop_count(x, weight, dout) * (int(wanted[0]) + int(wanted[1]))
 
 

@@ -104,9 +104,21 @@ def bn_relu_conv2d(
             num_batches_tracked=num_batches_tracked,
         )
     mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
-    norm = (bn_weight, bn_bias, mean, var, False, running, momentum, eps)
     out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, weight, bias, residual, stride, padding, False, [], None, False, _backend.conv3x3_mode()
+        x,
+        weight,
+        bias,
+        running=running,
+        bn_weight=bn_weight,
+        bn_bias=bn_bias,
+        mean=mean,
+        var=var,
+        momentum=momentum,
+        eps=eps,
+        residual=residual,
+        stride=stride,
+        padding=padding,
+        conv3x3=_backend.conv3x3_mode(),
     )[0]
     return out
 
@@ -180,11 +192,11 @@ def chained_bn_relu_conv2d(
         else (None, None, [])
     )
     norm = (bn.weight, bn.bias, mean, var, True, running, momentum, eps)
-    following = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
+    of_next = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
     # An output that is the input is autograd's alone: a traced graph could not say so.
     fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
-    out, _, _, next_mean, next_var, identity = torch.ops.ran_ext.bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *following, fork, _backend.conv3x3_mode()
+    out, _, _, next_mean, next_var, identity = torch.ops.ran_ext._chained_bn_relu_conv2d(
+        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *of_next, fork, _backend.conv3x3_mode()
     )
     return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 
