@@ -11,7 +11,7 @@ from pathlib import Path
 from ran_ext._files import write_atomically
 from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
-from ran_ext.train.png import png
+from ran_ext.train.evaluation import png
 
 #: The two networks, of which the first is said to be the more robust; and their colours.
 ATTENTION, TRUNK = "attention", "trunk only"

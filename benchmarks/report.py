@@ -12,7 +12,7 @@ from typing import Any
 
 from ran_ext import _json
 from ran_ext._files import write_atomically
-from ran_ext.train.png import png
+from ran_ext.train.evaluation import png
 
 from .timing import Spread
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ran_ext import _backend
 from ran_ext.train import Ranks
-from ran_ext.train.environment import environment as versions
+from ran_ext.train.system import environment as versions
 
 #: Written between two timed calls on a GPU, so that neither finds its inputs in the L2 cache (at most 126 MB so far).
 FLUSH_BYTES = 256 << 20

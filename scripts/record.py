@@ -51,8 +51,8 @@ from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
-from ran_ext.train.distributed import choose_device
-from ran_ext.train.run import LAST
+from ran_ext.train.state import LAST
+from ran_ext.train.system import choose_device
 
 RECIPES = {
     # A prediction: the error was 0.127 after 6 epochs; if it falls as epochs ** -0.4 to -0.5, it is 0.104 to 0.098

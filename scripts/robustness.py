@@ -44,8 +44,8 @@ from ran_ext.train import (
 )
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
-from ran_ext.train.distributed import choose_device
-from ran_ext.train.run import LAST, SELECTED
+from ran_ext.train.state import LAST, SELECTED
+from ran_ext.train.system import choose_device
 
 #: Options of ``ran_compact``.
 NETWORKS: dict[str, dict[str, Any]] = {ATTENTION: {}, TRUNK: {"attention": False}}

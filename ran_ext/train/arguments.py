@@ -18,11 +18,10 @@ from .._command import Parser
 from .._errors import one_line
 from .._files import require_regular
 from ..models import ran_compact
-from .config import CHOICES, PRESETS, Config
-from .errors import TrainingError
-from .run import LAST
-from .scales import AUTO, LIMIT, SCALES
-from .step_kinds import STEPS
+from .config import AUTO, CHOICES, LIMIT, PRESETS, SCALES, Config
+from .state import LAST
+from .step import STEPS
+from .system import TrainingError
 
 #: The name that stands for the embedded images, and the folder looked for first.
 SAMPLE, DATA_FOLDER = "sample", Path("data")

@@ -1,23 +1,39 @@
-"""All that a run must remember to continue bit for bit."""
+"""All that a run must remember to continue bit for bit, its files, and what it tells to callbacks."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .. import ops
+from .._hardware import multiplies_bfloat16
+from .._lock import FolderInUseError, FolderLock
+from ..data import Normalize
+from .checkpoint import (
+    Misfit,
+    describe,
+    load_config,
+    load_weights,
+    misfit_explained,
+    read_entries,
+    require_optimizer_like,
+    save_checkpoint,
+)
 from .config import Config
-from .distributed import Ranks
-from .early_stopping import EarlyStopping
-from .ema import ExponentialMovingAverage
-from .errors import CheckpointError
-from .optimizers import load_optimizer, require_optimizer_like
-from .results import EpochFigures
-from .schema import Misfit, describe, load_weights
+from .evaluation import EpochFigures, Result
+from .recipe import EarlyStopping, ExponentialMovingAverage, build_optimizer, load_optimizer
 from .step import StepHistory
+from .system import CheckpointError, Ranks
+
+#: The whole state, to resume from; and the selected weights.
+LAST, SELECTED = "last.pt", "model.pt"
 
 
 @dataclasses.dataclass
@@ -44,10 +60,44 @@ class TrainingState:
     seconds: float = 0.0
     figures: list[EpochFigures] = dataclasses.field(default_factory=list)
 
+    @classmethod
+    def begin(cls, model: nn.Module, config: Config, ranks: Ranks, steps: int, asked_dtype: str) -> TrainingState:
+        """The state of a run of ``steps`` steps an epoch before its first; ``model`` is moved to the device."""
+        device = ranks.device
+        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        model = ranks.convert(model.to(device=device, memory_format=layout))  # type: ignore[call-overload]
+        torch.manual_seed(config.seed + ranks.rank)  # dropout differs from process to process
+        return cls(
+            config,
+            model,
+            build_optimizer(model, config, device),
+            torch.amp.GradScaler(device.type) if config.dtype == "float16" else None,
+            ExponentialMovingAverage(model, config.ema) if config.ema else None,
+            EarlyStopping(config.patience),
+            StepHistory(steps, config.batch_size // ranks.world_size, device),
+            asked_dtype,
+        )
+
     @property
     def eval_model(self) -> nn.Module:
         """The weights that are validated and kept."""
         return self.model if self.ema is None else self.ema.average
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last epoch is over, or the accuracy has stopped growing."""
+        return self.epoch >= self.config.epochs or self.stopping.should_stop
+
+    @property
+    def selected_epoch(self) -> int:
+        """Whose weights ``model.pt`` holds, from 1; 0 for none."""
+        return self.stopping.best_epoch + 1 if self.config.select == "best" else self.epoch
+
+    @property
+    def just_selected(self) -> bool:
+        """Whether the selected weights are those of the epoch that has just ended."""
+        chosen = self.stopping.best_epoch == self.epoch - 1 if self.config.select == "best" else self.finished
+        return self.epoch > 0 and self.history.count == 0 and chosen
 
     def to_dict(self, ranks: Ranks, images: int) -> dict[str, Any]:
         """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
@@ -130,3 +180,119 @@ def _restore_rng(state: list[torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state[0].cpu())
     if device.type == "cuda" and len(state) > 1:
         torch.cuda.set_rng_state(state[1].cpu(), device)
+
+
+class RunFiles:
+    """The two checkpoints in a run's folder, whose lock the run holds.
+
+    Attributes:
+        last: the whole state, to resume from.
+        selected: recipe and selected weights.
+    """
+
+    def __init__(self, folder: Path, lock: FolderLock, normalize: Normalize):
+        self.last, self.selected, self.lock = folder / LAST, folder / SELECTED, lock
+        self.normalize = normalize
+
+    def write_last(self, values: dict[str, Any]) -> None:
+        """Write ``last.pt``: what :meth:`TrainingState.to_dict` made."""
+        self._write(self.last, values)
+
+    def write_selected(self, state: TrainingState) -> None:
+        """Write ``model.pt``: configuration, weights, normalisation, figures of the epoch that has just ended."""
+        recipe = {"config": state.config.to_dict(), "asked": {"dtype": state.asked_dtype}}
+        figures = dataclasses.asdict(state.figures[-1])
+        self._write(self.selected, recipe | {"model": state.eval_model.state_dict(), "figures": figures})
+
+    def read_selected(self, device: torch.device, figures: EpochFigures | None) -> dict[str, Any]:
+        """What ``model.pt`` holds.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds the weights of another epoch than that of ``figures``.
+        """
+        state = read_entries(self.selected, ("model",), device)
+        with misfit_explained(self.selected):
+            if figures and state.get("figures") != dataclasses.asdict(figures):
+                raise Misfit(f"it is not of epoch {figures.epoch} of this run")
+        return state
+
+    def _write(self, path: Path, values: dict[str, Any]) -> None:
+        try:
+            self.lock.require()
+        except FolderInUseError as error:
+            raise CheckpointError(f"cannot write {path}: {error}") from error
+        normalize = {"scale": self.normalize.scale, "offset": self.normalize.offset}
+        save_checkpoint(path, values | {"normalize": normalize})
+
+
+class Callback:
+    """What a run tells while it goes; every method does nothing by default. Called in the first process alone.
+
+    An ``OSError`` from one of them (a full disk, say) ends the calls, not the training.
+    """
+
+    def on_start(self, state: TrainingState, step: int) -> None:
+        """Training begins with step ``step`` of the run, 0 or that of a resumed checkpoint."""
+
+    def on_steps(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
+        """Steps ``first``, ``first + 1``, ... of the run took place, with these losses and accuracies."""
+
+    def on_epoch(self, figures: EpochFigures, state: TrainingState) -> None:
+        """An epoch has been validated."""
+
+    def on_end(self, result: Result) -> None:
+        """The run has come to its end, or was interrupted."""
+
+
+def resolve_dtype(config: Config, ranks: Ranks, last: Path | None = None) -> Config:
+    """``config`` with a dtype in the place of ``auto``: bfloat16 where the device multiplies it, else float32.
+
+    Args:
+        config: of the run.
+        ranks: its processes, which must all call this; one without bfloat16 decides for all.
+        last: a checkpoint that the run goes on from, if it is there: its dtype is kept.
+
+    Raises:
+        CheckpointError: ``last`` cannot be read.
+        ValueError: the device cannot train in the dtype asked for.
+
+    >>> resolve_dtype(Config(dtype="auto"), Ranks(0, 1, torch.device("cpu"))).dtype in ("bfloat16", "float32")
+    True
+    """
+    if config.dtype == "float16" and ranks.device.type != "cuda":
+        raise ValueError(f"fit: dtype float16 needs CUDA, got device {ranks.device}; choose auto")
+    if config.dtype != "auto":
+        return config
+    if last is not None and os.path.lexists(last):
+        dtype = load_config(last).dtype
+    else:
+        dtype = "float32" if ranks.any(not multiplies_bfloat16(ranks.device)) else "bfloat16"
+    return dataclasses.replace(config, dtype=dtype)
+
+
+def slow_dtype(dtype: str, device: torch.device) -> str:
+    """A sentence for the user where ``dtype`` is slow on ``device``; "" elsewhere. Measures for up to a second."""
+    if dtype != "bfloat16" or multiplies_bfloat16(device):
+        return ""
+    ratio = conv_seconds(torch.bfloat16, device) / conv_seconds(torch.float32, device)
+    if ratio < 1.2:  # by this package's kernels, which multiply in float
+        return ""
+    return (
+        f"dtype bfloat16 is emulated on this {device.type}: a 3x3 convolution of 128 channels, forward and backward, "
+        f"takes {ratio:.1f} times as long as in float32 (measured just now); a new run with --dtype auto is faster"
+    )
+
+
+def conv_seconds(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds of a convolution, forward and backward: the shortest of three after one that is not counted."""
+    x = torch.ones(8, 128, 8, 8, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.ones(128, 128, 3, 3, dtype=dtype, device=device, requires_grad=True)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        out = ops.conv2d(x, weight, padding=1)
+        gradients = torch.autograd.grad(out, (x, weight), torch.ones_like(out))
+        for gradient in gradients:
+            gradient.flatten()[0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
