@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ran_ext.data import CIFAR10, split_validation
 from ran_ext.train import Callback, NonFiniteError, Progress, Ranks, fit
-from ran_ext.train.report import duration
 from ran_ext.train.state import LAST
+from ran_ext.train.system import duration
 
 from ..reference import training
 from ..timing import environment

@@ -47,7 +47,7 @@ def require_entries(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
     ran_ext.train.checkpoint.Misfit: 'epoch' must be a whole number >= 0, got -1
     """
     for name in names:
-        if name == "asked" and name not in state:  # older files have none
+        if name in ("asked", "scheduler") and name not in state:  # older files have none
             continue
         if name not in state:
             raise Misfit(f"it has no {name!r}")
@@ -214,6 +214,7 @@ ENTRIES: dict[str, Rule] = {
     "model": _tensors,
     "optimizer": _optimizer,
     "scaler": _optional(_rule("a dict of numbers", lambda v: isinstance(v, dict) and all(map(_is_number, v.values())))),
+    "scheduler": _optional(_rule("a dict", lambda v: isinstance(v, dict))),
     "ema": _optional(_average),
     "stopping": _fields(
         EarlyStopping,
@@ -364,36 +365,3 @@ def load_normalize(checkpoint: str | Path, memory_format: torch.memory_format | 
     normalize = Normalize(torch.zeros_like(state["offset"]), None, memory_format)
     normalize.scale, normalize.offset = state["scale"], state["offset"]  # as they were, without a round trip
     return normalize
-
-
-#: What each keeps for a parameter, by name; all but the step has the parameter's shape.
-KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
-    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
-    torch.optim.SGD: {"momentum_buffer"},
-}
-
-
-def require_optimizer_like(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Check that ``state`` is of an optimizer like this one of :func:`build_optimizer`, over parameters like its own.
-
-    Raises:
-        Misfit: it is not; the text names the entry.
-    """
-    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    if [group["params"] for group in state["param_groups"]] != own:
-        raise Misfit("'optimizer.param_groups' must be of as many parameters as the network has here")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = KEPT[type(optimizer)]
-    for index, entry in state["state"].items():
-        if index >= len(parameters) or entry.keys() != names:
-            raise Misfit(
-                f"{f'optimizer.state[{index}]'!r} must hold {', '.join(sorted(names))} of one of {len(parameters)} "
-                f"parameters, got {', '.join(sorted(entry)) or 'nothing'}"
-            )
-        for name, tensor in entry.items():
-            shape = torch.Size() if name == "step" else parameters[index].shape
-            if tensor.shape != shape or not tensor.is_floating_point():
-                raise Misfit(
-                    f"{f'optimizer.state[{index}].{name}'!r} must be floating point {list(shape)}, got "
-                    f"{describe(tensor)}"
-                )

@@ -29,7 +29,6 @@ from .report import (
     PROTOCOLS,
     VALIDATION,
     TensorBoardLogger,
-    duration,
     result_dict,
     say,
     table,
@@ -37,7 +36,16 @@ from .report import (
     write_result,
 )
 from .state import LAST, Callback, TrainingState, resolve_dtype
-from .system import Ranks, TrainingError, environment, out_of_memory_explained, process_group, run_folder, write_failure
+from .system import (
+    Ranks,
+    TrainingError,
+    duration,
+    environment,
+    out_of_memory_explained,
+    process_group,
+    run_folder,
+    write_failure,
+)
 
 #: Test images whose attention masks TensorBoard shows.
 MASK_IMAGES = 8

@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("per_pixel", "per_channel"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+#: Fields that say what the optimizer and its schedule are.
+OF_OPTIMIZER = ("optimizer", "lr", "momentum", "schedule", "lr_step_epochs", "lr_step_factor", "warmup")
 DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1}
 
 
@@ -193,10 +195,22 @@ class Config:
         names += [] if self.schedule == "onecycle" else [("warmup", schedule)]
         return dict(names)
 
-    def require_effect(self) -> None:
-        """Raise ``ValueError`` where a setting was given (it is not the default) and would do nothing."""
-        defaults = Config()
-        for name, reason in self.without_effect().items():
+    def require_effect(self, own_optimizer: bool = False) -> None:
+        """Raise ``ValueError`` where a setting was given (it is not the default) and would do nothing.
+
+        Args:
+            own_optimizer: whether ``fit`` is given an optimizer, which replaces the fields about it and its schedule.
+        """
+        defaults, idle = Config(), self.without_effect()
+        if own_optimizer:
+            idle |= dict.fromkeys(OF_OPTIMIZER, "fit is given an optimizer")
+            _require(
+                not self.weight_decay or self.weight_decay_scope == "dense",
+                "weight_decay",
+                "0 or of scope 'dense' where fit is given an optimizer",
+                self.weight_decay,
+            )
+        for name, reason in idle.items():
             if getattr(self, name) != getattr(defaults, name):
                 raise ValueError(f"fit: config.{name} has no effect where {reason}, got {getattr(self, name)}")
 

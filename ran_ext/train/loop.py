@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from .._errors import one_line
 from .._lock import FolderLock
@@ -20,13 +22,15 @@ from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
 from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but
 from .recipe import (
+    GivenOptimizer,
     build_normalize,
+    given_optimizer,
     learning_rate,
     require_trainable,
     set_lr,
     train_batches,
 )
-from .report import VALIDATION, Progress, duration
+from .report import VALIDATION, Progress, epoch_line
 from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, slow_dtype
 from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
 from .system import (
@@ -55,6 +59,9 @@ def fit(
     step: str = "auto",
     make_step: Callable[[TrainStep], Step] | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_interval: str = "epoch",
     checkpoint_every: int = 1,
     quiet: bool = False,
 ) -> Result:
@@ -88,6 +95,11 @@ def fit(
         augment: replaces what ``config.augment`` and ``config.cutout`` name: an :class:`~ran_ext.data.Augment` with the
             normalisation of :func:`build_normalize`, or a function of uint8 images ``(N, C, H, W)`` that returns such
             images, as torchvision's transforms v2 do; they are normalised after it.
+        optimizer: any of ``torch.optim``, over ``model``'s parameters: replaces the optimizer, schedule and decay that
+            ``config`` names. The step is then eager or compiled. To resume, give a new one of the same kind.
+        scheduler: any of ``torch.optim.lr_scheduler``, over ``optimizer``; without one its rates are constant.
+            ``ReduceLROnPlateau`` is told the validation loss, or with ``mode="max"`` the accuracy.
+        scheduler_interval: whether the scheduler moves on after each ``epoch`` or each ``step``.
         checkpoint_every: epochs between two checkpoints; the last epoch and an interruption always write one.
         quiet: show no progress.
 
@@ -106,12 +118,14 @@ def fit(
     config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
     if augment and config.cutout:
         raise ValueError(f"fit: augment takes the place of config.cutout, which must be 0, got {config.cutout}")
+    given = given_optimizer(optimizer, scheduler, scheduler_interval, model, val_set)
     if not resume:  # of a run that goes on, the settings are what they were
-        config.require_effect()
+        config.require_effect(given is not None)
     if checkpoint_every < 1:
         raise ValueError(f"fit: checkpoint_every must be at least 1, got {checkpoint_every}")
     parameters = sum(p.numel() for p in model.parameters())
-    require_memory(parameters, copies=3 + (config.optimizer == "adam") + (config.ema > 0), device=ranks.device)
+    copies = 3 + (not given and config.optimizer == "adam") + (config.ema > 0)
+    require_memory(parameters, copies, ranks.device)
     with (
         StopRequest() as stop,
         out_of_memory_explained(ranks.device, config.batch_size),
@@ -127,6 +141,7 @@ def fit(
             lock,
             callbacks=callbacks,
             augment=augment,
+            given=given,
             checkpoint_every=checkpoint_every,
             asked_dtype=asked_dtype,
         )
@@ -143,10 +158,6 @@ def fit(
         result = run.result(test, interrupted)
         run.tell(lambda callback: callback.on_end(result))
     return result
-
-
-#: Steps between two agreements of several processes on whether one of them was asked to stop.
-AGREE_EVERY = 16
 
 
 class Run:
@@ -170,6 +181,7 @@ class Run:
         *,
         callbacks: Sequence[Callback] = (),
         augment: Callable[[Tensor], Tensor] | None = None,
+        given: GivenOptimizer | None = None,
         checkpoint_every: int = 1,
         asked_dtype: str | None = None,
     ):
@@ -180,7 +192,7 @@ class Run:
         self.files = RunFiles(out_dir, lock, self.normalize)
         self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
         self.steps = len(self.batches)
-        self.state = TrainingState.begin(model, config, ranks, self.steps, asked_dtype or config.dtype)
+        self.state = TrainingState.begin(model, config, ranks, self.steps, asked_dtype or config.dtype, given)
         self.frozen = frozen(self.state.model)
 
     def resume(self) -> None:
@@ -215,7 +227,7 @@ class Run:
 
     def _new_step(self, kind: str, make_step: Callable[[TrainStep], Step] | None) -> Step:
         config, state = self.config, self.state
-        self.kind, reason = choose_step(kind, self.ranks)
+        self.kind, reason = choose_step(kind, self.ranks, state.given is not None)
         if reason:
             self.fall_back(reason)
         model = self.ranks.wrap(state.model)
@@ -251,7 +263,7 @@ class Run:
             images_per_second = self.train_epoch(stop)
             if images_per_second is not None:
                 self.finish_epoch(images_per_second)
-            if not self.state.finished and self.agree_to_stop(stop):
+            if not self.state.finished and stop.agreed(self.ranks, self.state.history.count):
                 self.save()
                 return True
         return False
@@ -265,27 +277,28 @@ class Run:
         start = time.perf_counter()
         images_per_second = 0.0
         for indices, draws in self.batches.plan():
-            set_lr(state.optimizer, self.lr(history.count))
+            if state.given is None:
+                set_lr(state.optimizer, self.lr(history.count))
             history.record(*self.step(indices, draws))
+            if history.count == self.steps:
+                self.last_lr = self.lr(history.count - 1)
+            if state.given:
+                state.given.after_step()
             self.progress.advance()
             if self.progress.due or history.count == self.steps:
                 rows = history.read(shown)  # waits for the device, so the clock is read after it
                 images_per_second = (history.count - first) * self.config.batch_size / (time.perf_counter() - start)
                 self.report(shown, rows, images_per_second)
                 shown = history.count
-            if history.count < self.steps and self.agree_to_stop(stop):
+            if history.count < self.steps and stop.agreed(self.ranks, self.state.history.count):
                 return None
         return images_per_second
 
     def lr(self, step: int) -> float:
-        """The learning rate of step ``step`` of the current epoch."""
+        """The learning rate of step ``step`` of the current epoch; an optimizer of the user's has that of now alone."""
+        if self.state.given:
+            return self.state.given.lr()
         return learning_rate(self.config, self.state.epoch * self.steps + step, self.steps)
-
-    def agree_to_stop(self, stop: StopRequest) -> bool:
-        """Whether to stop after this step; several processes must do so after the same one."""
-        if self.ranks.world_size == 1:
-            return stop.requested
-        return self.state.history.count % AGREE_EVERY == 0 and self.ranks.any(stop.requested)
 
     def report(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
         """Pass on what the steps from ``first`` on of this epoch returned, in this process."""
@@ -321,12 +334,14 @@ class Run:
             correct / config.batch_size,
             val.loss if val else None,
             val.accuracy if val else None,
-            self.lr(self.steps - 1),
+            self.last_lr,
             images_per_second,
             time.perf_counter() - self.start,
         )
         if val is not None:
             state.stopping.update(state.epoch, val.accuracy)
+        if state.given:
+            state.given.after_epoch(figures.val_loss, figures.val_accuracy)
         state.figures.append(figures)
         state.epoch, state.history.count = state.epoch + 1, 0
         if state.just_selected or state.finished or state.epoch % self.checkpoint_every == 0:
@@ -334,7 +349,7 @@ class Run:
         if state.just_selected and self.ranks.first:
             self.files.write_selected(state)  # after last.pt: no run ever has the weights of epochs that it lost
         self.progress.overhead = 0.0  # from here on it is in the time measured
-        self.progress.line(_epoch_line(figures, config.epochs))
+        self.progress.line(epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:
@@ -381,13 +396,3 @@ class Run:
         best, selected = state.stopping.best_epoch + 1 or None, state.selected_epoch or None
         early = state.stopping.should_stop and state.epoch < config.epochs
         return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted, self.kind)
-
-
-def _epoch_line(figures: EpochFigures, epochs: int) -> str:
-    val = ""
-    if figures.val_loss is not None:
-        val = f", validation loss {figures.val_loss:.3f}, accuracy {figures.val_accuracy:.4f}"
-    return (
-        f"epoch {figures.epoch}/{epochs}: training loss {figures.train_loss:.3f}, accuracy {figures.train_accuracy:.4f}"
-        f"{val}; lr {figures.lr:.2e}, {figures.images_per_second:.0f} images/s, {duration(figures.seconds)}"
-    )

@@ -22,7 +22,7 @@ from ..data import CLASSES, Normalize
 from .evaluation import EpochFigures, Result, attention_masks, has_attention, png
 from .recipe import learning_rate
 from .state import Callback, TrainingState
-from .system import TrainingError, write_failure
+from .system import TrainingError, duration, write_failure
 
 #: What an image validated costs in images trained, its share of the checkpoint included: 0.48 to 0.59 in sample runs.
 VALIDATION = 0.5
@@ -156,17 +156,6 @@ def say(text: str, file: TextIO | None = None) -> None:
         print(text, file=file, flush=True)
 
 
-def duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any.
-
-    >>> duration(61.4), duration(3723)
-    ('1:01', '1:02:03')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def clock(seconds: float) -> str:
     """Local time so many seconds from now, with the date where it is another day's.
 
@@ -182,6 +171,17 @@ PROTOCOLS = {
     "holdout": "validated on images held out of the training set; the test set was read once, at the end",
     "report": "validated and selected on the test set, as the report did: the figure is optimistic",
 }
+
+
+def epoch_line(figures: EpochFigures, epochs: int) -> str:
+    """What the log says of an epoch, of ``epochs``."""
+    val = ""
+    if figures.val_loss is not None:
+        val = f", validation loss {figures.val_loss:.3f}, accuracy {figures.val_accuracy:.4f}"
+    return (
+        f"epoch {figures.epoch}/{epochs}: training loss {figures.train_loss:.3f}, accuracy {figures.train_accuracy:.4f}"
+        f"{val}; lr {figures.lr:.2e}, {figures.images_per_second:.0f} images/s, {duration(figures.seconds)}"
+    )
 
 
 def result_dict(result: Result, environment: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,6 +322,7 @@ class TensorBoardLogger(Callback):
 
     def on_start(self, state: TrainingState, step: int) -> None:
         self.config, self.steps = state.config, len(state.history.values)
+        self.by_config = state.given is None  # a scheduler of the user's says each epoch's rate alone
         _silence_the_writer()
         # what an interrupted run logged after its last checkpoint comes again, so it is purged
         self.writer = self._open(str(self.folder), purge_step=step or None)
@@ -330,7 +331,8 @@ class TensorBoardLogger(Callback):
         for step, (loss, accuracy) in enumerate(rows, first):
             self.writer.add_scalar("step/loss", loss, step)
             self.writer.add_scalar("step/accuracy", accuracy, step)
-            self.writer.add_scalar("step/learning_rate", learning_rate(self.config, step, self.steps), step)
+            if self.by_config:
+                self.writer.add_scalar("step/learning_rate", learning_rate(self.config, step, self.steps), step)
         self.writer.add_scalar("step/images_per_second", images_per_second, first + len(rows) - 1)
 
     def on_epoch(self, figures: EpochFigures, state: TrainingState) -> None:

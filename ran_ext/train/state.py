@@ -23,12 +23,11 @@ from .checkpoint import (
     load_weights,
     misfit_explained,
     read_entries,
-    require_optimizer_like,
     save_checkpoint,
 )
 from .config import Config
 from .evaluation import EpochFigures, Result
-from .recipe import EarlyStopping, ExponentialMovingAverage, build_optimizer, load_optimizer
+from .recipe import EarlyStopping, ExponentialMovingAverage, GivenOptimizer, build_optimizer, load_optimizer
 from .step import StepHistory
 from .system import CheckpointError, Ranks
 
@@ -46,6 +45,7 @@ class TrainingState:
         history: of that epoch's steps so far.
         seconds: wall time before this process took over.
         asked_dtype: what the run was begun with; ``config.dtype`` is what that stood for.
+        given: the user's own optimizer and scheduler; None where ``config`` names them.
     """
 
     config: Config
@@ -56,12 +56,15 @@ class TrainingState:
     stopping: EarlyStopping
     history: StepHistory
     asked_dtype: str
+    given: GivenOptimizer | None = None
     epoch: int = 0
     seconds: float = 0.0
     figures: list[EpochFigures] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def begin(cls, model: nn.Module, config: Config, ranks: Ranks, steps: int, asked_dtype: str) -> TrainingState:
+    def begin(
+        cls, model: nn.Module, config: Config, ranks: Ranks, steps: int, asked_dtype: str, given: GivenOptimizer | None
+    ) -> TrainingState:
         """The state of a run of ``steps`` steps an epoch before its first; ``model`` is moved to the device."""
         device = ranks.device
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
@@ -70,18 +73,24 @@ class TrainingState:
         return cls(
             config,
             model,
-            build_optimizer(model, config, device),
+            given.optimizer if given else build_optimizer(model, config, device),
             torch.amp.GradScaler(device.type) if config.dtype == "float16" else None,
             ExponentialMovingAverage(model, config.ema) if config.ema else None,
             EarlyStopping(config.patience),
             StepHistory(steps, config.batch_size // ranks.world_size, device),
             asked_dtype,
+            given,
         )
 
     @property
     def eval_model(self) -> nn.Module:
         """The weights that are validated and kept."""
         return self.model if self.ema is None else self.ema.average
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What the run was begun with and its configuration does not say."""
+        return {"dtype": self.asked_dtype} | ({"optimizer": self.given.name} if self.given else {})
 
     @property
     def finished(self) -> bool:
@@ -103,9 +112,10 @@ class TrainingState:
         """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
         return {
             "config": self.config.to_dict(),
-            "asked": {"dtype": self.asked_dtype},
+            "asked": self.asked,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.given.scheduler.state_dict() if self.given and self.given.scheduler else None,
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "ema": {"average": self.ema.average.state_dict(), "steps": self.ema.steps} if self.ema else None,
             "stopping": dataclasses.asdict(self.stopping),
@@ -130,6 +140,9 @@ class TrainingState:
             differences.append(f"the training set has {images} images here and {state['images']} there")
         if len(state["rng"]) != ranks.world_size:
             differences.append(f"the number of processes is {ranks.world_size} here and {len(state['rng'])} there")
+        here, there = self.asked.get("optimizer"), state.get("asked", {}).get("optimizer")
+        if here != there:
+            differences.append(f"the optimizer is {here or 'of the recipe'} here and {there or 'of the recipe'} there")
         if differences:
             raise CheckpointError(
                 f"the checkpoint belongs to another run: {'; '.join(differences)}; resume with the checkpoint's "
@@ -140,9 +153,13 @@ class TrainingState:
             load_weights("ema.average", self.ema.average, state["ema"]["average"])
             self.ema.steps.copy_(state["ema"]["steps"])
         load_weights("model", self.model, state["model"])
-        # its settings follow from the configuration, so the file's are not needed
-        settings = self.optimizer.state_dict()["param_groups"]
-        load_optimizer(self.optimizer, {"state": state["optimizer"]["state"], "param_groups": settings})
+        if self.given is None:  # settings follow from the configuration, so the file's are not needed
+            settings = self.optimizer.state_dict()["param_groups"]
+            load_optimizer(self.optimizer, {"state": state["optimizer"]["state"], "param_groups": settings})
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.given.scheduler:
+                self.given.scheduler.load_state_dict(state["scheduler"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.stopping = EarlyStopping(**state["stopping"])
@@ -164,7 +181,7 @@ class TrainingState:
             raise Misfit(f"'history' must be of at most {len(self.history.values)} steps, got {len(state['history'])}")
         if state["stopping"]["patience"] != self.stopping.patience:
             raise Misfit(f"'stopping.patience' must be {self.stopping.patience}, got {state['stopping']['patience']}")
-        require_optimizer_like(self.optimizer, state["optimizer"])
+        require_optimizer_like(self.optimizer, state["optimizer"], given=self.given is not None)
 
     def is_finite(self) -> bool:
         """Whether every weight is; one synchronisation."""
@@ -200,7 +217,7 @@ class RunFiles:
 
     def write_selected(self, state: TrainingState) -> None:
         """Write ``model.pt``: configuration, weights, normalisation, figures of the epoch that has just ended."""
-        recipe = {"config": state.config.to_dict(), "asked": {"dtype": state.asked_dtype}}
+        recipe = {"config": state.config.to_dict(), "asked": state.asked}
         figures = dataclasses.asdict(state.figures[-1])
         self._write(self.selected, recipe | {"model": state.eval_model.state_dict(), "figures": figures})
 
@@ -296,3 +313,40 @@ def conv_seconds(dtype: torch.dtype, device: torch.device) -> float:
             gradient.flatten()[0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])
+
+
+#: What each keeps for a parameter, by name; all but the step has the parameter's shape.
+KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.SGD: {"momentum_buffer"},
+}
+
+
+def require_optimizer_like(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], given: bool = False) -> None:
+    """Check that ``state`` is of an optimizer like this one, over parameters like its own.
+
+    What an optimizer of the user's (``given``) keeps for a parameter is its own affair.
+
+    Raises:
+        Misfit: it is not; the text names the entry.
+    """
+    own = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in state["param_groups"]] != own:
+        raise Misfit("'optimizer.param_groups' must be of as many parameters as the network has here")
+    if given:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = KEPT[type(optimizer)]
+    for index, entry in state["state"].items():
+        if index >= len(parameters) or entry.keys() != names:
+            raise Misfit(
+                f"{f'optimizer.state[{index}]'!r} must hold {', '.join(sorted(names))} of one of {len(parameters)} "
+                f"parameters, got {', '.join(sorted(entry)) or 'nothing'}"
+            )
+        for name, tensor in entry.items():
+            shape = torch.Size() if name == "step" else parameters[index].shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise Misfit(
+                    f"{f'optimizer.state[{index}].{name}'!r} must be floating point {list(shape)}, got "
+                    f"{describe(tensor)}"
+                )

@@ -159,8 +159,10 @@ class StepHistory:
 STEPS = ("auto", "eager", "graph", "compile")
 
 
-def choose_step(asked: str, ranks: Ranks) -> tuple[str, str]:
+def choose_step(asked: str, ranks: Ranks, own_optimizer: bool = False) -> tuple[str, str]:
     """The kind of step that runs and, where it is not the one asked for, why.
+
+    With an optimizer of the user's (``own_optimizer``) no step is captured: a graph would freeze its Python numbers.
 
     Raises:
         ValueError: ``asked`` is none of ``STEPS``.
@@ -173,9 +175,12 @@ def choose_step(asked: str, ranks: Ranks) -> tuple[str, str]:
     if asked not in STEPS:
         raise ValueError(f"fit: step must be one of {', '.join(STEPS)}, got {asked!r}")
     if asked == "auto":
-        return "graph" if ranks.world_size == 1 and ranks.device.type == "cuda" else "eager", ""
+        alone = ranks.world_size == 1 and ranks.device.type == "cuda"
+        return "graph" if alone and not own_optimizer else "eager", ""
     if asked != "eager" and ranks.world_size > 1:
         return "eager", f"the {ranks.world_size} processes exchange statistics and gradients within the step"
+    if asked == "graph" and own_optimizer:
+        return "eager", "a CUDA graph would freeze the numbers that the given optimizer and scheduler change"
     return asked, ""
 
 

@@ -225,6 +225,10 @@ def _devices() -> str:
     return f"auto, cpu or {found.type}" if found else "auto or cpu"
 
 
+#: Steps between two agreements of several processes on whether one of them was asked to stop.
+AGREE_EVERY = 16
+
+
 class StopRequest:
     """While entered, the first SIGINT or SIGTERM sets :attr:`requested`; a second one acts as it always does.
 
@@ -251,6 +255,12 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._restore()
+
+    def agreed(self, ranks: Ranks, step: int) -> bool:
+        """Whether to stop after step ``step``; several processes must do so after the same one."""
+        if ranks.world_size == 1:
+            return self.requested
+        return step % AGREE_EVERY == 0 and ranks.any(self.requested)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
@@ -325,3 +335,14 @@ def _cpu_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any.
+
+    >>> duration(61.4), duration(3723)
+    ('1:01', '1:02:03')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
