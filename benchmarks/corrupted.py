@@ -13,12 +13,12 @@ from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
 from ran_ext.train.evaluation import png
 
+from .student import half_width
+
 #: The two networks, of which the first is said to be the more robust; and their colours.
 ATTENTION, TRUNK = "attention", "trunk only"
 COLOURS = {ATTENTION: "#1f5fa8", TRUNK: "#d95f02"}
 ALL, LESS_CLEAN = "all corruptions", "all corruptions, less clean"
-#: Student's t at 97.5 %, by degrees of freedom from 1; beyond the last a larger interval than need be.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 #: A difference in accuracy that nobody would build a network for.
 NEGLIGIBLE = 0.005
 
@@ -64,7 +64,7 @@ class Difference:
         if freedom < 1:
             return cls(value, math.inf)
         error = math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (attention, trunk)))
-        return cls(value, T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * error)
+        return cls(value, half_width(error, freedom))
 
     @property
     def verdict(self) -> str:

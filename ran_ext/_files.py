@@ -44,9 +44,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, as :func:`write_atomically` does."""
-    write_atomically(path, (_json.dumps(content) + "\n").encode())
+def write_json(path: Path, content: Any, width: int = _json.WIDTH) -> None:
+    """Write ``content`` as JSON of lines up to ``width``, as :func:`write_atomically` does."""
+    write_atomically(path, (_json.dumps(content, room=width) + "\n").encode())
 
 
 def remove_unfinished(folder: Path) -> None:

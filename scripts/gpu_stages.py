@@ -90,7 +90,7 @@ def _capability() -> str:
 
 
 def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
-    info = [python, "-m", "ran_ext.info"]
+    info = [python, "-m", "ran_ext", "info"]
     if options.prebuilt is not None:
         install = [python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())]
         return Stage("build", 1, [install, info])
@@ -108,7 +108,7 @@ def _data(options: argparse.Namespace, out: Path) -> tuple[list[str], str]:
 
 
 def _environment(python: str, gpu: bool) -> Stage:
-    commands = [[python, "-m", "ran_ext.info"]]
+    commands = [[python, "-m", "ran_ext", "info"]]
     if gpu:
         toolkit = find_toolkit()
         commands += [["nvidia-smi"], [str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "--version"]]

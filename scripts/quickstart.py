@@ -174,7 +174,7 @@ def main() -> int:
     except Problem as problem:
         say(str(problem))
         return 1
-    subprocess.run([python, "-m", "ran_ext.info"], cwd=ROOT)
+    subprocess.run([python, "-m", "ran_ext", "info"], cwd=ROOT)
     try:
         return subprocess.run([python, *words, *arguments.rest], cwd=ROOT).returncode
     except KeyboardInterrupt:

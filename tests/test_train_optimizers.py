@@ -104,7 +104,7 @@ def plain_loop(pair):
 def test_fit_is_the_plain_loop(pair, tmp_path):
     weights, rates = plain_loop(pair)
     model, result = run(pair, tmp_path)
-    assert_equal("weights", model.state_dict(), weights)
+    assert_equal(model.state_dict(), weights, "weights")
     assert [row.lr for row in result.figures] == rates
     if "," in pair:
         assert len(set(rates)) == CONFIG.epochs  # the scheduler has changed something in each
@@ -116,7 +116,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(pair, tmp_path, monkeypatch):
     monkeypatch.setattr("ran_ext.train.report.Progress.due", True)
     assert run(pair, tmp_path, callbacks=[InterruptAt(7)])[1].interrupted
     model, result = run(pair, tmp_path, resume=True)
-    assert_equal("weights", model.state_dict(), weights)
+    assert_equal(model.state_dict(), weights, "weights")
     assert [row.lr for row in result.figures] == rates
 
 

@@ -15,13 +15,11 @@ from collections.abc import Callable, Sequence
 from ran_ext.models import create_model
 
 from ..reference.training import NETWORKS
+from ..student import half_width
 from .outcomes import Outcome, Study
 from .plan import RAN_EXT, REFERENCE
 
 REPRODUCED, REFUTED, UNDECIDED, UNTESTED = "reproduced", "refuted", "not decided", "not tested"
-
-#: Student's t, two-sided 95%, of 1, 2, ... degrees of freedom; more than the last are taken as the last.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Sample:
     def half_width(self) -> float:
         """Of the 95% interval of the mean; infinite for one seed."""
         n = len(self.values)
-        return T95[min(n - 1, len(T95)) - 1] * self.std / math.sqrt(n) if n > 1 else math.inf
+        return half_width(self.std / math.sqrt(n), n - 1)
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -186,10 +186,9 @@ def require_no_run(out: Path, resume: bool) -> None:
         raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
 
 
-def run_file(options: Options, config: Config) -> bytes:
+def run_file(options: Options, config: Config) -> dict[str, Any]:
     """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
-    values = {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
-    return (json.dumps(values, indent=1) + "\n").encode()
+    return {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
 
 
 def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) -> str:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from .._errors import one_line
-from .._files import write_atomically
 from ..data import CIFAR10, DatasetError, split_validation
 from .arguments import RUN_FILE, SAMPLE, Options, parse, require_no_run, run_file
 from .config import AUTO, LIMIT, PRESETS, SCALES, Config
@@ -44,7 +43,6 @@ from .system import (
     out_of_memory_explained,
     process_group,
     run_folder,
-    write_failure,
 )
 
 #: Test images whose attention masks TensorBoard shows.
@@ -170,10 +168,7 @@ class Record(Callback):
         options, data = self.options, self.data
         require_no_run(options.out, options.resume)  # another run may have ended since the flags were read
         self.parameters = sum(p.numel() for p in state.model.parameters())
-        try:
-            write_atomically(options.out / RUN_FILE, run_file(options, self.config))
-        except OSError as error:
-            raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
+        write_result(options.out / RUN_FILE, run_file(options, self.config))
         if options.quiet:
             return
         config, facts = self.config, environment(self.ranks)
