@@ -15,11 +15,11 @@ from ran_ext.train.evaluation import png
 
 from .student import half_width
 
-#: The two networks, of which the first is said to be the more robust; and their colours.
+#: The two networks (the claim: the first is more robust), and their colours.
 ATTENTION, TRUNK = "attention", "trunk only"
 COLOURS = {ATTENTION: "#1f5fa8", TRUNK: "#d95f02"}
 ALL, LESS_CLEAN = "all corruptions", "all corruptions, less clean"
-#: A difference in accuracy that nobody would build a network for.
+#: A difference in accuracy too small to matter.
 NEGLIGIBLE = 0.005
 
 
@@ -86,7 +86,7 @@ def of_network(seeds: Sequence[Seed], network: str) -> list[Seed]:
 
 
 def differences(seeds: Sequence[Seed]) -> dict[str, Difference]:
-    """On clean images, under each corruption (mean over its strengths), under all, and of what all take from clean."""
+    """On clean images, under each corruption (mean over its strengths), under all, and in the accuracy lost to all."""
     pair = [of_network(seeds, network) for network in (ATTENTION, TRUNK)]
     found = {"clean": Difference.of(*([seed.clean for seed in group] for group in pair))}
     for name in CORRUPTIONS:

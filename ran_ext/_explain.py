@@ -1,4 +1,4 @@
-"""What runs for every layer of a network on a given input, why, and what it would take to run the faster way."""
+"""What runs for every layer of a network on a given input, why, and what the faster path needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layer:
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> None:
-    """Print for every layer of ``model`` what runs on ``inputs``, why, and what the faster way would take.
+    """Print for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
 
     A copy of the network runs once, in the mode that the network is in and under the autocast that is on; its weights,
     buffers and torch's random numbers are left as they are.

@@ -23,7 +23,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
     spectral_norm) is worked out once. A layer stays as written where a forward is not the library's own, a hook looks
     on, a convolution is grouped, dilated or padded with other than zeros, or there are no running statistics.
     On the CPU the weights are kept in the layout that oneDNN or this package's kernels want, packed at the first call
-    and again after they change; changes by way of ``weight.data`` go unseen.
+    and again after they change; changes through ``weight.data`` are not seen.
 
     Args:
         model: a network of :mod:`ran_ext.models`, or any module that holds :mod:`ran_ext.nn` ones; its running

@@ -43,10 +43,10 @@ class Options:
         checkpoint_every: epochs.
         tensorboard: whether to write TensorBoard's files.
         quiet: print nothing but errors.
-        chose_data: why ``data`` is what it is, where nobody named it.
+        chose_data: why ``data`` was chosen, where the user did not name it.
         scale: of the run on the embedded images: one of ``SCALES``, or ``auto`` for the one that fits the machine; ""
             where the recipe alone says how long the run is.
-        asked: what the run was begun with where that is a matter of the machine: ``dtype`` and ``scale``.
+        asked: the user's ``dtype`` and ``scale``, of which the machine may decide (``auto``).
     """
 
     config: Config

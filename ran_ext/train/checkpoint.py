@@ -196,7 +196,7 @@ def _generators(name: str, value: Any) -> None:
 
 
 def _require_a_place_in_the_run(state: Mapping[str, Any]) -> None:
-    """Epoch, figures and history must tell the same."""
+    """Epoch, figures and history must agree."""
     epoch, epochs, steps = state["epoch"], state["config"]["epochs"], len(state["history"])
     if epoch > epochs or (epoch == epochs and steps):
         raise Misfit(f"'epoch' must be at most {epochs}, the last one, got {epoch} and {steps} steps")
@@ -272,7 +272,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         require_regular(path)
         with zipfile.ZipFile(path) as archive:
-            # records that are packed, or overlap, may unfold to any size; torch packs none
+            # compressed or overlapping records may expand to any size; torch compresses none
             if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
                 raise zipfile.BadZipFile("its records are larger than the file")
             if archive.testzip() is not None:  # torch.load compares no checksums
@@ -282,7 +282,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise CheckpointError(f"there is no checkpoint {path}; name another, or train without --resume") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or one_line(error)}; name another") from error
-    except Exception as error:  # a damaged file shows as RuntimeError, EOFError, UnpicklingError, KeyError, ...
+    except Exception as error:  # a damaged file raises RuntimeError, EOFError, UnpicklingError, KeyError, ...
         raise CheckpointError(
             f"cannot read {path}: it is damaged or no checkpoint ({type(error).__name__}); use another checkpoint, "
             "such as model.pt beside it, or train anew in another folder"

@@ -155,9 +155,9 @@ def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Cal
 
 
 class Record(Callback):
-    """What the command writes and prints when training begins and ends; the run's folder is its own meanwhile.
+    """What the command writes and prints when training begins and ends.
 
-    ``config`` is what the options came to on this machine: with a dtype, not ``auto``.
+    ``config`` is the recipe on this machine: its dtype is resolved, not ``auto``.
     """
 
     def __init__(self, options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks):

@@ -110,13 +110,13 @@ def evaluate(
         dataset: as :class:`ran_ext.data.CIFAR10`.
         normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it.
             Also sets the images' memory format.
-        batch_size: images at a time; no figure depends on it but by rounding.
+        batch_size: images at a time; changes the results by rounding only.
         dtype: of autocast; float32 for none.
         mirror: average the logits of each image and of its mirror image, at twice the time.
         ranks: share the work with the other processes of a run.
 
     Raises:
-        TypeError: ``dataset`` is none.
+        TypeError: ``dataset`` is not a :class:`~ran_ext.data.CIFAR10`.
         ValueError: ``dataset`` has fewer images than there are processes, or labels that the model has no output for.
 
     >>> from ran_ext.data import sample
@@ -209,7 +209,7 @@ class AttentionMaps(NamedTuple):
     Attributes:
         trunk: magnitude of what the trunk branch sees.
         mask: the soft mask, in (0, 1).
-        product: magnitude of ``(1 + mask) * trunk``, which goes on.
+        product: magnitude of ``(1 + mask) * trunk``, the gate's output.
     """
 
     trunk: Tensor
@@ -222,9 +222,9 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
     """Trunk, mask and their product in every gate, averaged over the channels, at the images' size.
 
     Args:
-        model: with :class:`ran_ext.nn.AttentionGate` modules; run in evaluation mode, every module of it left in the
-            mode it came in. Run eagerly and on one device, also where it comes in ``torch.compile`` or
-            (Distributed)DataParallel.
+        model: with :class:`ran_ext.nn.AttentionGate` modules. It runs in evaluation mode, eagerly and on one
+            device, also inside ``torch.compile`` or (Distributed)DataParallel; afterwards each module is in the mode
+            it was in.
         images: normalised, float ``(N, C, H, W)``, on the model's device.
 
     Returns:
@@ -324,7 +324,7 @@ def draw_attention(
             where = f"{name.removesuffix('.gate')}{known}\n" if part == 1 else ""
             axes[0][column].set_title(where + kind, fontsize=8)
             for axis, value in zip(axes[:, column], values.cpu().numpy(), strict=True):
-                axis.imshow(value, cmap="magma")  # each map stretched from its least to its greatest value
+                axis.imshow(value, cmap="magma")  # each map stretched from its minimum to its maximum
     axes[0][0].set_title("image", fontsize=8)
     return figure
 

@@ -106,7 +106,7 @@ def fit(
     Raises:
         TrainingError: NaN, out of memory, full disk, another run in ``out_dir``, unreadable or foreign checkpoint, in
             one sentence that says what to do. The last good checkpoint is intact.
-        TypeError: a data set is none, or ``augment`` returns something else.
+        TypeError: a data set is not a :class:`~ran_ext.data.CIFAR10`, or ``augment`` returns no uint8 images.
         ValueError: the arguments do not fit together, or a setting would have no effect.
     """
     ranks = ranks or Ranks(0, 1, choose_device("auto"))
@@ -163,9 +163,9 @@ def fit(
 class Run:
     """One call of :func:`ran_ext.train.fit`; its arguments are explained there."""
 
-    #: Of what the batches are made of: indices and draws.
+    #: Called with what a batch is made of: indices and draws.
     step: Step
-    #: Of the step: ``eager``, ``graph`` or ``compile``.
+    #: Kind of the step: ``eager``, ``graph`` or ``compile``.
     kind: str
     progress: Progress
 
@@ -209,7 +209,7 @@ class Run:
                     self.files.write_selected(self.state)
 
     def prepare(self, kind: str, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
-        """Build the step; set the clock and the bar going."""
+        """Build the step; start the clock and the progress bar."""
         state = self.state
         done = state.epoch * self.steps + state.history.count
         self.progress = Progress(
@@ -257,7 +257,7 @@ class Run:
         self.progress.line(f"the training step runs eagerly: {reason}")
 
     def train(self, stop: StopRequest) -> bool:
-        """Train to the end, or to a request to stop; whether it was the latter. A checkpoint is there either way."""
+        """Train to the end or until a stop is requested; whether it was. Either way a checkpoint is written."""
         self.progress.begin()
         while not self.state.finished:
             images_per_second = self.train_epoch(stop)
@@ -313,7 +313,7 @@ class Run:
         self.tell(lambda callback: callback.on_steps(start, rows, images_per_second))
 
     def tell(self, event: Callable[[Callback], None]) -> None:
-        """Pass an event on; whoever cannot write its files is told no more, and the training goes on."""
+        """Call each callback; one that raises ``OSError`` is dropped, and the training goes on."""
         for callback in tuple(self.callbacks):
             try:
                 event(callback)
@@ -357,7 +357,7 @@ class Run:
         return evaluate(model, dataset, self.normalize, dtype=dtype, mirror=mirror, ranks=self.ranks)
 
     def save(self) -> None:
-        """Write ``last.pt``, unless that would lose the last good one to a bad one."""
+        """Write ``last.pt``; where a weight is not finite, raise and keep the last good one."""
         state = self.state
         state.seconds = time.perf_counter() - self.start
         if not state.is_finite():

@@ -70,7 +70,7 @@ def build_augment(config: Config, normalize: Normalize) -> Augment | Normalize:
 
 
 def given_augment(augment: Callable[[Tensor], Tensor], normalize: Normalize) -> Callable[[Tensor], Tensor]:
-    """An augmentation of the user's, with the normalisation that validation and test get: never with another.
+    """The user's augmentation, followed by the normalisation that validation and test use.
 
     Args:
         augment: :class:`~ran_ext.data.Augment` with the same normalisation, or a function of uint8 ``(N, C, H, W)`` to
@@ -128,8 +128,8 @@ def train_batches(
 def mixup(batch: Tensor, share: Tensor) -> Tensor:
     """``share`` of each row of ``batch`` and the rest of its partner's, the row at the same place from the other end.
 
-    A batch in random order so gets random partners without a further draw. ``share`` uniform in [0, 1) is the paper's
-    choice for CIFAR-10 (alpha = 1), here one for each row. For images and, as one-hot rows, for their labels.
+    Batches come in random order, so the partners are random without another draw. ``share`` uniform in [0, 1) is the
+    paper's choice for CIFAR-10 (alpha = 1), here one for each row. For images and, as one-hot rows, for their labels.
 
     Args:
         batch: float ``(N, ...)``.
@@ -146,8 +146,8 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
 
     The learning rate is a tensor on the device, which the fused kernels read there, so that a captured step sees the
     changes that :func:`set_lr` makes; foreach and plain SGD would wait for the device to read it.
-    ``config.weight_decay`` is taken here for ``weight_decay_scope="all"`` alone, by weights of two dimensions and more
-    (biases and BN's parameters are left free); the ``dense`` scope belongs to the loss.
+    The optimizer applies ``config.weight_decay`` for ``weight_decay_scope="all"`` only, to weights of two or more
+    dimensions (not to biases and BN's parameters); the ``dense`` scope is part of the loss.
     """
     decay = config.weight_decay if config.weight_decay_scope == "all" else 0.0
     weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -161,7 +161,7 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
     sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
     if config.momentum > 0:
-        # As the first step makes them; but where a GradScaler has it skipped, the fused kernel leaves its unwritten.
+        # The first step would make them; but if a GradScaler skips that step, the fused kernel leaves them unwritten.
         for parameter in [*weights, *others]:
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd

@@ -31,18 +31,18 @@ VALIDATION = 0.5
 class Progress:
     """Shows loss, accuracy, images a second, the time left of the whole run and its expected end.
 
-    The end is announced by a line of its own, within half a minute: after the first step that is through when
-    ``announce_after`` has passed, or, where none is through for long, as the earliest time possible.
+    A line of its own announces the end within half a minute: after the first step that ends later than
+    ``announce_after``, or, while the first step takes longer, as a lower bound.
 
     Args:
         steps: of the whole run.
-        done: of them, before this process took over.
+        done: steps taken before this process took over.
         file: where to; standard error if None.
         interval: seconds between two refreshes of the bar.
         log_interval: seconds between two lines where ``file`` is no terminal.
         enabled: False shows nothing, but :attr:`due` still sets the pace at which the caller reads its meters.
-        overhead: what is still to come beside the steps, as a share of their time; the caller sets the attribute to 0
-            as soon as it has been met once, since from then on it is measured.
+        overhead: time outside of the steps (validation, checkpoints) as a share of theirs; the caller sets the
+            attribute to 0 after the first validation, because from then on it is measured.
         may_stop: whether the run may stop before its last step.
         announce_after: seconds.
     """

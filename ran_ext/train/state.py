@@ -243,7 +243,7 @@ class RunFiles:
 
 
 class Callback:
-    """What a run tells while it goes; every method does nothing by default. Called in the first process alone.
+    """Methods that a run calls, in its first process only; each does nothing by default.
 
     An ``OSError`` from one of them (a full disk, say) ends the calls, not the training.
     """

@@ -353,7 +353,7 @@ class CudaGraph:
 def _waits() -> Iterator[list[str]]:
     """Collects the lines of Python that wait for the device while it is entered.
 
-    They are looked for before the capture, since torch does not recover wholly from one that breaks.
+    They are found before the capture, because torch does not fully recover from a capture that fails.
     """
     lines: list[str] = []
     mode = torch.cuda.get_sync_debug_mode()

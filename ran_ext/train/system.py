@@ -29,7 +29,7 @@ from .._lock import FolderInUseError, FolderLock
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on; the text is one sentence for a person and says what to do next."""
+    """A run cannot go on. The message is one sentence that says what to do next."""
 
 
 class CheckpointError(TrainingError):
@@ -41,7 +41,7 @@ class NonFiniteError(TrainingError):
 
 
 class OutOfMemoryError(TrainingError):
-    """The device's memory does not hold a step."""
+    """A step does not fit into the device's memory."""
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def write_failure(what: str, error: OSError) -> str:
 
 
 def require_memory(parameters: int, copies: int, device: torch.device) -> None:
-    """Check that ``copies`` of so many float32 parameters fit into the memory of ``device``.
+    """Check that ``copies`` times ``parameters`` float32 numbers fit into the memory of ``device``.
 
     Args:
         parameters: of the network.
@@ -87,7 +87,7 @@ def require_memory(parameters: int, copies: int, device: torch.device) -> None:
         device: a CPU, or a GPU that torch can ask.
 
     Raises:
-        ValueError: they do not; the text says how many parameters there are.
+        ValueError: they do not fit; the text says how many parameters there are.
 
     >>> require_memory(10**15, 1, torch.device("cpu"))
     Traceback (most recent call last):
@@ -103,7 +103,7 @@ def require_memory(parameters: int, copies: int, device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes, in use or not; None where nobody says."""
+    """All of its bytes, free or not; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu" or not hasattr(os, "sysconf"):
@@ -166,7 +166,7 @@ class Ranks:
 
 class _DataParallel(nn.parallel.DistributedDataParallel):
     def _passing_sync_batchnorm_handle(self, module: nn.Module) -> None:
-        """Torch refuses ``SyncBatchNorm`` on the CPU here, where its own does not run; through the fused op it does."""
+        """Torch refuses ``SyncBatchNorm`` on the CPU here, because its own needs a GPU; the fused op runs on both."""
 
 
 @contextmanager
@@ -211,7 +211,7 @@ def choose_device(name: str) -> torch.device:
         raise TrainingError(f"there is no device named {name!r}; choose {_devices()}") from error
     try:
         torch.ones(1, device=device).item()
-    except Exception as error:  # each device that torch knows by name alone says so in a way of its own
+    except Exception as error:  # each type of device raises its own kind of error
         reason = one_line(error).partition(". ")[0].partition(" Compile with ")[0]
         raise TrainingError(f"device {name} cannot be used here ({reason}); choose {_devices()}") from error
     if device.type == "cuda" and device.index is None:
@@ -220,7 +220,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def _devices() -> str:
-    """The devices there are, for a sentence."""
+    """The devices that can be used, in words."""
     found = torch.accelerator.current_accelerator(check_available=True)
     return f"auto, cpu or {found.type}" if found else "auto or cpu"
 
@@ -230,7 +230,7 @@ AGREE_EVERY = 16
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets :attr:`requested`; a second one acts as it always does.
+    """While entered, the first SIGINT or SIGTERM sets :attr:`requested`; a second one has its usual effect.
 
     Outside the main thread, where Python allows no handlers, nothing is installed.
 
@@ -277,7 +277,7 @@ class StopRequest:
 
 @contextmanager
 def run_folder(path: Path, ranks: Ranks) -> Iterator[FolderLock]:
-    """Make the folder and hold its lock, in the first of the processes that train together; all of them must enter.
+    """Make the folder and hold its lock, in the first process; all processes must enter.
 
     Raises:
         TrainingError: another run holds it, or it cannot be written; in every process.
