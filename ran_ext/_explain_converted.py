@@ -23,7 +23,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
-    """For each pass of a convolution with or without BN-ReLU whether it takes a kernel, and why."""
+    """Whether each pass of a convolution (with or without BN-ReLU) takes a kernel, and why."""
     weight, kernels = conv.weight.to(x.dtype), _backend._C
     assert kernels is not None
     found: list[tuple[bool, str]] = kernels.conv_ways(x, weight, conv.stride, conv.padding, _backend.conv3x3_mode())

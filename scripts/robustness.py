@@ -6,7 +6,7 @@ python -m scripts.robustness --out runs/robustness --scale full        the whole
 python -m scripts.robustness --out runs/robustness --quick             a rehearsal; its figures mean nothing
 python -m scripts.robustness --out runs/robustness --scale full --checkpoint runs/*/model.pt    networks trained before
 
-Without its masks the network has their parameters, to 0.1 %, in a longer trunk, which costs 50 % more operations.
+Without its masks the network has their parameters, to 0.1 %, in a longer trunk, which makes 1.5 times the operations.
 Both are trained by the same recipe, and tested on the same images under Gaussian noise, blur, contrast and shift at
 five strengths (ran_ext.data.corruptions). Leaves robustness.json, .md and .png in --out; the same command again
 continues.

@@ -2,7 +2,7 @@
 
 The rule: the seeds give a mean and a 95% interval of Student's t around it. A claim is reproduced where the whole
 interval satisfies it, refuted where none of it does, and not decided otherwise; and where the two implementations come
-to different verdicts, it is not decided. One seed has no interval, and so decides nothing.
+to different verdicts, it is not decided. One seed has no interval, so it decides nothing.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def parameters(implementation: str, network: str) -> int:
 
 
 def parameters_saved(implementation: str) -> float:
-    """Share of the paper network's parameters that the compact one does without."""
+    """Share of the paper network's parameters that the compact one saves."""
     return 1 - parameters(implementation, "ran_compact") / parameters(implementation, "ran_paper")
 
 
@@ -152,7 +152,7 @@ CLAIMS = (
 def claim_rows(study: Study) -> list[list[str]]:
     """Figure, claim, the report's figure, the reference's, ran_ext's, verdict: first what training decides.
 
-    The embedded sample is too small to decide anything by.
+    The embedded sample is too small to decide anything.
     """
     rows = []
     for claim in CLAIMS:
