@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Imported here, because quantisation toolkits replace the names in torch.nn.
+# From their own modules, because quantisation toolkits replace the names in torch.nn.
 from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.module import _has_any_global_hook
