@@ -10,7 +10,17 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 
 from ran_ext.data import CIFAR10
-from ran_ext.train import Config, Ranks, build_normalize, evaluate, fit, load_checkpoint, train_batches
+from ran_ext.train import (
+    CheckpointError,
+    Config,
+    Ranks,
+    build_normalize,
+    evaluate,
+    fit,
+    load_checkpoint,
+    save_checkpoint,
+    train_batches,
+)
 from ran_ext.train.step import choose_step
 
 CONFIG = Config(
@@ -59,6 +69,20 @@ PAIRS = {
     ),
     "Adagrad": (lambda p: optim.Adagrad(p, lr=1e-2), lambda o: None, "epoch"),
 }
+
+
+class CountingSGD(optim.SGD):
+    """Keeps a Python number and None for each parameter, as optimizers outside of torch do."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state["steps"], state["nothing"] = state.get("steps", 0) + 1, None
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad, alpha=-self.param_groups[0]["lr"] / state["steps"])
+
+
+PAIRS["CountingSGD"] = (lambda p: CountingSGD(p, lr=0.1), lambda o: None, "epoch")
 
 
 def start(pair):
@@ -129,9 +153,24 @@ def test_a_checkpoint_is_of_its_optimizer(tmp_path):
         run("AdamW, OneCycleLR", tmp_path, resume=True, optimizer=None, scheduler=None)
 
 
-def test_an_older_checkpoint_has_no_scheduler(tmp_path):
-    from ran_ext.train import save_checkpoint
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    run("AdamW, OneCycleLR", tmp_path)
+    good = load_checkpoint(tmp_path / "last.pt")
+    groups = good["optimizer"]["param_groups"]
+    fewer = {**good["optimizer"], "param_groups": [{**groups[0], "params": groups[0]["params"][1:]}]}
+    entry = {**good["optimizer"], "state": {**good["optimizer"]["state"], 0: {"step": [1]}}}
+    for change, match in (
+        ({"scheduler": None}, "'scheduler' must be that of AdamW, OneCycleLR each step, got None"),
+        ({"scheduler": 3}, "'scheduler' must be a dict, got 3"),
+        ({"optimizer": fewer}, "must be of as many parameters as the network has here"),
+        ({"optimizer": entry}, "'optimizer.state\\[0\\].step' must be a tensor or a number, got list"),
+    ):
+        save_checkpoint(tmp_path / "last.pt", {**good, **change})
+        with pytest.raises(CheckpointError, match=match):
+            run("AdamW, OneCycleLR", tmp_path, resume=True)
 
+
+def test_an_older_checkpoint_has_no_scheduler(tmp_path):
     model = CONFIG.create_model()
     fit(model, IMAGES, VALIDATION, CONFIG, tmp_path, ranks=ALONE, quiet=True)
     state = load_checkpoint(tmp_path / "last.pt")

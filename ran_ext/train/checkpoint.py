@@ -164,7 +164,11 @@ def _optimizer(name: str, value: Any) -> None:
     for key, entry in value["state"].items():
         if not _is_count(key):
             raise Misfit(f"{name + '.state'!r} must be by the parameters' numbers, got {describe(key)}")
-        _tensors(f"{name}.state[{key}]", entry)
+        if not isinstance(entry, dict) or not all(isinstance(part, str) for part in entry):
+            raise Misfit(f"{f'{name}.state[{key}]'!r} must be a dict of names, got {describe(entry)}")
+        for part, held in entry.items():  # numbers and None: of an optimizer of the user's
+            if not (_is_dense(held) or held is None or isinstance(held, (bool, int, float, str))):
+                raise Misfit(f"{f'{name}.state[{key}].{part}'!r} must be a tensor or a number, got {describe(held)}")
     for index, group in enumerate(value["param_groups"]):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             raise Misfit(f"{f'{name}.param_groups[{index}]'!r} must have a list 'params', got {describe(group)}")

@@ -207,6 +207,12 @@ class GivenOptimizer:
         scheduler = f", {type(self.scheduler).__name__} each {self.interval}" if self.scheduler else ""
         return type(self.optimizer).__name__ + scheduler
 
+    def load(self, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> None:
+        """Continue from the state_dicts of an optimizer and a scheduler of the same kinds."""
+        self.optimizer.load_state_dict(dict(optimizer))
+        if self.scheduler is not None and scheduler is not None:
+            self.scheduler.load_state_dict(dict(scheduler))
+
     def lr(self) -> float:
         """The learning rate of the first group."""
         return float(self.optimizer.param_groups[0]["lr"])

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import ops
 from .._hardware import multiplies_bfloat16
@@ -149,6 +149,8 @@ class TrainingState:
                 "settings, or train anew in another folder"
             )
         self._require_like(state)
+        if self.given:
+            self.given.load(state["optimizer"], state.get("scheduler"))
         if self.ema:  # before the model, which is not this run's alone
             load_weights("ema.average", self.ema.average, state["ema"]["average"])
             self.ema.steps.copy_(state["ema"]["steps"])
@@ -156,10 +158,6 @@ class TrainingState:
         if self.given is None:  # settings follow from the configuration, so the file's are not needed
             settings = self.optimizer.state_dict()["param_groups"]
             load_optimizer(self.optimizer, {"state": state["optimizer"]["state"], "param_groups": settings})
-        else:
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.given.scheduler:
-                self.given.scheduler.load_state_dict(state["scheduler"])
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.stopping = EarlyStopping(**state["stopping"])
@@ -177,6 +175,8 @@ class TrainingState:
                 raise Misfit(f"{name!r} must be {'None' if own is None else 'there'}, got {describe(state[name])}")
         if self.scaler and state["scaler"].keys() != self.scaler.state_dict().keys():
             raise Misfit(f"'scaler' must hold {', '.join(self.scaler.state_dict())}")
+        if self.given and (self.given.scheduler is None) != (state.get("scheduler") is None):
+            raise Misfit(f"'scheduler' must be that of {self.given.name}, got {describe(state.get('scheduler'))}")
         if len(state["history"]) > len(self.history.values):
             raise Misfit(f"'history' must be of at most {len(self.history.values)} steps, got {len(state['history'])}")
         if state["stopping"]["patience"] != self.stopping.patience:
@@ -345,7 +345,7 @@ def require_optimizer_like(optimizer: torch.optim.Optimizer, state: Mapping[str,
             )
         for name, tensor in entry.items():
             shape = torch.Size() if name == "step" else parameters[index].shape
-            if tensor.shape != shape or not tensor.is_floating_point():
+            if not isinstance(tensor, Tensor) or tensor.shape != shape or not tensor.is_floating_point():
                 raise Misfit(
                     f"{f'optimizer.state[{index}].{name}'!r} must be floating point {list(shape)}, got "
                     f"{describe(tensor)}"
