@@ -1,4 +1,4 @@
-"""Who may be timed: those whose results agree with a float64 oracle as well as PyTorch's own do."""
+"""Which contenders may be timed: those whose results are as close to a float64 oracle as PyTorch's own."""
 
 from __future__ import annotations
 
@@ -51,11 +51,10 @@ def verify(name: str, subject: Subject, limits: list[float], oracle: tuple[Tenso
 def admit(
     makers: Mapping[str, Callable[[], Subject]], dtype: torch.dtype, oracle: tuple[Tensor, ...]
 ) -> tuple[dict[str, Subject], dict[str, str]]:
-    """The subjects that may be timed, and why the others may not.
+    """The contenders that may be timed, and why the others may not.
 
     A contender that cannot be made (a missing package, a graph that a library does not support, a compiler's error) or
-    that computes something else costs its own row and no other. Only the first, the baseline, must work: what it
-    raises is raised.
+    that computes something else loses its own row only. The first, the baseline, must work: its errors are raised.
     """
     subjects: dict[str, Subject] = {}
     why_not: dict[str, str] = {}

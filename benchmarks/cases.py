@@ -1,4 +1,4 @@
-"""The ops at the shapes that ``ran_compact`` gives them: inputs, plain PyTorch, ran_ext, and the work that they are."""
+"""The ops at the shapes that ``ran_compact`` gives them: inputs, both implementations, traffic and operations."""
 
 from __future__ import annotations
 
@@ -284,5 +284,5 @@ def conv_gates(batch: int) -> list[ConvGate]:
 
 
 def large_gates() -> list[Case]:
-    """The gate on tensors of 256 MiB in 16 bits, which no cache holds: memory alone bounds it."""
+    """The gate on tensors of 256 MiB in 16 bits, larger than any cache: its time is memory traffic."""
     return [Gate((4096, 128, 16, 16), scale) for scale in (1, 2)]

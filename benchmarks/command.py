@@ -1,4 +1,4 @@
-"""How the commands that measure for long end: an exit status, and one sentence where something went wrong."""
+"""How long-running commands end: with an exit status, and one sentence about what went wrong."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Comparison:
             yield from self._ops("ops", self._cases(batch), f", batch {batch}")
 
     def bandwidth(self) -> Iterator[Row]:
-        """The gate on tensors that no cache holds."""
+        """The gate on tensors larger than any cache."""
         yield from self._ops("bandwidth", op_cases(2)[:2] if self.quick else large_gates(), "")
 
     def _ops(self, suite: str, cases: list[Case], note: str) -> Iterator[Row]:
@@ -126,7 +126,7 @@ class Comparison:
                     yield from self._memory(f"ran_compact batch {batch}", "peak in a training step", dtype, measured)
 
     def _keepers(self, dtype: torch.dtype) -> list[Contender]:
-        """torch.compile saves what it chooses inside one autograd function; it is compared in time, not here."""
+        """torch.compile hides what it saves in one autograd function, so it is compared in time only."""
         rows = contenders(dtype, self.device, False, "training step")
         return [row for row in rows if row.dtype == dtype and not row.graph and row.layout == torch.channels_last]
 
@@ -248,7 +248,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--against: there is no file {options.against}")
     options.rounds = options.rounds or (3 if options.quick else 15)
     options.batch = options.batch or ([2] if options.quick else [128, 1024] if cuda else [32])
-    half = ["bfloat16"] if multiplies_bfloat16(options.device) else []  # emulated, it would take hours and say nothing
+    half = ["bfloat16"] if multiplies_bfloat16(options.device) else []  # emulated, it would take hours
     options.dtype = options.dtype or ["float32", *half, *(["float16"] if cuda else [])]
     options.compile = options.compile and not options.quick
     return options
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     for suite in suites:
         for row in getattr(comparison, suite)():
             rows.append(row)
-            if options.out:  # at once: a run that is cut short leaves what it has measured
+            if options.out:  # after each row, so that an interrupted run keeps what it has measured
                 write_json(options.out, before | _settings(options, comparison), rows)
     print(tables(rows))
     print(

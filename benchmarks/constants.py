@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measures what the time model needs of a machine: launch, copies, matrix products, the library's convolutions and BN.
+"""Measures the constants of the time model here: launch, copies, matrix products, the library's convolutions and BN.
 
 python -m benchmarks.constants --out constants.json          then: python -m benchmarks.time_model constants.json
 """
@@ -28,7 +28,7 @@ LAUNCHES = 200
 
 
 def launch_seconds(device: torch.device, rounds: int) -> float:
-    """Seconds from one kernel to the next in a CUDA graph of kernels that do next to nothing; on a CPU, of a call."""
+    """Seconds from one kernel to the next in a CUDA graph of nearly empty kernels; on a CPU, seconds of a call."""
     counter = torch.zeros(1, device=device)
 
     def launches() -> None:

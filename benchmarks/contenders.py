@@ -1,4 +1,4 @@
-"""Who is measured against whom, and the functions to time: ops and networks, each in every contender's way."""
+"""The contenders, and the functions that are timed: each op and network as each contender runs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ran_ext.train import CudaGraph
 from .cases import Case, draw
 from .reference import networks as plain_networks
 
-#: Ratios are given to the first, and to the second where it is there.
+#: The baselines of the ratios; the second where it is present.
 BASELINES = ("eager channels_last", "torch.compile")
 
 
@@ -29,11 +29,11 @@ class Contender:
         name: of its row.
         dtype: of the tensors (ops), or of autocast (networks; float32 for none).
         ours: through ran_ext, or in plain PyTorch.
-        backend: of ran_ext; ``"native"`` is an error where the kernels are missing, which would be measured in vain.
+        backend: of ran_ext; ``"native"`` raises an error where the kernels are missing.
         layout: memory format of images and parameters.
         compile: arguments of ``torch.compile``; None for eager.
         graph: captured in a CUDA graph and replayed.
-        prepare: what is done to a trained network for inference; it brings its own dtype, without autocast.
+        prepare: applied to a trained network for inference; it sets the dtype, without autocast.
     """
 
     name: str
@@ -46,17 +46,17 @@ class Contender:
     prepare: Callable[[nn.Module], nn.Module] | None = None
 
 
-#: Of the gradient that comes from above, the same for all contenders of an op.
+#: Seed of the output's gradient, the same for all contenders of an op.
 GRADIENT_SEED = 9
 #: Keeps float16 gradients from vanishing; Adam's step does not depend on it, so nothing scales them back.
 LOSS_SCALE = 1024.0
-#: What all are compared with before they are timed.
+#: The contender that all others are compared with before they are timed.
 ORACLE = Contender("oracle", torch.float64, layout=torch.contiguous_format)
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """What is timed, and what is compared before: ``check`` gives the tensors that must agree."""
+    """What is timed; before that, the tensors that ``check`` returns are compared."""
 
     run: Callable[[], object]
     check: Callable[[], tuple[Tensor, ...]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What ``ran_ext.convert`` brings to networks of others on the CPU: training steps and bytes kept, float32.
+"""What ``ran_ext.convert`` gains on other people's networks, on the CPU: training steps and bytes kept, float32.
 
 Each network as it is written, in channels_last, against a converted copy, interleaved in one run.
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from ran_ext._files import write_atomically
 from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
-from ran_ext.train.png import png
+from ran_ext.train.evaluation import png
 
-#: The two networks, of which the first is said to be the more robust; and their colours.
+from .student import half_width
+
+#: The two networks (the claim: the first is more robust), and their colours.
 ATTENTION, TRUNK = "attention", "trunk only"
 COLOURS = {ATTENTION: "#1f5fa8", TRUNK: "#d95f02"}
 ALL, LESS_CLEAN = "all corruptions", "all corruptions, less clean"
-#: Student's t at 97.5 %, by degrees of freedom from 1; beyond the last a larger interval than need be.
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-#: A difference in accuracy that nobody would build a network for.
+#: A difference in accuracy too small to matter.
 NEGLIGIBLE = 0.005
 
 
@@ -64,7 +64,7 @@ class Difference:
         if freedom < 1:
             return cls(value, math.inf)
         error = math.sqrt(sum(statistics.variance(sample) / len(sample) for sample in (attention, trunk)))
-        return cls(value, T_QUANTILES[min(freedom, len(T_QUANTILES)) - 1] * error)
+        return cls(value, half_width(error, freedom))
 
     @property
     def verdict(self) -> str:
@@ -86,7 +86,7 @@ def of_network(seeds: Sequence[Seed], network: str) -> list[Seed]:
 
 
 def differences(seeds: Sequence[Seed]) -> dict[str, Difference]:
-    """On clean images, under each corruption (mean over its strengths), under all, and of what all take from clean."""
+    """On clean images, under each corruption (mean over its strengths), under all, and in the accuracy lost to all."""
     pair = [of_network(seeds, network) for network in (ATTENTION, TRUNK)]
     found = {"clean": Difference.of(*([seed.clean for seed in group] for group in pair))}
     for name in CORRUPTIONS:

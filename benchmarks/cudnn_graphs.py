@@ -1,4 +1,4 @@
-"""cuDNN's graph API as a rival: BN-ReLU in training, and scale-bias-ReLU-convolution with the output's statistics.
+"""cuDNN's graph API as a contender: BN-ReLU in training, and scale-bias-ReLU-convolution with the output's statistics.
 
 Needs a GPU and the package ``nvidia-cudnn-frontend`` (``import cudnn``). Which graphs have an engine only the device
 can say: what it refuses is raised, and ends as the reason in the row.
@@ -103,7 +103,7 @@ def _strides(buffer: Tensor) -> list[int]:
 
 @cache
 def _library() -> tuple[Any, Any]:
-    import cudnn  # optional, and needs a GPU to be of use
+    import cudnn  # optional, and useful on a GPU only
 
     return cudnn, cudnn.create_handle()
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Measures the two ways that a pass has on a GPU, and writes what the choice rests on.
+"""Measures the two paths of a pass on a GPU, and writes the table from which the package chooses.
 
 Those of a 1x1 convolution are the fused kernel and the library's; those of BN-ReLU the kernel that holds a tensor in
 shared memory and those that stream it, in this order under the same keys, fused_us and library_us.
 
 python -m benchmarks.dispatch --out FILE --install             on a GPU; also makes it the package's own table
-python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal, whose times say nothing
+python -m benchmarks.dispatch --out FILE --device cpu --quick  a rehearsal; its times mean nothing
 
 Rows of other architectures are kept. ``csrc/common/measured.h`` says how a row is used, ``ran_ext.explain`` shows it.
 """
@@ -31,8 +31,8 @@ from .timing import Spread, environment, interleave
 
 AnyCase = BNReLU | BNReLUConv | ConvGate
 PASSES = {"forward": None, "dgrad": [True, False, False], "wgrad": [False, True, True]}
-#: The environment variable that chooses, and its names for the fused kernel and the other way.
-WAYS = {
+#: The environment variable that chooses, and its names for the fused kernel and the other path.
+PATHS = {
     BNReLU: ("RAN_EXT_BN_RELU", ("resident", "streaming")),
     BNReLUConv: ("RAN_EXT_CONV1X1", ("fused", "library")),
     ConvGate: ("RAN_EXT_CONV1X1", ("fused", "library")),
@@ -40,7 +40,7 @@ WAYS = {
 
 
 def passes(case: AnyCase) -> list[str]:
-    """Those of the case that have two ways."""
+    """The case's passes that have two paths."""
     if isinstance(case, BNReLU):
         return ["bn_relu", "bn_relu_backward"]
     return ["gate"] if isinstance(case, ConvGate) else list(PASSES)
@@ -71,10 +71,10 @@ def run_pass(case: AnyCase, name: str, dtype: torch.dtype, device: torch.device)
 
 
 @contextmanager
-def chosen(variable: str, way: str) -> Iterator[None]:
-    """With ``variable=way`` in the environment."""
+def chosen(variable: str, path: str) -> Iterator[None]:
+    """With ``variable=path`` in the environment."""
     before = os.environ.get(variable)
-    os.environ[variable] = way
+    os.environ[variable] = path
     try:
         yield
     finally:
@@ -91,22 +91,22 @@ def measure(batches: list[int], dtypes: list[torch.dtype], device: torch.device,
     cases += [case for batch in batches for case in conv_gates(batch)]
     cases += [BNReLU(shape) for batch in batches for shape in dict.fromkeys(case.shape for case in units(batch))]
     for case in cases:
-        variable, names = WAYS[type(case)]
+        variable, names = PATHS[type(case)]
         for dtype in dtypes:
             for name in passes(case):
                 call = run_pass(case, name, dtype, device)
 
                 def timed(
-                    way: str, call: Callable[[], object] = call, variable: str = variable
+                    path: str, call: Callable[[], object] = call, variable: str = variable
                 ) -> Callable[[], object]:
                     def run() -> object:
-                        with torch.no_grad(), chosen(variable, way):
+                        with torch.no_grad(), chosen(variable, path):
                             return call()
 
                     return run
 
-                seconds = interleave({way: timed(way) for way in names}, rounds, device, flush=True)
-                medians = [round(1e6 * Spread.of(seconds[way]).median, 2) for way in names]
+                seconds = interleave({path: timed(path) for path in names}, rounds, device, flush=True)
+                medians = [round(1e6 * Spread.of(seconds[path]).median, 2) for path in names]
                 times = dict(zip(("fused_us", "library_us"), medians, strict=True))
                 n, c, h, w = case.shape
                 pixels = n * h * w // 4 if isinstance(case, ConvGate) else n * h * w

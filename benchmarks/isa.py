@@ -1,4 +1,4 @@
-"""A benchmark as on a processor with fewer instructions: the variables that say so must be there before torch loads."""
+"""Runs a benchmark as on a processor with fewer instructions; the variables for that must be set before torch loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ran_ext._command import Parser
 
-#: All contenders heed them: torch's kernels and ran_ext's the first, oneDNN's (and so torch.compile's) the second.
+#: All contenders respect them: torch's kernels and ran_ext's the first, oneDNN's (and so torch.compile's) the second.
 VARIABLES = {"native": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
 
 

@@ -1,4 +1,4 @@
-"""The finished parts of a long measurement in one JSON file, so that a run cut short repeats none of them."""
+"""The finished parts of a long measurement in one JSON file, so that an interrupted run repeats none of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ledger:
         return next((row for row in self.rows if all(row[name] == value for name, value in key.items())), None)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, and write the file to the side and rename it.
+        """Add a row and write the file, whole or not at all.
 
         Raises:
             TrainingError: it cannot be written.

@@ -23,7 +23,7 @@ from ran_ext import models, set_backend
 from ran_ext._command import Parser
 from ran_ext._files import write_atomically, write_json
 from ran_ext.data import CIFAR10, Normalize
-from ran_ext.train.png import png
+from ran_ext.train.evaluation import png
 
 from .reference import networks as plain_networks
 from .timing import environment

@@ -10,9 +10,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ran_ext import _json
-from ran_ext._files import write_atomically
-from ran_ext.train.png import png
+from ran_ext import _files
+from ran_ext.train.evaluation import png
 
 from .timing import Spread
 
@@ -102,8 +101,7 @@ def write_json(path: Path, environment: dict[str, Any], rows: Sequence[Row]) -> 
     """The rows and what they must be read with; a missing value is null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = [dataclasses.asdict(row) | ({"value": None} if row.missing else {}) for row in rows]
-    content = {"environment": environment, "rows": [_rounded(row) for row in written]}
-    write_atomically(path, (_json.dumps(content, room=ROW) + "\n").encode())
+    _files.write_json(path, {"environment": environment, "rows": [_rounded(row) for row in written]}, ROW)
 
 
 def _rounded(value: Any) -> Any:
@@ -170,7 +168,7 @@ def write_chart(path: Path, rows: Sequence[Row]) -> None:
         _panel(axis, panel)
     for axis in axes[len(panels) :]:
         axis.remove()
-    write_atomically(path, png(figure))
+    _files.write_atomically(path, png(figure))
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

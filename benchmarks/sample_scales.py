@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Test accuracy of the sample run at each of its scales and dtypes: what `ran_ext.train.scales` promises.
+"""Test accuracy of the sample run at each of its scales and dtypes: what `ran_ext.train.config` promises.
 
 python -m benchmarks.sample_scales                      the runs that results/cpu_sample_scales.json lacks
 python -m benchmarks.sample_scales --scale full --dtype float32 --seeds 1
 python -m benchmarks.sample_scales --scale short --dtype float32 --seeds 5 --conv3x3 library --out library.json
 
-Prints the table to copy into ran_ext/train/scales.py; the tests hold it to the file.
+Prints the table to copy into ran_ext/train/config.py; the tests hold it to the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ran_ext._command import Parser
 from ran_ext.train import PRESETS, Config, Ranks, fit
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
-from ran_ext.train.scales import SCALES
+from ran_ext.train.config import SCALES
 
 from .command import run_command
 from .ledger import Ledger

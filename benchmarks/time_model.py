@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Predicts the time of one BN-ReLU-convolution, forward + backward inside CUDA graphs, for each way to run it.
+"""Predicts the time of one BN-ReLU-convolution, forward + backward inside CUDA graphs, for each path.
 
 python -m benchmarks.time_model                     with assumed constants
 python -m benchmarks.time_model constants.json      with those that constants.py measured

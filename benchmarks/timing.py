@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ran_ext import _backend
 from ran_ext.train import Ranks
-from ran_ext.train.environment import environment as versions
+from ran_ext.train.system import environment as versions
 
 #: Written between two timed calls on a GPU, so that neither finds its inputs in the L2 cache (at most 126 MB so far).
 FLUSH_BYTES = 256 << 20
@@ -134,7 +134,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
 def peaks(device: torch.device, dtypes: list[torch.dtype], quick: bool) -> dict[str, float]:
     """The machine's measured rates, for the percentages: GB/s by size of the copy, on CUDA also GFLOP/s by dtype.
 
-    On a CPU torch's matrix product is no measure: it takes another library than the convolutions do, which outrun it.
+    On a CPU torch's matrix product is no bound: it uses another library than the convolutions, which are faster.
     """
     sizes = [4] if quick else [4, 8, 64, 256]
     rates = {f"copy {size} MB, GB/s": copy_rate(device, size) / 1e9 for size in sizes}
@@ -149,7 +149,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the figures must be read with; call it before and after, as the load average tells a busy machine.
+    """What the figures must be read with; call it before and after, because the load average shows a busy machine.
 
     >>> environment(torch.device("cpu"))["device"]
     'cpu'

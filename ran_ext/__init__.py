@@ -31,6 +31,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "train":  # on first use: who only calls the ops imports no trainer
+    if name == "train":  # on first use, so that ops alone import no trainer
         return importlib.import_module("ran_ext.train")
     raise AttributeError(f"module 'ran_ext' has no attribute {name!r}")

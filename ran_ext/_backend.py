@@ -30,7 +30,7 @@ def _is_beside(name: str) -> bool:
 
 
 def built_for() -> ModuleType | None:
-    """What setup.py noted of this installation: TORCH, CUDA, ARCHS, COMPILER, WHY_NO_NATIVE, WHY_NO_CUDA."""
+    """What setup.py recorded about this installation: TORCH, CUDA, ARCHS, COMPILER, WHY_NO_NATIVE, WHY_NO_CUDA."""
     return importlib.import_module("ran_ext._built_for") if _is_beside("_built_for") else None
 
 
@@ -196,7 +196,7 @@ def use_native(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for ``x``'s device; asking torch about a device that has none, such as meta, fails."""
+    """Whether autocast is on for ``x``'s device; torch raises an error for a device without autocast, such as meta."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 

@@ -1,4 +1,4 @@
-"""What the user has chosen of a setting: one value for the process, and another inside each ``with`` block.
+"""What the user has chosen for a setting: one value for the process, and another inside each ``with`` block.
 
 A block holds in its own context (thread or asyncio task) alone; what a block starts elsewhere sees the process's
 choice. Autograd's device threads are the exception: they see the choice of the thread that called backward, so that a

@@ -1,4 +1,4 @@
-"""``ran_ext.compare``: what converting a network brings on this machine."""
+"""``ran_ext.compare``: what converting a network gains on this machine."""
 
 from __future__ import annotations
 

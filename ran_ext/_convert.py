@@ -1,4 +1,4 @@
-"""``ran_ext.convert(model)``: any network trains with the fused kernels, in place, whoever wrote it."""
+"""``ran_ext.convert(model)``: any network trains with the fused kernels, in place."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def convert(model: Network, channels_last: bool = True) -> Network:
-    """Make ``model`` use the fused kernels, in place, whoever wrote it.
+    """Make ``model`` use the fused kernels, in place.
 
     Each ``nn.BatchNorm2d`` leaves its value unwritten until something needs it. ReLU, ReLU6, SiLU, Hardswish, LeakyReLU
     and Hardtanh leave it so too, and a convolution takes it in: behind ReLU in one fused op, else computing it again in

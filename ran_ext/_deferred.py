@@ -2,7 +2,7 @@
 
 A converted batch normalisation takes its statistics at once and returns a :class:`Deferred`. An activation leaves it
 deferred, and a convolution takes it in: one op that keeps the raw input alone. Whatever else uses the tensor gets its
-value, written out on the spot, so that no program can tell the difference but by time and memory.
+value, written out on the spot, so that a program sees no difference but in time and memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _watcher: Callable[[nn.Module, str], None] | None = None
 
 @contextmanager
 def watch(told: Callable[[nn.Module, str], None]) -> Iterator[None]:
-    """``told(module, outcome)`` for every use of a deferred value inside the block."""
+    """Call ``told(module, outcome)`` for every use of a deferred value inside the block."""
     global _watcher
     before, _watcher = _watcher, told
     try:
@@ -39,7 +39,7 @@ def watch(told: Callable[[nn.Module, str], None]) -> Iterator[None]:
 
 
 def is_watched() -> bool:
-    """Whether anybody does: the reason of an outcome may take long to find."""
+    """Whether anybody watches: finding the reason of an outcome may take long."""
     return _watcher is not None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error says, for the middle of a sentence: one line, of at most so many characters.
+    """An error's message as one line of at most ``most`` characters, for use in a sentence.
 
     >>> one_line(ValueError("not a tar:\\n- gzip: no\\n- xz: no"))
     'not a tar: - gzip: no - xz: no'

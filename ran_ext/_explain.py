@@ -1,4 +1,4 @@
-"""What runs for every layer of a network on a given input, why, and what it would take to run the faster way."""
+"""What runs for every layer of a network on a given input, why, and what the faster path needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Layer:
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> None:
-    """Print for every layer of ``model`` what runs on ``inputs``, why, and what the faster way would take.
+    """Print for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
 
     A copy of the network runs once, in the mode that the network is in and under the autocast that is on; its weights,
     buffers and torch's random numbers are left as they are.
@@ -56,7 +56,7 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
     """The calls in the order in which they are made."""
     found: list[Layer] = []
     twin = copied(unwrapped(model))
-    calls = _calls(twin)  # asked before there are hooks of ours, which would be reasons themselves
+    calls = _calls(twin)  # asked before our own hooks are there, which would count as reasons
     taken: dict[nn.Module, Tensor] = {}
     for name, module in twin.named_modules():
         if module not in calls:
@@ -113,7 +113,7 @@ def table(rows: list[Layer]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """Of which op a module's call is, why it is not fused ("" where it is), and the convolution in a gate's op."""
+    """The op of a module's call, why it is not fused ("" where it is), and the convolution in a gate's op."""
 
     op: str
     why: str = ""
@@ -121,7 +121,7 @@ class _Call:
 
 
 def _calls(model: nn.Module) -> dict[nn.Module, _Call]:
-    """The modules to list: all convolutions but those inside a fused op, and what this package runs in one."""
+    """The modules to list: what this package fuses, and all convolutions outside of it."""
     calls: dict[nn.Module, _Call] = {m: _Call("conv2d") for m in model.modules() if isinstance(m, nn.Conv2d)}
     calls |= {m: _Call("attention_gate") for m in model.modules() if isinstance(m, AttentionGate)}
     for module in model.modules():
@@ -144,7 +144,7 @@ def _described(x: Tensor) -> str:
 
 
 def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -> dict[str, tuple[str, str]]:
-    """For each pass of the op what it runs on, and why."""
+    """What each pass of the op runs on, and why."""
     if call.op == "conv2d":
         return plain_ways(module, x)
     if missing := _why_plain(x):

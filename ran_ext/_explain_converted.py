@@ -23,7 +23,7 @@ def is_converted(model: nn.Module) -> bool:
 
 
 def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
-    """For each pass of a convolution with or without BN-ReLU whether it takes a kernel, and why."""
+    """Whether each pass of a convolution (with or without BN-ReLU) takes a kernel, and why."""
     weight, kernels = conv.weight.to(x.dtype), _backend._C
     assert kernels is not None
     found: list[tuple[bool, str]] = kernels.explain_conv(x, weight, conv.stride, conv.padding, _backend.conv3x3_mode())
@@ -54,7 +54,7 @@ def plain_ways(conv: Any, x: Tensor) -> Ways:
 
 
 def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
-    """The op and the ways of a convolution that took ``x`` in, as :func:`ran_ext._deferred.tell` says."""
+    """The op and the paths of a convolution that took ``x`` in, as :func:`ran_ext._deferred.tell` says."""
     recipe = x.resolve().recipe
     if outcome.startswith(RECOMPUTED):
         why = f"{outcome.removeprefix(RECOMPUTED + ': ')}: its input is computed again in backward, and not kept"
@@ -65,7 +65,7 @@ def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
 
 
 def norm_ways(outcome: str) -> Ways:
-    """The way of a normalisation whose value no convolution took in."""
+    """The path of a normalisation whose value no convolution took in."""
     what, _, why = outcome.partition(": ")
     return {"forward": (what, why)}
 

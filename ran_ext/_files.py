@@ -12,7 +12,7 @@ from typing import Any
 
 from . import _json
 
-#: A file that is not finished yet; a random number between the two makes the name one writer's own.
+#: A file that is not finished yet; a random number between the two makes each writer's name unique.
 UNFINISHED = (".ran_ext-", ".partial")
 
 
@@ -44,13 +44,13 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as JSON, as :func:`write_atomically` does."""
-    write_atomically(path, (_json.dumps(content) + "\n").encode())
+def write_json(path: Path, content: Any, width: int = _json.WIDTH) -> None:
+    """Write ``content`` as JSON of lines up to ``width``, as :func:`write_atomically` does."""
+    write_atomically(path, (_json.dumps(content, room=width) + "\n").encode())
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what writers that were killed have left in ``folder``; nobody else may be writing there."""
+    """Remove what writers that were killed have left in ``folder``; no other process may be writing there."""
     before, after = UNFINISHED
     for path in folder.glob(f"{before}*{after}"):
         with contextlib.suppress(OSError):
@@ -58,6 +58,6 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def require_regular(path: str | Path) -> None:
-    """Raise ``OSError`` unless ``path`` is a regular file: a pipe would be waited for, a device read without end."""
+    """Raise ``OSError`` unless ``path`` is a regular file: reading a pipe would block, a device may never end."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", str(path))

@@ -38,7 +38,7 @@ class FoldedResidualUnit(Evaluation):
 
 
 class FoldedChain(Evaluation):
-    """An ``nn.Sequential`` whose members have moved into one another: it can be called as a whole only."""
+    """An ``nn.Sequential`` whose members are folded into each other: only the whole can be called."""
 
     def __init__(self, layers: Iterable[nn.Module]):
         super().__init__()
@@ -160,7 +160,7 @@ def unit_folds(unit: ResidualUnit) -> bool:
 
 
 def is_known(module: Any, kind: type[M]) -> TypeGuard[M]:
-    """Whether a call of ``module`` runs the forward of ``kind`` and nothing besides."""
+    """Whether a call of ``module`` runs the forward of ``kind`` and nothing else."""
     return isinstance(module, kind) and not _fusion.why_called("", module, {type(module): kind.forward})
 
 
@@ -190,7 +190,7 @@ def with_relu(bn: Any, dtype: torch.dtype) -> BNReLU:
 
 
 def folded(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> FoldedConv2d:
-    """``conv``, then ``bn`` with its running statistics and a ReLU where ``bn`` is given; worked out in float64."""
+    """``conv``, then ``bn`` with its running statistics and a ReLU where ``bn`` is given; computed in float64."""
     weight = conv.weight.double().contiguous(memory_format=torch.channels_last)
     bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
     if bn is not None:

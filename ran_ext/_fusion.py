@@ -1,9 +1,9 @@
-"""What may run as one op: modules of which everything is known that a call of them would do.
+"""What may run as one op: modules whose call does nothing but what is known here.
 
-A fused op reads the parameters of ``bn`` and ``conv`` without calling the two. What acts through a module's call would
-be passed over: hooks (pruning, weight and spectral norm, offloading, FLOP counters), another class's ``forward``
-(adapters, quantisation), a ``forward`` put on the object, sharded parameters. Wherever there is any, and wherever
-something is merely unknown, the modules are called one after the other, as in plain PyTorch.
+A fused op reads the parameters of ``bn`` and ``conv`` without calling the two. It would skip whatever acts through
+a module's call: hooks (pruning, weight and spectral norm, offloading, FLOP counters), another class's ``forward``
+(adapters, quantisation), a ``forward`` put on the object, sharded parameters. Where there is
+any of these, or anything unknown, the modules are called one after the other, as in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Not the names in torch.nn, where quantisation toolkits put classes of their own.
+# From their own modules, because quantisation toolkits replace the names in torch.nn.
 from torch.nn.modules.batchnorm import BatchNorm2d, SyncBatchNorm
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.module import _has_any_global_hook
@@ -94,8 +94,8 @@ def why_unfused(bn: Any, conv: Any = None) -> str:
 
 
 def why_called(name: str, module: nn.Module, kinds: Kinds) -> str:
-    """What a call of ``module`` does that is not known; "" where it runs a forward of ``kinds`` and no more."""
-    kind, own = type(module), module.__dict__  # looked up through nn.Module it would take many times as long
+    """What else a call of ``module`` does; "" where it runs a forward of ``kinds`` and nothing else."""
+    kind, own = type(module), module.__dict__  # a lookup through nn.Module takes many times as long
     if kinds.get(kind) is not kind.forward and (why := _why_other_kind(name, module, kinds)):
         return why
     if own["_forward_pre_hooks"]:

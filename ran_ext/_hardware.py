@@ -14,9 +14,9 @@ _EMULATES = ("AVX512_CORE", "AVX512_CORE_VNNI")
 def multiplies_bfloat16(device: torch.device | str) -> bool:
     """Whether convolutions in bfloat16 run on instructions made for them on ``device``; elsewhere they are emulated.
 
-    So they do on GPUs of sm_80 and up, on x86 with AVX512-BF16 or AMX, and on ARM with BF16. On a CPU the convolutions
+    That is so on GPUs of sm_80 and up, on x86 with AVX512-BF16 or AMX, and on ARM with BF16. On a CPU the convolutions
     are oneDNN's, so ``ONEDNN_MAX_CPU_ISA`` counts; ``ATEN_CPU_CAPABILITY``, which chooses the other kernels, does not.
-    ``torch.ops.mkldnn._is_mkldnn_bf16_supported()`` alone would not do: it is true of any AVX-512.
+    ``torch.ops.mkldnn._is_mkldnn_bf16_supported()`` is not enough: it is true on any AVX-512 processor.
 
     >>> multiplies_bfloat16("meta")
     False

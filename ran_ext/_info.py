@@ -1,4 +1,4 @@
-"""Says what was built, what runs, and what would mend what is missing."""
+"""What was built, what runs, and how to build what is missing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def report() -> str:
 
 
 def info() -> None:
-    """Print the version, what was built, what runs, which backend a call takes, and how to mend what is missing.
+    """Print the version, what was built, what runs, which backend a call takes, and how to build what is missing.
 
     >>> info()  # doctest: +ELLIPSIS
     ran_ext          ...

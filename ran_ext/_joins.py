@@ -1,4 +1,4 @@
-"""A converted network's forward pass: concatenations keep their pieces, and what leaves is written out."""
+"""A converted network's forward pass: concatenations keep their pieces, and the outputs are written out."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
 
 
 def leave(module: nn.Module, args: Any, out: Any) -> Any:
-    """After it: what leaves the network is written out."""
+    """After the forward pass: write out the network's outputs."""
     if torch.compiler.is_compiling():
         return None
     mode = _pop(_RUNNING.networks)

@@ -1,4 +1,4 @@
-"""JSON that a person can read and git can keep: what fits on a line stands on one."""
+"""JSON that is easy to read and to keep in git: what fits on one line is on one line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dumps(value: Any, indent: int = 0, room: int = WIDTH) -> str:
         return line
     inner = indent + 1
     if isinstance(value, dict):
-        # A key that is no string becomes one as json makes it.
+        # Keys that are not strings are converted as json does.
         items = [f"{json.dumps(json.loads(json.dumps({key: 0})).popitem()[0])}: {dumps(item, inner, room)}"
                  for key, item in value.items()]  # fmt: skip
     else:

@@ -1,4 +1,4 @@
-"""What is made of a tensor once and kept for as long as the tensor does not change."""
+"""A value computed from a tensor, kept as long as the tensor does not change."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class Kept(Generic[T]):
-    """Keeps what ``make`` made of a tensor; another tensor, new contents or new memory have it made again.
+    """Keeps what ``make`` made of a tensor; makes it again for another tensor, new contents or new memory.
 
-    A write through ``tensor.data`` or a NumPy view goes past autograd's count of changes, and is not seen. A tensor
-    made in inference mode has no such count: of it nothing is kept. Copies and pickles are empty.
+    A write through ``tensor.data`` or a NumPy view is not counted by autograd, and so not seen. A tensor
+    made in inference mode has no such count, so nothing is kept for it. Copies and pickles are empty.
 
     >>> kept, weight = Kept(), torch.ones(2)
     >>> kept(weight, lambda: weight.sum().item())

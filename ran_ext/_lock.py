@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock of the operating system's, which dies with its process."""
+"""One process at a time in a folder: a lock of the operating system, which ends with its process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FolderInUseError(RuntimeError):
 class FolderLock:
     """While entered, no other process, and no other lock of this one, can enter it for the same folder.
 
-    The lock is ``flock``'s on a file in the folder: the system frees it when the process ends, however it ends. Where
+    The lock is ``flock``'s on a file in the folder: the system frees it when the process ends, in whatever way. Where
     the system or the file system has none, a warning says so, and nothing is locked.
 
     Args:

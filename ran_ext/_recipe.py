@@ -23,7 +23,7 @@ def identity(z: Tensor) -> Tensor:
 
 
 def version(t: Tensor | None) -> int:
-    """Changes with every write to ``t``, as far as torch counts them."""
+    """A number that changes with every write to ``t`` that torch counts."""
     return -1 if t is None or t.is_inference() else t._version
 
 
@@ -134,7 +134,7 @@ def _normalised(
     x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     if mean is None:
         return x, x
-    if mean.dtype != (x if weight is None else weight).dtype:  # of such statistics torch does not normalise
+    if mean.dtype != (x if weight is None else weight).dtype:  # torch does not normalise with such statistics
         return x, _value(batch_stats, eps, mean, var, weight, bias, x)
     return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
 

@@ -1,4 +1,4 @@
-"""Who looks into a call: tracers, exporters, transforms, modes, subclasses. Compiled ops are opaque to all of them."""
+"""Detects tracers, exporters, transforms, modes and subclasses: compiled ops are opaque to all of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PASSIVE: set[type] = {DeviceContext}
 def is_symbolic(x: Any) -> bool:
     """Whether ``x`` stands for inputs to come: sizes may not be asked for, or the answer would become part of a graph.
 
-    So it is under ``torch.fx.symbolic_trace``, ``torch.jit.trace``, ``torch.export`` and the ONNX exporters.
+    True under ``torch.fx.symbolic_trace``, ``torch.jit.trace``, ``torch.export`` and the ONNX exporters.
     """
     if not isinstance(x, Tensor):
         return isinstance(x, Proxy)

@@ -1,4 +1,4 @@
-"""What others wrap a model in, taken off."""
+"""Takes wrappers (compile, DataParallel) off a model."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy; also of weights that were worked out of others (pruned, normalised), which torch does not copy."""
+    """A deep copy, including computed weights (pruned, normalised), which torch does not copy."""
     worked_out = (t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor))
     return copy.deepcopy(model, {id(t): t.detach().clone() for t in worked_out if not t.is_leaf})
 
 
 def eagerly() -> AbstractContextManager[None]:
-    """Modules inside that were compiled run as written: their graphs pass over hooks that came later."""
+    """Compiled modules run as written inside the block: their graphs skip hooks that were added later."""
     compiled = "torch._dynamo" in sys.modules  # nothing is compiled where it was never imported, and it imports slowly
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()

@@ -18,12 +18,12 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
 
     In a residual unit the second and third batch normalisation fold into the convolution before them, whose output
     then passes the ReLU at once; the stem's folds into the first convolution; a mask's two 1x1 convolutions become one.
-    So do they in an ``nn.Sequential``, where a ``BNReLU`` or ``BNReLUConv2d`` follows an ``nn.Conv2d`` or
+    They also fold in an ``nn.Sequential``, where a ``BNReLU`` or ``BNReLUConv2d`` follows an ``nn.Conv2d`` or
     ``BNReLUConv2d``; its members cannot be called one by one then. What is pruned or parametrised (weight_norm,
     spectral_norm) is worked out once. A layer stays as written where a forward is not the library's own, a hook looks
     on, a convolution is grouped, dilated or padded with other than zeros, or there are no running statistics.
     On the CPU the weights are kept in the layout that oneDNN or this package's kernels want, packed at the first call
-    and again after they change; changes by way of ``weight.data`` go unseen.
+    and again after they change; changes through ``weight.data`` are not seen.
 
     Args:
         model: a network of :mod:`ran_ext.models`, or any module that holds :mod:`ran_ext.nn` ones; its running
@@ -66,7 +66,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
 
 
 def _worked_out(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, in which every weight that was worked out of others is a plain parameter."""
+    """A copy in evaluation mode, in which every computed weight is a plain parameter."""
     twin = copied(model).eval()
     for module in twin.modules():
         if parametrize.is_parametrized(module):

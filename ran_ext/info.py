@@ -1,22 +1,8 @@
-"""``python -m ran_ext.info`` prints what ``ran_ext.info()`` prints.
-
-The function lives in another file: imported with the package, this one would make ``python -m`` warn.
-"""
-
-import sys
-from types import ModuleType
+"""``python -m ran_ext.info``: the older name of ``python -m ran_ext info``."""
 
 from ran_ext._info import info
 
-if __name__ == "__main__":
-    info()
+if __name__ != "__main__":  # imported, it would take the place of the package's function
+    raise ImportError("ran_ext.info is a function: call ran_ext.info(), or run python -m ran_ext info")
 
-
-class _CallableModule(ModuleType):
-    """``import ran_ext.info`` puts this module in the place of the package's function, so it can be called like it."""
-
-    def __call__(self) -> None:
-        info()
-
-
-sys.modules[__name__].__class__ = _CallableModule
+info()

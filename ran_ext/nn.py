@@ -1,4 +1,4 @@
-"""Modules over :mod:`ran_ext.ops`: they hold parameters and make calls, the mathematics lives in the ops.
+"""Modules over :mod:`ran_ext.ops`: they hold parameters and call the ops, which do the mathematics.
 
 Submodules and state_dict keys are those of plain PyTorch (``nn.BatchNorm2d``, ``nn.Conv2d``), so checkpoints,
 initialisers, optimizer groups and ``nn.SyncBatchNorm.convert_sync_batchnorm`` work as they always do. What acts through
@@ -82,7 +82,7 @@ class BNReLUConv2d(nn.Module):
 
     Submodules ``bn`` (``nn.BatchNorm2d``) and ``conv`` (``nn.Conv2d``) hold the parameters. ``nn.SyncBatchNorm`` in
     the place of ``bn`` (by torch's own converter) and ``nn.utils.parametrizations`` keep the fusion. Any other module
-    there, a convolution with groups, dilation or non-zero padding mode, and modules on which anything else acts than
+    there, a convolution with groups, dilation or non-zero padding mode, and modules with more than
     their own forward (hooks, adapters, sharded or pruned parameters) are run as written, unfused.
 
     Args:

@@ -112,7 +112,7 @@ def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], Counter[str]]:
 
 
 def code_size(held: Counter[str]) -> dict[str, int]:
-    """What budgets hold of a kernel's machine code; what pads it does not count.
+    """The budgeted counts of a kernel's machine code, without padding.
 
     >>> code_size(Counter({"LDG.E.U16": 2, "STG.E.128": 1, "FADD": 3, "NOP": 9}))
     {'instructions': 6, 'narrow': 2}
@@ -123,7 +123,7 @@ def code_size(held: Counter[str]) -> dict[str, int]:
 
 
 def sass_faults(held: dict[tuple[str, str], Counter[str]], wanted: dict[str, list[str]]) -> Iterator[str]:
-    """Local memory that a kernel touches, and instructions that it was to hold and does not."""
+    """Local memory that a kernel touches, and required instructions that it lacks."""
     for (kernel, arch), instructions in sorted(held.items()):
         local = sorted(name for name in instructions if name.split(".")[0] in ("LDL", "STL"))
         if local:

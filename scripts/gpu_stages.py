@@ -21,12 +21,12 @@ from .stages import Stage
 ROOT = Path(__file__).resolve().parent.parent
 #: Makes a stage from its name, minutes and arguments.
 Maker = Callable[..., Stage]
-#: Where nvidia-smi does not say it: that of the GPUs that the suite is written for.
+#: Where nvidia-smi does not say it: the capability of the GPUs that the suite is written for.
 DEFAULT_CAPABILITY = "9.0"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Every op's kernels in bfloat16 on a few small shapes: the sanitizer slows a kernel down 10 to 100 times.
 SANITIZED = ["tests/test_cuda.py", "-k", "dtype1 and channels_last and (shape0 or shape4 or fused)"]
-#: Whom the budget allows beside the baseline; ``compare.py`` by itself takes all.
+#: The contenders that fit the time budget beside the baseline; ``compare.py`` alone takes all.
 OP_RIVALS = ["eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph", "cuDNN graph API"]
 OP_RIVALS += ["ran_ext", "ran_ext, CUDA graph"]
 STEP_RIVALS = ["eager NCHW fp32", "eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph"]
@@ -90,7 +90,7 @@ def _capability() -> str:
 
 
 def _build(options: argparse.Namespace, python: str, gpu: bool) -> Stage:
-    info = [python, "-m", "ran_ext.info"]
+    info = [python, "-m", "ran_ext", "info"]
     if options.prebuilt is not None:
         install = [python, "-m", "scripts.prebuilt", "--install", str(options.prebuilt.resolve())]
         return Stage("build", 1, [install, info])
@@ -108,7 +108,7 @@ def _data(options: argparse.Namespace, out: Path) -> tuple[list[str], str]:
 
 
 def _environment(python: str, gpu: bool) -> Stage:
-    commands = [[python, "-m", "ran_ext.info"]]
+    commands = [[python, "-m", "ran_ext", "info"]]
     if gpu:
         toolkit = find_toolkit()
         commands += [["nvidia-smi"], [str(toolkit / "bin" / "nvcc") if toolkit else "nvcc", "--version"]]
@@ -124,7 +124,7 @@ def _constants(stage: Stage, python: str) -> Stage:
 def _tests(python: str, gpu: bool) -> Stage:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands = [[*pytest, "tests", "-m", "gpu"]]
-    if not gpu:  # those all skip; one that runs
+    if not gpu:  # those are all skipped; one that runs
         commands.append([*pytest, "tests/test_attention_gate.py", "-k", "empty"])
     return Stage("tests", 4, commands, read=pytest_counts)
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Everything that a GPU can tell, in one command: build, tests, sanitizer, benchmarks, record, the report's experiment.
+"""All that is measured on a GPU, in one command: build, tests, sanitizer, benchmarks, record, the report's experiment.
 
 python -m scripts.gpu_suite --out runs/gpu --minutes 60 --data data       on a machine with a GPU
 python -m scripts.gpu_suite --out runs/gpu --minutes 9 --only ops model   some stages
-python -m scripts.gpu_suite --out runs/gpu --prebuilt DIR                 nothing is compiled: scripts.prebuilt has
+python -m scripts.gpu_suite --out runs/gpu --prebuilt DIR                 compiled before, by scripts.prebuilt
 python -m scripts.gpu_suite --out runs/rehearsal --device cpu --quick     each stage rehearsed, without a GPU
 
-Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes on
-where the minutes ended. --data takes CIFAR-10 in any layout that get_cifar10.py takes, lossless atlases among them.
+Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes
+on where the minutes ended. --data takes CIFAR-10 in any layout that get_cifar10.py takes, lossless atlases among them.
 Leaves a log and a JSON a stage in --out, and of all stages and targets summary.md and summary.json; the exit status is
 1 where a stage failed or was cut short.
 """
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(chosen: Sequence[Stage], runner: Runner, minutes: float, again: bool) -> None:
-    """Run what has not passed yet until the minutes are over; what is left is written down as skipped."""
+    """Run the stages that have not passed yet until the minutes are over; the rest are recorded as skipped."""
     end = time.monotonic() + 60 * minutes
     pending = [stage for stage in chosen if again or not runner.passed(stage)]
     for number, stage in enumerate(chosen, 1):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the GPU suite compiles, made beforehand on a machine without a GPU.
+"""Compiles for the GPU suite beforehand, on a machine without a GPU.
 
 python -m scripts.prebuilt --out DIR --archs 9.0      build; with the Python and the torch of the machine with the GPU
 python -m scripts.prebuilt --install DIR              put the extension into this checkout

@@ -4,8 +4,8 @@
     python3 scripts/quickstart.py test      # runs the tests
 
 ``train`` on the sample takes the largest of three lengths that ends within ten minutes on this machine, and says so;
-``quickstart.py train --scale full`` asks for the whole. Both make a virtual environment in ``.venv``, install torch and
-ran_ext there, and go on; a second run starts at once.
+``quickstart.py train --scale full`` takes the full length. Both make a virtual environment in ``.venv``, install
+torch and ran_ext there, and go on; a second run starts at once.
 What follows the command goes to the training script or to pytest: ``quickstart.py train --epochs 2``. With ``--system``
 before the command the running Python is used, with the torch it has.
 """
@@ -56,7 +56,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def check_machine() -> None:
-    """Stops before anything is downloaded where it could not end well."""
+    """Stop before any download where the build would fail."""
     version = sys.version.split()[0]
     if sys.version_info < (3, 11):  # noqa: UP036  an older Python may be what "python3" means
         raise Problem(f"Python 3.11 or later is needed, this is {version}; name one: python3.12 {sys.argv[0]} ...")
@@ -67,7 +67,7 @@ def check_machine() -> None:
 
 
 def make_venv() -> Path:
-    """The Python of ``.venv``, made where it is missing or broken."""
+    """The Python of ``.venv``, which is made where it is missing or broken."""
     python = VENV / "bin" / "python"
     if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return python
@@ -123,7 +123,7 @@ def reaches(url: str) -> bool:
 
 
 def sources_digest() -> str:
-    """Names and contents of all that the extension is made from: it is built again when one of them changed."""
+    """Digest of the names and contents of the extension's sources: it is rebuilt when one has changed."""
     files = [ROOT / "setup.py", ROOT / "pyproject.toml", *ROOT.glob("_build/*.py"), *ROOT.glob("csrc/**/*")]
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
@@ -174,7 +174,7 @@ def main() -> int:
     except Problem as problem:
         say(str(problem))
         return 1
-    subprocess.run([python, "-m", "ran_ext.info"], cwd=ROOT)
+    subprocess.run([python, "-m", "ran_ext", "info"], cwd=ROOT)
     try:
         return subprocess.run([python, *words, *arguments.rest], cwd=ROOT).returncode
     except KeyboardInterrupt:

@@ -4,10 +4,10 @@
 python -m scripts.record --target 0.893 --data data --seeds 5
 python -m scripts.record --target 0.893 --data data --seeds 1 --contender ran_ext eager compile reference --curve
 python -m scripts.record --target best --data data --seeds 3
-python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal, whose figures mean nothing
+python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal; its figures mean nothing
 
 Contenders: ran_ext; eager and compile, which are plain PyTorch, channels_last, with the same recipe, seeds, batches and
-dtype; and the reference, in the report's own way: eager, float32, NCHW, its own recipe.
+dtype; and the reference as in the report: eager, float32, NCHW, its own recipe.
 
 Claims. Not measured yet: the first two commands, on a GPU, print what belongs here, and write it to --out.
     0.893   ran_compact, 10 epochs: not measured yet. Predicted: 0.90, as 6 epochs gave 0.873 on a CPU (n = 1).
@@ -20,8 +20,8 @@ Rules, after https://github.com/KellerJordan/cifar10-airbench: the schedule is f
 epoch's, never the best one's. The clock starts when the images are on the device and stops with the last prediction:
 setting up the weights, capturing the step, writing checkpoints and testing are inside. A warm-up on random labels, in
 which kernels are chosen and compiled, is outside. The logits of each test image and of its mirror image are averaged,
-inside the clock. Finished seeds are not repeated; one cut short goes on from its checkpoint, and its row says so. With
---curve the test images are also predicted after each epoch, inside the clock, and accuracy over time is drawn.
+inside the clock. Finished seeds are not repeated; an interrupted one continues from its checkpoint, as its row says.
+With --curve the test images are also predicted after each epoch, inside the clock, and accuracy over time is drawn.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ from ran_ext.train import PRESETS, Config, Ranks, fit, resolve_dtype
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
-from ran_ext.train.distributed import choose_device
-from ran_ext.train.run import LAST
+from ran_ext.train.state import LAST
+from ran_ext.train.system import choose_device
 
 RECIPES = {
     # A prediction: the error was 0.127 after 6 epochs; if it falls as epochs ** -0.4 to -0.5, it is 0.104 to 0.098
@@ -93,7 +93,7 @@ def running_as(contender: str) -> Iterator[str]:
 
 
 def warm_up(config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device, step: str = "auto") -> None:
-    """A few steps and a test on random labels: what is chosen, compiled and cached for the run's shapes is so then."""
+    """A few steps and a test on random labels, so that kernels for the run's shapes are chosen, compiled and cached."""
     few = train_set.subset(torch.arange(min(len(train_set), WARM_UP_STEPS * config.batch_size), device=device))
     few.labels = torch.randint(len(few.classes), (len(few),), device=device)
     config = dataclasses.replace(config, epochs=1)
@@ -157,7 +157,7 @@ def measure(
 
 
 def measure_reference(config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device) -> dict[str, Any]:
-    """The plain PyTorch reference, in the report's own way, for as many epochs of the same batches.
+    """The plain PyTorch reference as in the report, for as many epochs of the same batches.
 
     Eager, float32, NCHW; worker processes augment the images, and each epoch is tested, as the report did.
     """

@@ -29,7 +29,7 @@ from benchmarks.experiments.tables import write_tables
 from benchmarks.timing import environment
 from ran_ext._command import Parser
 from ran_ext.train import Config, Ranks, resolve_dtype
-from ran_ext.train.distributed import choose_device
+from ran_ext.train.system import choose_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

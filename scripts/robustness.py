@@ -3,10 +3,10 @@
 
 python -m scripts.robustness --out runs/robustness                     narrow networks, 12 minutes on 2 CPU cores
 python -m scripts.robustness --out runs/robustness --scale full        the whole CIFAR-10, on a GPU
-python -m scripts.robustness --out runs/robustness --quick             a rehearsal, whose figures mean nothing
+python -m scripts.robustness --out runs/robustness --quick             a rehearsal; its figures mean nothing
 python -m scripts.robustness --out runs/robustness --scale full --checkpoint runs/*/model.pt    networks trained before
 
-Without its masks the network has their parameters, to 0.1 %, in a longer trunk, which takes half as much work again.
+Without its masks the network has their parameters, to 0.1 %, in a longer trunk, which makes 1.5 times the operations.
 Both are trained by the same recipe, and tested on the same images under Gaussian noise, blur, contrast and shift at
 five strengths (ran_ext.data.corruptions). Leaves robustness.json, .md and .png in --out; the same command again
 continues.
@@ -44,8 +44,8 @@ from ran_ext.train import (
 )
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
-from ran_ext.train.distributed import choose_device
-from ran_ext.train.run import LAST, SELECTED
+from ran_ext.train.state import LAST, SELECTED
+from ran_ext.train.system import choose_device
 
 #: Options of ``ran_compact``.
 NETWORKS: dict[str, dict[str, Any]] = {ATTENTION: {}, TRUNK: {"attention": False}}
@@ -88,7 +88,7 @@ def network_of(checkpoint: Path) -> tuple[str, int]:
 
 
 def train(config: Config, train_set: CIFAR10, folder: Path, device: torch.device) -> Path:
-    """The trained network's checkpoint; a run cut short goes on from its own.
+    """The trained network's checkpoint; an interrupted run continues from its own.
 
     Raises:
         KeyboardInterrupt: the run was asked to stop; its checkpoint is in ``folder``.

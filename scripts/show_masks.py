@@ -22,8 +22,7 @@ from ran_ext._files import write_atomically
 from ran_ext.data import CLASSES
 from ran_ext.data.pictures import PictureError, find_pictures, read_picture
 from ran_ext.train import CheckpointError, load_model, load_normalize
-from ran_ext.train.masks import attention_maps, depths, draw_attention
-from ran_ext.train.png import png
+from ran_ext.train.evaluation import attention_maps, depths, draw_attention, png
 
 #: Predictions printed for each picture.
 TOP = 3

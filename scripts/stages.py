@@ -51,7 +51,7 @@ class Stage:
 def limit(pending: Sequence[Stage], left: float) -> float:
     """Seconds of the ``left`` that the first of ``pending`` gets: its own limit, or more where all limits leave some.
 
-    A budget that is too small goes to the first ones whole, as they are in order of value; 0 where too little is left.
+    A budget that is too small goes to the first stages in full: they are in order of value. 0 where too little is left.
 
     >>> stages = [Stage("a", 1, []), Stage("b", 3, [])]
     >>> limit(stages, 600.0), limit(stages, 120.0), limit(stages[1:], 60.0), limit(stages[1:], 30.0)
@@ -78,7 +78,7 @@ class Runner:
         out.mkdir(parents=True, exist_ok=True)
 
     def passed(self, stage: Stage) -> bool:
-        """Whether an earlier run with the same settings has passed it."""
+        """Whether an earlier run with the same settings passed it."""
         outcome = self.outcome(stage.name)
         return outcome is not None and outcome["status"] == "passed" and outcome["settings"] == self.settings
 
@@ -147,7 +147,7 @@ class Runner:
         return outcome
 
     def _execute(self, command: Sequence[str], stage: Stage, log: IO[str], seconds: float, what: str) -> int | None:
-        """The exit status; None where the time limit ended it. Nothing that it started outlives it."""
+        """The exit status; None where the time limit ended it. All its processes are ended."""
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
         path = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))  # nothing is installed
@@ -189,7 +189,7 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something, for a line of progress."""
+    """The last line of a log that is not empty, for a line of progress."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - 2000))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")

@@ -26,7 +26,7 @@ from ran_ext import _files
 from ran_ext.data import CIFAR10, Batches
 from ran_ext.train import cli, load_checkpoint
 from ran_ext.train.arguments import RUN_FILE
-from ran_ext.train.run import LAST, SELECTED
+from ran_ext.train.state import LAST, SELECTED
 
 FLAGS = [
     *("--data", "sample", "--preset", "sample", "--model-option", "width=0.125", "--device", "cpu", "--quiet"),

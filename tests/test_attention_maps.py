@@ -9,7 +9,7 @@ from ran_ext import explain
 from ran_ext._explain import layers
 from ran_ext.models import create_model
 from ran_ext.nn import AttentionGate, AttentionModule
-from ran_ext.train.masks import attention_maps, depths, has_attention
+from ran_ext.train.evaluation import attention_maps, depths, has_attention
 
 
 def network(**options):

@@ -27,18 +27,27 @@ def package(tmp_path):
     """A copy of the package's files that choose the backend; given a module's bytes and notes, it imports."""
     folder = tmp_path / "ran_ext"
     folder.mkdir()
-    for name in ("_backend.py", "_choice.py", "_hardware.py", "_tracing.py", "_info.py", "info.py"):
+    for name in (
+        "_backend.py",
+        "_choice.py",
+        "_hardware.py",
+        "_tracing.py",
+        "_info.py",
+        "info.py",
+        "__main__.py",
+        "_command.py",
+    ):
         shutil.copy(PACKAGE / name, folder)
     (folder / "__init__.py").write_text("from . import _backend\nfrom ._info import info\n__version__ = '1'\n")
 
-    def run(code: str, module: bytes | None = None, environment: dict[str, str] | None = None, **fields):
+    def run(code: str | list[str], module: bytes | None = None, environment: dict[str, str] | None = None, **fields):
         if fields:
             lines = [f"{name} = {value!r}" for name, value in {**FIELDS, **fields}.items()]
             (folder / "_built_for.py").write_text("\n".join(lines))
         if module is not None:
             (folder / "_C.so").write_bytes(module)
         return subprocess.run(
-            [sys.executable, "-c", code] if code else [sys.executable, "-m", "ran_ext.info"],
+            [sys.executable, "-c", code] if isinstance(code, str) else [sys.executable, "-m", *code],
             cwd=tmp_path, env={**os.environ, **(environment or {})}, capture_output=True, text=True,
         )  # fmt: skip
 
@@ -61,7 +70,7 @@ def test_pure_python_says_why(package):
 
 
 def test_a_module_that_does_not_load_warns_once(package):
-    done = package(REASON + "; import ran_ext.info", b"not a library", TORCH=torch.__version__)
+    done = package(REASON + "; import ran_ext; ran_ext.info()", b"not a library", TORCH=torch.__version__)
     assert "built, but does not load: " in done.stdout
     assert done.stderr.count("RuntimeWarning") == 1
     assert "plain PyTorch is" in done.stderr
@@ -113,8 +122,9 @@ def test_rebuild_command_of_an_installation(package, tmp_path, origin, target):
     assert done.stdout.strip().endswith(f"--no-cache-dir {target}")
 
 
-def test_info_runs_as_a_module_without_a_warning(package):
-    done = package("")
+@pytest.mark.parametrize("command", [["ran_ext", "info"], ["ran_ext.info"]])
+def test_info_runs_as_a_command_without_a_warning(package, command):
+    done = package(command)
     assert done.returncode == 0
     assert done.stderr == ""
     assert f"torch            {torch.__version__}" in done.stdout
@@ -122,14 +132,46 @@ def test_info_runs_as_a_module_without_a_warning(package):
     assert "to build         " in done.stdout
 
 
-def test_info_stays_callable_after_its_module_is_imported(package):
-    done = package("import ran_ext; ran_ext.info(); import ran_ext.info; ran_ext.info()")
+def test_info_is_a_function_and_stays_one(package):
+    done = package("""
+import ran_ext
+ran_ext.info()
+try:
+    import ran_ext.info
+except ImportError as error:
+    print(error)
+ran_ext.info()
+""")
     assert done.returncode == 0
     assert done.stdout.count("ran_ext          1") == 2
+    assert "ran_ext.info is a function: call ran_ext.info(), or run python -m ran_ext info" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: {info}; --help explains every flag"),
+        (["inf"], "argument {info}: invalid choice: 'inf'"),
+        (["info", "--brief"], "unrecognized arguments: --brief; --help explains every flag"),
+    ],
+)
+def test_another_command_is_answered_in_one_line(package, arguments, message):
+    done = package(["ran_ext", *arguments])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"python -m ran_ext: error: {message}")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_command_says_what_it_does(package):
+    done = package(["ran_ext", "--help"])
+    assert done.returncode == 0
+    assert "print what was built, which kernels run" in done.stdout
 
 
 def test_info_names_what_was_built(package):
-    done = package("", b"never opened", TORCH="2.9.1", CUDA="13.0", ARCHS=["8.0", "9.0"], COMPILER="c++ 12.2")
+    done = package(
+        ["ran_ext", "info"], b"never opened", TORCH="2.9.1", CUDA="13.0", ARCHS=["8.0", "9.0"], COMPILER="c++ 12.2"
+    )
     for text in ("built for torch  2.9.1\n", "compiler         c++ 12.2\n", "13.0, architectures 8.0 9.0\n"):
         assert text in done.stdout
 

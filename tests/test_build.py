@@ -172,8 +172,8 @@ def test_pure_wheel_holds_no_leftovers(project):
     (project / "ran_ext/_built_for.py").write_text("TORCH = 'an earlier build'\n")
     (project / "build/lib/ran_ext").mkdir(parents=True)
     (project / "build/lib/ran_ext/removed.py").write_text("")
-    code = "import sys; sys.path.insert(0, '_build'); import backend; print(backend.build_wheel('dist'))"
-    done = call(project, "-c", code, RAN_EXT_NO_NATIVE="1")
+    code = "import backend; print(backend.build_wheel('dist'))"
+    done = call(project, "-c", code, PYTHONPATH="_build", RAN_EXT_NO_NATIVE="1")
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(next((project / "dist").glob("*.whl"))) as wheel:
         held = {name for name in wheel.namelist() if name.startswith("ran_ext/")}
@@ -189,8 +189,8 @@ def test_sdist_holds_what_a_build_needs(tmp_path):
     shutil.copytree(ROOT / "csrc", project / "csrc", dirs_exist_ok=True)
     shutil.copytree(ROOT / "ran_ext/data", project / "ran_ext/data", ignore=shutil.ignore_patterns("__pycache__"))
     (project / "ran_ext/_built_for.py").write_text("TORCH = None\n")
-    code = "import sys; sys.path.insert(0, '_build'); import backend; print(backend.build_sdist('dist'))"
-    done = call(project, "-c", code)
+    code = "import backend; print(backend.build_sdist('dist'))"
+    done = call(project, "-c", code, PYTHONPATH="_build")
     assert done.returncode == 0, done.stderr
     with tarfile.open(next((project / "dist").glob("*.tar.gz"))) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}

@@ -27,7 +27,7 @@ from ran_ext.train import (
     load_optimizer,
     set_lr,
 )
-from ran_ext.train.step_kinds import CompiledModel, choose_step
+from ran_ext.train.step import CompiledModel, choose_step
 
 gpu = pytest.mark.gpu
 #: Of every step: it goes up and down.
@@ -231,7 +231,7 @@ def test_at_least_one_step_comes_before_the_capture():
 @pytest.fixture
 def stand_in(monkeypatch):
     """``fit`` captures on the CPU."""
-    monkeypatch.setattr("ran_ext.train.run.CapturedStep", lambda *a, **k: CapturedStep(*a, **k, graph=CpuGraph()))
+    monkeypatch.setattr("ran_ext.train.loop.CapturedStep", lambda *a, **k: CapturedStep(*a, **k, graph=CpuGraph()))
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +248,7 @@ def test_fit_by_graph_is_fit_eagerly(images, eager_run, stand_in, tmp_path):
 
 @pytest.mark.parametrize(("first", "then", "at"), [("graph", "eager", 5), ("eager", "graph", 1)])
 def test_each_kind_resumes_the_others_checkpoints(images, eager_run, stand_in, monkeypatch, tmp_path, first, then, at):
-    monkeypatch.setattr("ran_ext.train.progress.Progress.due", True)  # so that the callback sees every step at once
+    monkeypatch.setattr("ran_ext.train.report.Progress.due", True)  # so that the callback sees every step at once
     assert run(images, images, SHORT, tmp_path, step=first, ranks=CPU, callbacks=[InterruptAt(at)]).interrupted
     assert run(images, images, SHORT, tmp_path, step=then, ranks=CPU, resume=True).step == then
     assert_same_state(load_checkpoint(tmp_path / "last.pt"), load_checkpoint(eager_run[1] / "last.pt"))

@@ -12,7 +12,7 @@ import ran_ext
 MODULES = [
     name
     for _, name, _ in pkgutil.walk_packages(ran_ext.__path__, "ran_ext.")
-    if not name.endswith(("._C", ".__main__"))
+    if not name.endswith(("._C", ".__main__", "ran_ext.info"))
 ]
 
 

@@ -10,7 +10,8 @@ import torch
 
 from ran_ext import _hardware
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, dtype, fit, load_checkpoint, resolve_dtype
+from ran_ext.train import PRESETS, Config, Ranks, fit, load_checkpoint, resolve_dtype
+from ran_ext.train.state import conv_seconds, slow_dtype
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -101,22 +102,28 @@ def test_the_package_has_no_other_names_of_itself():
         _ = ran_ext.trian
 
 
+def bfloat16_takes(monkeypatch, seconds):
+    """Where float32 takes 0.05 s."""
+    times = {torch.bfloat16: seconds, torch.float32: 0.05}
+    monkeypatch.setattr("ran_ext.train.state.conv_seconds", lambda kind, device: times[kind])
+
+
 def test_a_slow_dtype_is_said_with_what_it_costs(processor, monkeypatch):
     processor()
-    monkeypatch.setattr(dtype, "conv_seconds", lambda kind, device: {torch.bfloat16: 0.6, torch.float32: 0.05}[kind])
-    said = dtype.slow_dtype("bfloat16", CPU)
+    bfloat16_takes(monkeypatch, 0.6)
+    said = slow_dtype("bfloat16", CPU)
     assert "takes 12.0 times as long as in float32 (measured just now)" in said
     assert "--dtype auto" in said
-    assert dtype.slow_dtype("float32", CPU) == ""
-    monkeypatch.setattr(dtype, "conv_seconds", lambda kind, device: {torch.bfloat16: 0.05, torch.float32: 0.05}[kind])
-    assert dtype.slow_dtype("bfloat16", CPU) == ""
+    assert slow_dtype("float32", CPU) == ""
+    bfloat16_takes(monkeypatch, 0.05)
+    assert slow_dtype("bfloat16", CPU) == ""
     processor(avx512_bf16=True)
-    assert dtype.slow_dtype("bfloat16", CPU) == ""
+    assert slow_dtype("bfloat16", CPU) == ""
 
 
 def test_what_it_costs_is_measured_and_draws_no_numbers():
     before = torch.get_rng_state()
-    assert 0 < dtype.conv_seconds(torch.float32, CPU) < 10
+    assert 0 < conv_seconds(torch.float32, CPU) < 10
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -142,7 +149,7 @@ def test_a_resumed_run_keeps_its_dtype_on_another_machine_and_says_so(processor,
     assert "emulated" not in capsys.readouterr().err
 
     processor()
-    monkeypatch.setattr(dtype, "conv_seconds", lambda kind, device: {torch.bfloat16: 0.6, torch.float32: 0.05}[kind])
+    bfloat16_takes(monkeypatch, 0.6)
     assert run(1, resume=True).config.dtype == "bfloat16"
     assert "dtype bfloat16 is emulated on this cpu" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "last.pt")["asked"] == {"dtype": "auto"}

@@ -12,7 +12,7 @@ import ran_ext
 
 FOLDER = Path(ran_ext.__file__).parent
 START = """
-import importlib, multiprocessing, sys, torch, warnings
+import importlib, multiprocessing, os, sys, torch, warnings
 from torch.utils.flop_counter import FlopCounterMode
 from torch._subclasses import FakeTensorMode
 import ran_ext
@@ -75,7 +75,7 @@ assert process.exitcode == 0
 """
 SECOND_COPY = """
 purge()
-sys.path.insert(0, sys.argv[1])
+os.chdir(sys.argv[1])  # which python -c looks in first
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     import ran_ext

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ran_ext.train.config import Config
-from ran_ext.train.optimizers import build_optimizer
+from ran_ext.train.recipe import build_optimizer
 
 
 def steps(prefilled: bool, gradients: list[float], found_inf: list[float]) -> torch.Tensor:

@@ -279,7 +279,7 @@ def test_a_full_disk_at_the_end_is_one_line(few_images, tmp_path, capsys, full_d
 
 def test_environment_says_which_backend_runs():
     from ran_ext import set_backend
-    from ran_ext.train.environment import environment
+    from ran_ext.train.system import environment
 
     with set_backend("reference"):
         facts = environment(Ranks(0, 1, torch.device("cpu")))

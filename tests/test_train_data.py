@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 
 from ran_ext.data import CIFAR10, Augment, Batches, Normalize, split_validation
 from ran_ext.train import Config, evaluate, fit, load_checkpoint
-from ran_ext.train.memory import require_memory
+from ran_ext.train.system import require_memory
 
 OTHER = TensorDataset(torch.zeros(8, 3, 32, 32), torch.zeros(8))
 

@@ -107,7 +107,7 @@ def test_resume_continues_bit_for_bit(images, val_images, uninterrupted, tmp_pat
     else:
         whole_out = tmp_path / "whole"
         whole = run(images, val_images, config, whole_out, test_set=val_images)
-    monkeypatch.setattr("ran_ext.train.progress.Progress.due", True)  # so that the callback sees every step at once
+    monkeypatch.setattr("ran_ext.train.report.Progress.due", True)  # so that the callback sees every step at once
     out = tmp_path / "cut"
     cut = run(images, val_images, config, out, callbacks=[InterruptAt(step)], test_set=val_images)
     assert cut.interrupted
@@ -146,7 +146,7 @@ def test_mixup_cutout_and_the_mirror_reach_the_run_and_resume(images, val_images
     normalize = load_normalize(tmp_path / "whole" / "last.pt", torch.channels_last)
     found = evaluate(load_model(tmp_path / "whole" / "last.pt"), val_images, normalize, mirror=True)
     assert whole.figures[-1].val_loss == pytest.approx(found.loss, rel=1e-6)
-    monkeypatch.setattr("ran_ext.train.progress.Progress.due", True)
+    monkeypatch.setattr("ran_ext.train.report.Progress.due", True)
     run(images, val_images, config, tmp_path / "cut", callbacks=[InterruptAt(1)])
     resumed = run(images, val_images, config, tmp_path / "cut", resume=True)
     assert [row.train_loss for row in resumed.figures] == [row.train_loss for row in whole.figures]

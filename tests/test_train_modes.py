@@ -10,8 +10,7 @@ from torch import nn
 from ran_ext.data import Normalize
 from ran_ext.models import create_model
 from ran_ext.train import Ranks, evaluate, load_checkpoint
-from ran_ext.train.masks import attention_maps, attention_masks
-from ran_ext.train.modes import evaluating
+from ran_ext.train.evaluation import attention_maps, attention_masks, evaluating
 
 
 def modes(model):

@@ -21,8 +21,8 @@ from ran_ext.train import (
     load_checkpoint,
     save_checkpoint,
 )
-from ran_ext.train.errors import OutOfMemoryError, out_of_memory_explained
-from ran_ext.train.masks import attention_masks
+from ran_ext.train.evaluation import attention_masks
+from ran_ext.train.system import OutOfMemoryError, out_of_memory_explained
 
 
 @pytest.fixture(scope="module")

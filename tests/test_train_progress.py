@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ran_ext.data import CIFAR10
-from ran_ext.train import Config, Progress, fit, progress, run
+from ran_ext.train import Config, Progress, fit, loop, report
 
 
 class Clock:
@@ -17,8 +17,8 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(progress.time, "time", lambda: 1_800_000_000.0)
+        monkeypatch.setattr(report.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(report.time, "time", lambda: 1_800_000_000.0)
 
 
 @pytest.fixture
@@ -88,13 +88,13 @@ def test_a_quiet_run_starts_no_thread():
 
 def test_another_day_has_its_date(monkeypatch):
     noon = time.mktime((2027, 3, 1, 12, 0, 0, 0, 0, -1))
-    monkeypatch.setattr(progress.time, "time", lambda: noon)
-    assert progress.clock(3600) == "13:00"
-    assert progress.clock(13 * 3600) == "2027-03-02 01:00"
+    monkeypatch.setattr(report.time, "time", lambda: noon)
+    assert report.clock(3600) == "13:00"
+    assert report.clock(13 * 3600) == "2027-03-02 01:00"
 
 
 def test_fit_announces_its_end_where_there_is_no_terminal(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "Progress", functools.partial(Progress, log_interval=0.0, announce_after=0.0))
+    monkeypatch.setattr(loop, "Progress", functools.partial(Progress, log_interval=0.0, announce_after=0.0))
     images = CIFAR10.sample("train").subset(torch.arange(16))
     config = Config(model_options={"width": 0.125}, batch_size=8, epochs=2, patience=0, select="last")
     fit(config.create_model(), images, None, config, tmp_path)

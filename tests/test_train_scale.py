@@ -11,10 +11,11 @@ import torch
 
 from benchmarks import sample_scales
 from ran_ext.data import CIFAR10
-from ran_ext.train import PRESETS, Config, Ranks, cli, probe, scales
+from ran_ext.train import PRESETS, Config, Ranks, cli
 from ran_ext.train.arguments import parse
-from ran_ext.train.errors import TrainingError
-from ran_ext.train.scales import SCALES, choose_scale, expected_accuracy, run_seconds
+from ran_ext.train.cli import choose_scale, expected_accuracy, run_seconds
+from ran_ext.train.config import SCALES
+from ran_ext.train.system import TrainingError
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 SAMPLE = dataclasses.replace(PRESETS["sample"], dtype="bfloat16")
@@ -75,15 +76,15 @@ def test_the_measured_rate_leaves_out_the_first_step_and_draws_no_numbers(monkey
     config = Config(batch_size=8, weight_decay=0.0, dtype="float32", augment="none")
     images = CIFAR10.sample("train").subset(torch.arange(64))
     before = torch.get_rng_state()
-    rate = probe.images_per_second(config, images, ALONE, seconds=0.1)
+    rate = cli.images_per_second(config, images, ALONE, seconds=0.1)
     assert torch.equal(before, torch.get_rng_state())
     assert 8 / 0.3 < rate <= 8 / 0.02
-    monkeypatch.setattr(probe, "LONG_STEP", 0.1)
-    assert probe.images_per_second(config, images, ALONE, seconds=0.1) <= 8 / 0.3  # the first step was enough
+    monkeypatch.setattr(cli, "LONG_STEP", 0.1)
+    assert cli.images_per_second(config, images, ALONE, seconds=0.1) <= 8 / 0.3  # the first step was enough
 
 
 def test_the_processes_rates_add_up(monkeypatch):
-    monkeypatch.setattr(probe, "_step_seconds", lambda run, seconds: run.config.batch_size / 50.0)
+    monkeypatch.setattr(cli, "_step_seconds", lambda run, seconds: run.config.batch_size / 50.0)
 
     class Two(Ranks):
         def sum(self, values):
@@ -91,7 +92,7 @@ def test_the_processes_rates_add_up(monkeypatch):
 
     images = CIFAR10.sample("train").subset(torch.arange(16))
     config = Config(model_options={"width": 0.125}, batch_size=8, dtype="float32")
-    assert probe.images_per_second(config, images, Two(0, 2, torch.device("cpu"))) == 100.0
+    assert cli.images_per_second(config, images, Two(0, 2, torch.device("cpu"))) == 100.0
 
 
 FLAGS = ["--preset", "sample", "--data", "sample", "--device", "cpu", "--no-tensorboard", "--batch-size", "20"]
@@ -122,7 +123,7 @@ def test_a_run_says_its_scale_and_keeps_it_and_is_the_same_as_one_that_names_it(
 
 
 def test_a_slow_machine_gets_the_small_run_and_hears_of_the_full_one(few_images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(probe, "images_per_second", lambda config, *rest: 0.1 / config.model_options["width"])
+    monkeypatch.setattr(cli, "images_per_second", lambda config, *rest: 0.1 / config.model_options["width"])
     monkeypatch.setitem(SCALES, "full", dataclasses.replace(SCALES["full"], width=0.5))
     monkeypatch.setitem(SCALES, "short", dataclasses.replace(SCALES["short"], epochs=2, width=0.5))
     assert cli.main([*FLAGS, "--out", str(tmp_path)]) == 0
@@ -205,4 +206,4 @@ def test_nothing_is_promised_of_another_recipe(change):
 
 
 def test_the_limit_is_ten_minutes():
-    assert scales.LIMIT == 600
+    assert cli.LIMIT == 600

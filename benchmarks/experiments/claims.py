@@ -2,7 +2,7 @@
 
 The rule: the seeds give a mean and a 95% interval of Student's t around it. A claim is reproduced where the whole
 interval satisfies it, refuted where none of it does, and not decided otherwise; and where the two implementations come
-to different verdicts, it is not decided. One seed has no interval, and so decides nothing.
+to different verdicts, it is not decided. One seed has no interval, so it decides nothing.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from collections.abc import Callable, Sequence
 from ran_ext.models import create_model
 
 from ..reference.training import NETWORKS
+from ..student import half_width
 from .outcomes import Outcome, Study
 from .plan import RAN_EXT, REFERENCE
 
 REPRODUCED, REFUTED, UNDECIDED, UNTESTED = "reproduced", "refuted", "not decided", "not tested"
-
-#: Student's t, two-sided 95%, of 1, 2, ... degrees of freedom; more than the last are taken as the last.
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Sample:
     def half_width(self) -> float:
         """Of the 95% interval of the mean; infinite for one seed."""
         n = len(self.values)
-        return T95[min(n - 1, len(T95)) - 1] * self.std / math.sqrt(n) if n > 1 else math.inf
+        return half_width(self.std / math.sqrt(n), n - 1)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -117,7 +115,7 @@ def parameters(implementation: str, network: str) -> int:
 
 
 def parameters_saved(implementation: str) -> float:
-    """Share of the paper network's parameters that the compact one does without."""
+    """Share of the paper network's parameters that the compact one saves."""
     return 1 - parameters(implementation, "ran_compact") / parameters(implementation, "ran_paper")
 
 
@@ -154,7 +152,7 @@ CLAIMS = (
 def claim_rows(study: Study) -> list[list[str]]:
     """Figure, claim, the report's figure, the reference's, ran_ext's, verdict: first what training decides.
 
-    The embedded sample is too small to decide anything by.
+    The embedded sample is too small to decide anything.
     """
     rows = []
     for claim in CLAIMS:

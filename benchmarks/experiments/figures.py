@@ -14,9 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ran_ext.data import CIFAR10, CLASSES
 from ran_ext.train import load_model, load_normalize
-from ran_ext.train.masks import attention_maps, depths, draw_attention
-from ran_ext.train.png import png
-from ran_ext.train.run import SELECTED
+from ran_ext.train.evaluation import attention_maps, depths, draw_attention, png
+from ran_ext.train.state import SELECTED
 
 from .claims import Sample
 from .outcomes import Outcome, Study

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind, and all runs of a plan together."""
+"""The results of a finished run, and of all runs of a plan."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Study:
     Args:
         name, scale: of :data:`SCALES`.
         folder: has a folder for each run.
-        device: the name of the device; times of two devices have no place in one figure.
+        device: the name of the device; times of two devices are never mixed in one figure.
 
     Raises:
         StudyError: a result there was computed with other settings.

@@ -128,7 +128,7 @@ class Run:
         )
 
     def recipe(self, scale: Scale) -> Recipe:
-        """The same of the reference, which knows float32 and NCHW alone."""
+        """The same for the reference, which has only float32 and NCHW."""
         variant = VARIANTS[self.variant]
         return Recipe(
             network=variant.model,
@@ -153,7 +153,7 @@ class Run:
 
 
 def plan(scale: Scale) -> list[Run]:
-    """All runs, seed after seed, so that a plan cut short has every comparison with fewer seeds.
+    """All runs, seed after seed, so that an interrupted plan has every comparison, with fewer seeds.
 
     >>> [run.name for run in plan(SCALES["smoke"])][:3]
     ['ran_ext-base-adam-seed0', 'reference-base-adam-seed0', 'ran_ext-base-nesterov-seed0']

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ran_ext.data import CIFAR10, split_validation
 from ran_ext.train import Callback, NonFiniteError, Progress, Ranks, fit
-from ran_ext.train.progress import duration
-from ran_ext.train.run import LAST
+from ran_ext.train.state import LAST
+from ran_ext.train.system import duration
 
 from ..reference import training
 from ..timing import environment
@@ -144,7 +144,7 @@ class Runner:
         return tested(model, epochs, result.test.confusion)
 
     def train_reference(self, run: Run) -> Outcome:
-        """Train with the reference, which always begins anew; so a run that would be lost is not begun."""
+        """Train with the reference, which cannot resume; a run that would not finish in time is not begun."""
         expected = self.study.seconds_left([run])
         if expected is not None and self.deadline.left < expected:
             raise Stopped(f"the next run, of the reference, takes {duration(expected)} and must end within one call")

@@ -129,7 +129,7 @@ class Batches:
             yield order[mine], draws[:, mine]
 
     def load(self, indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch that :meth:`plan` means; on CUDA nothing waits for the device, so a CUDA graph can capture it."""
+        """The batch that :meth:`plan` means; it never waits for a CUDA device, so a CUDA graph can capture it."""
         images, labels = self.images[indices], self.labels[indices]
         if isinstance(self.augment, Augment):
             return self.augment(images, draws=draws), labels

@@ -80,7 +80,7 @@ def _fetch_all(archive: Archive, part: Path) -> None:
                 part.unlink(missing_ok=True)  # the server's file is shorter than what we have: begin again
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             fault = str(getattr(error, "reason", "") or error or type(error).__name__)
-        progress = _size(part) > most  # more than ever: a server that cannot resume may bring less each time
+        progress = _size(part) > most  # more than ever before: a server that cannot resume may send less
         answered, most = answered or progress, max(most, _size(part))
         failures = 0 if progress else failures + 1
         if failures and (failures == ATTEMPTS or not answered):

@@ -2,7 +2,7 @@
 
 A *record* is the official binary layout: one label byte, then 3,072 pixel bytes (32x32 red, green, blue, row by row).
 Every format is turned into records first, and the sha256 of a batch's records is compared with that of the official
-binary file: one table of checksums covers them all, and a file is judged by its labels and pixels, not its packing.
+binary file: one table of checksums covers them all, and only a file's labels and pixels count.
 
 Layout and checksums: https://www.cs.toronto.edu/~kriz/cifar.html (Krizhevsky 2009).
 """
@@ -103,7 +103,7 @@ def read_python(folder: Path, batch: Batch) -> Records:
         content = _BatchUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     except EOFError as error:
         raise DatasetError(f"{path}: the file ends early, it is a cut download or copy") from error
-    except Exception as error:  # a damaged pickle raises whatever the opcode that it stumbles on raises
+    except Exception as error:  # a damaged pickle may raise anything
         raise DatasetError(f"{path}: not a CIFAR-10 Python batch: {one_line(error)}") from error
     if not (isinstance(content, dict) and {b"labels", b"data"} <= content.keys()):
         raise DatasetError(f"{path}: not a CIFAR-10 Python batch: it holds no labels and data")

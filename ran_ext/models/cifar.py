@@ -119,7 +119,7 @@ def trunk_module(channels: int, depth: int, bias: bool = True) -> nn.Sequential:
     """An attention module of Table 1 (p = 1, t = 2, r = 1) without its mask, at equal parameters (within 0.1 %).
 
     The mask's units continue the trunk; its two 1x1 convolutions (2 C^2 weights) become a unit of mid width 3/8 C
-    (2.02 C^2). All of them work at full resolution, so that the whole network takes half as much work again.
+    (2.02 C^2). All of them work at full resolution, so that the whole network needs 1.5 times the operations.
 
     >>> modules = AttentionModule(128, depth=2), trunk_module(128, depth=2)
     >>> [sum(p.numel() for p in module.parameters()) for module in modules]

@@ -18,8 +18,8 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
         m = mask if scale_factor == 1 else F.interpolate(mask, scale_factor=scale_factor, mode="nearest")
         (1 + torch.sigmoid(m[..., :H, :W])) * trunk
 
-    in one pass each way: the up-sampled mask and the sigmoid are never written out, and backward keeps ``trunk`` and
-    ``mask`` alone.
+    in one pass forward and one backward: the up-sampled mask and the sigmoid are never written out, and
+    backward keeps ``trunk`` and ``mask`` alone.
 
     Args:
         trunk: ``(N, C, H, W)``, contiguous or channels_last (kept as given), float16, bfloat16, float32 or float64.
@@ -44,7 +44,7 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
         return attention_gate_ref(trunk, mask, scale_factor)
     trunk, mask = checks.alike("attention_gate", ("trunk", "mask"), trunk, mask)
     scale_factor = _check(trunk, mask, scale_factor)
-    # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
+    # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(trunk, mask):
         return attention_gate_ref(trunk, mask, scale_factor)
     return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor)

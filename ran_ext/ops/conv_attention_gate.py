@@ -48,7 +48,7 @@ def conv_attention_gate(
     if _tracing.is_symbolic(trunk):
         return conv_attention_gate_ref(trunk, x, weight, bias, scale_factor)
     scale_factor = _check(trunk, x, weight, bias, scale_factor)
-    # Inductor fuses the plain gate into its neighbours; an opaque op would stand in its way.
+    # Inductor fuses the plain gate into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(trunk, x, weight, bias):
         return attention_gate(trunk, F.conv2d(x, weight, bias), scale_factor)
     return torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, bias, scale_factor)[0]

@@ -39,7 +39,7 @@ def max_pool2d(x: Tensor, ceil_mode: bool = True) -> Tensor:
     if _tracing.is_symbolic(x):
         return max_pool2d_ref(x, ceil_mode)
     ceil_mode = _check(x, ceil_mode)
-    # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
+    # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(x):
         return max_pool2d_ref(x, ceil_mode)
     if not ceil_mode:

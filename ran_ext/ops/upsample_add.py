@@ -20,7 +20,7 @@ def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] 
         wide = F.interpolate(lower, scale_factor=2.0, mode="nearest")[..., : size[0], : size[1]]
         wide if skip is None else wide + skip
 
-    in one pass each way: the up-sampled tensor is never written out. Backward keeps no tensor.
+    in one pass forward and one backward: the up-sampled tensor is never written out. Backward keeps no tensor.
 
     Args:
         lower: ``(N, C, ceil(H / 2), ceil(W / 2))``, float16, bfloat16, float32 or float64.
@@ -44,7 +44,7 @@ def upsample_add(lower: Tensor, skip: Tensor | None = None, size: Sequence[int] 
     else:
         lower, skip = checks.alike("upsample_add", ("lower", "skip"), lower, skip)
     height, width = _check(lower, skip, size)
-    # Inductor fuses the plain form into its neighbours; an opaque op would stand in its way.
+    # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(lower, skip):
         return _plain(lower, skip, (height, width))
     return torch.ops.ran_ext.upsample_add(lower, skip, height, width)

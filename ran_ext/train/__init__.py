@@ -1,5 +1,9 @@
 """Training on CIFAR-10, in small pieces: :func:`fit` is made of the others, and each can be used alone.
 
+Each file may import those above it: ``system`` (device, processes, errors), ``config`` (the recipe as a value),
+``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy, attention maps), ``checkpoint``,
+``state`` (what a run remembers), ``report`` (what it shows), ``loop`` (:func:`fit`), ``arguments`` and ``cli``.
+
 >>> from ran_ext.data import sample
 >>> from ran_ext.train import Config, fit
 >>> import tempfile, torch
@@ -10,25 +14,26 @@
 1
 """
 
-from .batches import build_augment, build_normalize, train_batches
-from .callbacks import Callback
-from .capture import CapturedStep, CudaGraph
 from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
-from .distributed import Ranks, process_group
-from .dtype import resolve_dtype
-from .early_stopping import EarlyStopping
-from .ema import ExponentialMovingAverage
-from .errors import CheckpointError, NonFiniteError, OutOfMemoryError, TrainingError
-from .evaluation import Evaluation, evaluate
+from .evaluation import EpochFigures, Evaluation, Result, evaluate
 from .loop import fit
-from .mixing import mixup
-from .optimizers import build_optimizer, load_optimizer, set_lr
-from .progress import Progress
-from .results import EpochFigures, Result
-from .schedule import learning_rate
-from .state import TrainingState
-from .step import Step, StepHistory, TrainStep
+from .recipe import (
+    EarlyStopping,
+    ExponentialMovingAverage,
+    build_augment,
+    build_normalize,
+    build_optimizer,
+    learning_rate,
+    load_optimizer,
+    mixup,
+    set_lr,
+    train_batches,
+)
+from .report import Progress
+from .state import Callback, TrainingState, resolve_dtype
+from .step import CapturedStep, CudaGraph, Step, StepHistory, TrainStep
+from .system import CheckpointError, NonFiniteError, OutOfMemoryError, Ranks, TrainingError, process_group
 
 __all__ = [
     "PRESETS",

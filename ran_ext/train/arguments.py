@@ -18,11 +18,10 @@ from .._command import Parser
 from .._errors import one_line
 from .._files import require_regular
 from ..models import ran_compact
-from .config import CHOICES, PRESETS, Config
-from .errors import TrainingError
-from .run import LAST
-from .scales import AUTO, LIMIT, SCALES
-from .step_kinds import STEPS
+from .config import AUTO, CHOICES, LIMIT, PRESETS, SCALES, Config
+from .state import LAST
+from .step import STEPS
+from .system import TrainingError
 
 #: The name that stands for the embedded images, and the folder looked for first.
 SAMPLE, DATA_FOLDER = "sample", Path("data")
@@ -44,10 +43,10 @@ class Options:
         checkpoint_every: epochs.
         tensorboard: whether to write TensorBoard's files.
         quiet: print nothing but errors.
-        chose_data: why ``data`` is what it is, where nobody named it.
+        chose_data: why ``data`` was chosen, where the user did not name it.
         scale: of the run on the embedded images: one of ``SCALES``, or ``auto`` for the one that fits the machine; ""
             where the recipe alone says how long the run is.
-        asked: what the run was begun with where that is a matter of the machine: ``dtype`` and ``scale``.
+        asked: the user's ``dtype`` and ``scale``, of which the machine may decide (``auto``).
     """
 
     config: Config
@@ -187,10 +186,9 @@ def require_no_run(out: Path, resume: bool) -> None:
         raise TrainingError(f"{out} holds a run already: add --resume to continue it, or choose another --out")
 
 
-def run_file(options: Options, config: Config) -> bytes:
+def run_file(options: Options, config: Config) -> dict[str, Any]:
     """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
-    values = {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
-    return (json.dumps(values, indent=1) + "\n").encode()
+    return {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
 
 
 def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) -> str:

@@ -1,35 +1,49 @@
-"""``ran-ext-train``: train one of the networks on CIFAR-10."""
+"""``ran-ext-train``: train one of the networks on CIFAR-10.
+
+The run on the embedded images comes in three sizes (:data:`~ran_ext.train.config.SCALES`); a few steps, timed here, say
+which is the largest that ends within ten minutes. The run that follows is the same bit for bit without them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._errors import one_line
-from .._files import write_atomically
 from ..data import CIFAR10, DatasetError, split_validation
 from .arguments import RUN_FILE, SAMPLE, Options, parse, require_no_run, run_file
-from .batches import build_normalize
-from .callbacks import Callback
-from .config import Config
-from .distributed import Ranks, process_group
-from .dtype import resolve_dtype
-from .environment import environment
-from .errors import TrainingError, write_failure
-from .loop import fit
-from .probe import fitting_scale
-from .progress import say
-from .report import PROTOCOLS, result_dict, table, write_curves, write_result
-from .results import Result
-from .run import LAST
-from .scales import AUTO, SCALES, expected_accuracy, explain_choice
-from .state import TrainingState
-from .tensorboard import TensorBoardLogger
+from .config import AUTO, LIMIT, PRESETS, SCALES, Config
+from .evaluation import Result
+from .loop import Run, fit
+from .recipe import build_normalize
+from .report import (
+    PROTOCOLS,
+    VALIDATION,
+    TensorBoardLogger,
+    result_dict,
+    say,
+    table,
+    write_curves,
+    write_result,
+)
+from .state import LAST, Callback, TrainingState, resolve_dtype
+from .system import (
+    Ranks,
+    TrainingError,
+    duration,
+    environment,
+    out_of_memory_explained,
+    process_group,
+    run_folder,
+)
 
 #: Test images whose attention masks TensorBoard shows.
 MASK_IMAGES = 8
@@ -141,9 +155,9 @@ def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Cal
 
 
 class Record(Callback):
-    """What the command writes and prints when training begins and ends; the run's folder is its own meanwhile.
+    """What the command writes and prints when training begins and ends.
 
-    ``config`` is what the options came to on this machine: with a dtype, not ``auto``.
+    ``config`` is the recipe on this machine: its dtype is resolved, not ``auto``.
     """
 
     def __init__(self, options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks):
@@ -154,10 +168,7 @@ class Record(Callback):
         options, data = self.options, self.data
         require_no_run(options.out, options.resume)  # another run may have ended since the flags were read
         self.parameters = sum(p.numel() for p in state.model.parameters())
-        try:
-            write_atomically(options.out / RUN_FILE, run_file(options, self.config))
-        except OSError as error:
-            raise TrainingError(write_failure(str(options.out / RUN_FILE), error)) from error
+        write_result(options.out / RUN_FILE, run_file(options, self.config))
         if options.quiet:
             return
         config, facts = self.config, environment(self.ranks)
@@ -201,3 +212,143 @@ def _command() -> str:
     """How this program was called, without its flags."""
     program = sys.argv[0]
     return f"python {program}" if program.endswith(".py") else Path(program).name
+
+
+#: A first step of so many seconds is measured enough: what it does but once is little beside it.
+LONG_STEP = 5.0
+
+
+def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds: float = 3.0) -> float:
+    """Images a second of the training step, from augmentation to optimizer, all processes together.
+
+    A network of its own takes the steps, and torch's random generators are put back. The first step, which chooses
+    kernels and gets memory, is not counted.
+
+    Args:
+        config: with a dtype of its own, not ``auto``.
+        train_set: holds at least one batch.
+        ranks: the processes, which must all call this; each takes its share of the batch, eager and without exchange.
+        seconds: to measure for; at least two steps are taken, unless the first takes ``LONG_STEP``.
+    """
+    alone = Ranks(0, 1, ranks.device)
+    share = config.batch_size // ranks.world_size
+    devices = [ranks.device] if ranks.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        tempfile.TemporaryDirectory() as folder,
+        out_of_memory_explained(ranks.device, config.batch_size),
+        run_folder(Path(folder), alone) as lock,
+    ):
+        mine = dataclasses.replace(config, batch_size=share)
+        run = Run(
+            mine.create_model(),
+            train_set,
+            None,
+            mine,
+            Path(folder),
+            alone,
+            lock,
+        )
+        run.prepare("eager", None, quiet=True)
+        rate = share / _step_seconds(run, seconds)
+    return float(ranks.sum(torch.tensor(rate, dtype=torch.float64, device=ranks.device)))
+
+
+def fitting_scale(
+    config: Config, train_set: CIFAR10, val_set: CIFAR10 | None, ranks: Ranks
+) -> tuple[str, dict[str, float]]:
+    """:func:`choose_scale` by the speed measured here, once for each width looked at."""
+    rates: dict[float, float] = {}
+
+    def seconds(candidate: Config) -> float:
+        width = candidate.model_options.get("width", 1.0)
+        if width not in rates:
+            rates[width] = images_per_second(candidate, train_set, ranks)
+        return run_seconds(candidate, len(train_set), len(val_set or ()), rates[width])
+
+    return choose_scale(config, seconds)
+
+
+def _step_seconds(run: Run, seconds: float) -> float:
+    run.state.model.train()
+    times: list[float] = []
+    for indices, draws in run.batches.plan():
+        start = time.perf_counter()
+        run.step(indices, draws)[0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+        if times[0] > LONG_STEP:
+            return times[0]
+        if len(times) > 2 and sum(times[1:]) > seconds:
+            break
+    counted = times[1:] or times
+    return sum(counted) / len(counted)
+
+
+def run_seconds(config: Config, images: int, val_images: int, rate: float) -> float:
+    """Expected duration of a run, without the test at its end.
+
+    Args:
+        config: of the run.
+        images: of the training set.
+        val_images: of the validation set.
+        rate: images a second of its training step.
+
+    >>> run_seconds(Config(epochs=2, batch_size=10), images=109, val_images=50, rate=5.0)
+    50.0
+    """
+    trained = images // config.batch_size * config.batch_size
+    return config.epochs * (trained + VALIDATION * val_images) / rate
+
+
+def choose_scale(config: Config, seconds: Callable[[Config], float]) -> tuple[str, dict[str, float]]:
+    """The largest scale that ends within ``LIMIT``, or else the smallest; and the seconds that each looked at takes.
+
+    >>> choose_scale(PRESETS["sample"], lambda config: 100.0 * config.epochs)
+    ('small', {'full': 2000.0, 'short': 800.0, 'small': 800.0})
+    >>> choose_scale(PRESETS["sample"], lambda config: 30.0 * config.epochs)
+    ('full', {'full': 600.0})
+    """
+    expected: dict[str, float] = {}
+    for name, scale in SCALES.items():
+        expected[name] = seconds(scale.apply(config))
+        if expected[name] <= LIMIT:
+            break
+    return name, expected
+
+
+def expected_accuracy(name: str, config: Config) -> str:
+    """What the test accuracy of ``config`` should be, where it is that of the scale but for seed and dtype; else "".
+
+    Where nothing was measured in its dtype, the figure is the other's, which the text names: in what was measured in
+    both, they differ by less than seeds do.
+
+    >>> expected_accuracy("full", dataclasses.replace(PRESETS["sample"], dtype="bfloat16", lr=0.1))
+    ''
+    """
+    scale = SCALES[name]
+    same = dataclasses.replace(scale.apply(PRESETS["sample"]), dtype=config.dtype, seed=config.seed)
+    if config != same or not scale.accuracy:
+        return ""
+    dtype = config.dtype if config.dtype in scale.accuracy else next(iter(scale.accuracy))
+    values = scale.accuracy[dtype]
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread} on the 512 test images (n = {len(values)}, {dtype})"
+
+
+def explain_choice(name: str, expected: Mapping[str, float]) -> list[str]:
+    """What the user is told of a choice of :func:`choose_scale`: the scale, the time, why, and how to get another.
+
+    >>> print(*explain_choice("short", {"full": 1500.0, "short": 590.0}), sep="\\n")
+    scale: short (8 epochs, full width), about 9:50: the largest that ends within 10 minutes here, by a few steps' time
+    scale full (20 epochs, full width) would take about 25:00: ask for it by --scale full
+    """
+    size = f"scale: {name} ({SCALES[name]}), about {duration(expected[name])}"
+    within = f"within {LIMIT / 60:.0f} minutes here, by a few steps' time"
+    if expected[name] <= LIMIT:
+        lines = [f"{size}: the largest that ends {within}"]
+    else:
+        lines = [f"{size}: the smallest, as none ends {within}"]
+    if name != "full":
+        full = duration(expected["full"])
+        lines.append(f"scale full ({SCALES['full']}) would take about {full}: ask for it by --scale full")
+    return lines

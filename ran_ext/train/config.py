@@ -13,7 +13,7 @@ import torch
 
 from .._errors import one_line
 from ..models import ResidualAttentionNetwork, create_model, list_models
-from .memory import require_memory
+from .system import require_memory
 
 #: Fields with a closed set of values.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -26,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "normalize": ("per_pixel", "per_channel"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
+#: Fields that say what the optimizer and its schedule are.
+OF_OPTIMIZER = ("optimizer", "lr", "momentum", "schedule", "lr_step_epochs", "lr_step_factor", "warmup")
 DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1}
 
 
@@ -193,6 +195,25 @@ class Config:
         names += [] if self.schedule == "onecycle" else [("warmup", schedule)]
         return dict(names)
 
+    def require_effect(self, own_optimizer: bool = False) -> None:
+        """Raise ``ValueError`` where a setting was given (it is not the default) and would do nothing.
+
+        Args:
+            own_optimizer: whether ``fit`` is given an optimizer, which replaces the fields about it and its schedule.
+        """
+        defaults, idle = Config(), self.without_effect()
+        if own_optimizer:
+            idle |= dict.fromkeys(OF_OPTIMIZER, "fit is given an optimizer")
+            _require(
+                not self.weight_decay or self.weight_decay_scope == "dense",
+                "weight_decay",
+                "0 or of scope 'dense' where fit is given an optimizer",
+                self.weight_decay,
+            )
+        for name, reason in idle.items():
+            if getattr(self, name) != getattr(defaults, name):
+                raise ValueError(f"fit: config.{name} has no effect where {reason}, got {getattr(self, name)}")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, of JSON's types alone: a NumPy number would make a checkpoint that cannot be read."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -293,4 +314,43 @@ PRESETS: dict[str, Config] = {
         label_smoothing=0.1,
         channels_last=True,
     ),
+}
+
+
+#: Seconds within which the sample run shall end, where nobody names a scale.
+LIMIT = 600.0
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A size of the sample run.
+
+    Attributes:
+        epochs: of the 1,792 images that are left to train on.
+        width: multiplier of the network's channels.
+        accuracy: by dtype, accuracies on the 512 embedded test images of runs that differ in the seed alone.
+    """
+
+    epochs: int
+    width: float
+    accuracy: Mapping[str, tuple[float, ...]]
+
+    def apply(self, config: Config) -> Config:
+        """``config`` at this scale."""
+        options = {name: value for name, value in config.model_options.items() if name != "width"}
+        width = {} if self.width == 1 else {"width": self.width}
+        return dataclasses.replace(config, epochs=self.epochs, model_options=options | width)
+
+    def __str__(self) -> str:
+        width = {1.0: "full width", 0.5: "half width"}.get(self.width, f"width {self.width:g}")
+        return f"{self.epochs} epochs, {width}"
+
+
+#: From the largest to the smallest. The accuracies were measured on an AMD EPYC with AVX-512
+#: (benchmarks/results/cpu_sample_scales.json holds the runs); with AVX2 other kernels round otherwise.
+SCALES: dict[str, Scale] = {
+    "full": Scale(20, 1.0, {"bfloat16": (0.55078125, 0.568359375, 0.580078125)}),
+    "short": Scale(8, 1.0, {"bfloat16": (0.4921875,), "float32": (0.490234375,)}),
+    "small": Scale(8, 0.5, {"bfloat16": (0.484375, 0.47265625), "float32": (0.4765625, 0.4765625, 0.5)}),
 }

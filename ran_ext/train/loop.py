@@ -1,25 +1,48 @@
-"""The training loop's door: :func:`fit`."""
+"""The training loop: :func:`fit`, and the :class:`Run` behind it."""
 
 from __future__ import annotations
 
+import math
+import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
+from .._errors import one_line
+from .._lock import FolderLock
 from ..data import CIFAR10
 from ..data.cifar10 import require_images
-from .callbacks import Callback
+from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
-from .distributed import Ranks, choose_device
-from .dtype import resolve_dtype
-from .errors import out_of_memory_explained
-from .folder import run_folder
-from .memory import require_memory
-from .results import Result
-from .run import LAST, Run
-from .signals import StopRequest
-from .step import Step, TrainStep
+from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but
+from .recipe import (
+    GivenOptimizer,
+    build_normalize,
+    given_optimizer,
+    learning_rate,
+    require_trainable,
+    set_lr,
+    train_batches,
+)
+from .report import VALIDATION, Progress, epoch_line
+from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, slow_dtype
+from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
+from .system import (
+    CheckpointError,
+    NonFiniteError,
+    Ranks,
+    StopRequest,
+    choose_device,
+    out_of_memory_explained,
+    require_memory,
+    run_folder,
+)
 
 
 def fit(
@@ -36,6 +59,9 @@ def fit(
     step: str = "auto",
     make_step: Callable[[TrainStep], Step] | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_interval: str = "epoch",
     checkpoint_every: int = 1,
     quiet: bool = False,
 ) -> Result:
@@ -69,27 +95,37 @@ def fit(
         augment: replaces what ``config.augment`` and ``config.cutout`` name: an :class:`~ran_ext.data.Augment` with the
             normalisation of :func:`build_normalize`, or a function of uint8 images ``(N, C, H, W)`` that returns such
             images, as torchvision's transforms v2 do; they are normalised after it.
+        optimizer: any of ``torch.optim``, over ``model``'s parameters: replaces the optimizer, schedule and decay that
+            ``config`` names. The step is then eager or compiled. To resume, give a new one of the same kind.
+        scheduler: any of ``torch.optim.lr_scheduler``, over ``optimizer``; without one its rates are constant.
+            ``ReduceLROnPlateau`` is told the validation loss, or with ``mode="max"`` the accuracy.
+        scheduler_interval: whether the scheduler moves on after each ``epoch`` or each ``step``.
         checkpoint_every: epochs between two checkpoints; the last epoch and an interruption always write one.
         quiet: show no progress.
 
     Raises:
         TrainingError: NaN, out of memory, full disk, another run in ``out_dir``, unreadable or foreign checkpoint, in
             one sentence that says what to do. The last good checkpoint is intact.
-        TypeError: a data set is none, or ``augment`` returns something else.
+        TypeError: a data set is not a :class:`~ran_ext.data.CIFAR10`, or ``augment`` returns no uint8 images.
         ValueError: the arguments do not fit together, or a setting would have no effect.
     """
     ranks = ranks or Ranks(0, 1, choose_device("auto"))
     for name, dataset in (("train_set", train_set), ("val_set", val_set), ("test_set", test_set)):
         if dataset is not None or name == "train_set":
             require_images("fit", name, dataset)
-    _check(model, train_set, val_set, config, ranks)
+    require_trainable(model, train_set, val_set, config, ranks)
     asked_dtype = config.dtype
     config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
-    _require_effect(config, augment is not None, resume)
+    if augment and config.cutout:
+        raise ValueError(f"fit: augment takes the place of config.cutout, which must be 0, got {config.cutout}")
+    given = given_optimizer(optimizer, scheduler, scheduler_interval, model, val_set)
+    if not resume:  # of a run that goes on, the settings are what they were
+        config.require_effect(given is not None)
     if checkpoint_every < 1:
         raise ValueError(f"fit: checkpoint_every must be at least 1, got {checkpoint_every}")
     parameters = sum(p.numel() for p in model.parameters())
-    require_memory(parameters, copies=3 + (config.optimizer == "adam") + (config.ema > 0), device=ranks.device)
+    copies = 3 + (not given and config.optimizer == "adam") + (config.ema > 0)
+    require_memory(parameters, copies, ranks.device)
     with (
         StopRequest() as stop,
         out_of_memory_explained(ranks.device, config.batch_size),
@@ -105,6 +141,7 @@ def fit(
             lock,
             callbacks=callbacks,
             augment=augment,
+            given=given,
             checkpoint_every=checkpoint_every,
             asked_dtype=asked_dtype,
         )
@@ -123,34 +160,239 @@ def fit(
     return result
 
 
-def _check(model: nn.Module, train_set: CIFAR10, val_set: CIFAR10 | None, config: Config, ranks: Ranks) -> None:
-    if len(train_set) < config.batch_size:
-        raise ValueError(
-            f"fit: train_set must hold at least one batch, got {len(train_set)} images and batch_size "
-            f"{config.batch_size}; lower batch_size"
+class Run:
+    """One call of :func:`ran_ext.train.fit`; its arguments are explained there."""
+
+    #: Called with what a batch is made of: indices and draws.
+    step: Step
+    #: Kind of the step: ``eager``, ``graph`` or ``compile``.
+    kind: str
+    progress: Progress
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_set: CIFAR10,
+        val_set: CIFAR10 | None,
+        config: Config,
+        out_dir: Path,
+        ranks: Ranks,
+        lock: FolderLock,
+        *,
+        callbacks: Sequence[Callback] = (),
+        augment: Callable[[Tensor], Tensor] | None = None,
+        given: GivenOptimizer | None = None,
+        checkpoint_every: int = 1,
+        asked_dtype: str | None = None,
+    ):
+        self.config, self.ranks, self.val_set, self.checkpoint_every = config, ranks, val_set, checkpoint_every
+        self.callbacks = list(callbacks) if ranks.first else []
+        self.images, self.highest_label = len(train_set), int(train_set.labels.max())
+        self.normalize = build_normalize(train_set, config)
+        self.files = RunFiles(out_dir, lock, self.normalize)
+        self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
+        self.steps = len(self.batches)
+        self.state = TrainingState.begin(model, config, ranks, self.steps, asked_dtype or config.dtype, given)
+        self.frozen = frozen(self.state.model)
+
+    def resume(self) -> None:
+        """Continue from ``last.pt`` where there is one."""
+        path = self.files.last
+        if os.path.lexists(path):
+            state = read_entries(path, TRAINING, self.ranks.device)
+            with misfit_explained(path):
+                self.state.load_dict(state, self.ranks, self.images)
+            if self.ranks.first and self.state.just_selected:
+                try:
+                    self._read_selected()
+                except CheckpointError:  # the run died before it wrote them
+                    self.files.write_selected(self.state)
+
+    def prepare(self, kind: str, make_step: Callable[[TrainStep], Step] | None, quiet: bool) -> None:
+        """Build the step; start the clock and the progress bar."""
+        state = self.state
+        done = state.epoch * self.steps + state.history.count
+        self.progress = Progress(
+            self.config.epochs * self.steps,
+            done,
+            enabled=self.ranks.first and not quiet,
+            overhead=VALIDATION * len(self.val_set or ()) / (self.steps * self.config.batch_size),
+            may_stop=self.config.patience > 0,
         )
-    if config.batch_size % ranks.world_size:
-        raise ValueError(
-            f"fit: batch_size must be a multiple of the number of processes, got {config.batch_size} and "
-            f"{ranks.world_size}"
+        if self.progress.enabled and (slow := slow_dtype(self.config.dtype, self.ranks.device)):
+            self.progress.line(slow)
+        self.step = self._new_step(kind, make_step)
+        self.start = time.perf_counter() - state.seconds
+        self.tell(lambda callback: callback.on_start(state, done))
+
+    def _new_step(self, kind: str, make_step: Callable[[TrainStep], Step] | None) -> Step:
+        config, state = self.config, self.state
+        self.kind, reason = choose_step(kind, self.ranks, state.given is not None)
+        if reason:
+            self.fall_back(reason)
+        model = self.ranks.wrap(state.model)
+        penalise = config.weight_decay > 0 and config.weight_decay_scope == "dense"
+        plain = TrainStep(
+            CompiledModel(model, self.fall_back) if self.kind == "compile" else model,
+            state.optimizer,
+            l2=config.weight_decay,
+            penalty=state.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
+            label_smoothing=config.label_smoothing,
+            mix=config.mixup,
+            dtype=config.torch_dtype,
+            scaler=state.scaler,
+            ema=(state.ema, state.model) if state.ema else None,
+            highest_label=self.highest_label,
         )
-    if val_set is None and (config.select == "best" or config.patience):
-        raise ValueError(
-            "fit: without val_set there is nothing to select by or to stop early by: set select='last' and patience=0, "
-            "or give validation images"
+        step, batches = make_step(plain) if make_step else plain, self.batches
+
+        def whole(indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+            return step(*batches.load(indices, draws))
+
+        return CapturedStep(whole, on_fallback=self.fall_back) if self.kind == "graph" else whole
+
+    def fall_back(self, reason: str) -> None:
+        """Note that the step runs eagerly, and say why."""
+        self.kind = "eager"
+        self.progress.line(f"the training step runs eagerly: {reason}")
+
+    def train(self, stop: StopRequest) -> bool:
+        """Train to the end or until a stop is requested; whether it was. Either way a checkpoint is written."""
+        self.progress.begin()
+        while not self.state.finished:
+            images_per_second = self.train_epoch(stop)
+            if images_per_second is not None:
+                self.finish_epoch(images_per_second)
+            if not self.state.finished and stop.agreed(self.ranks, self.state.history.count):
+                self.save()
+                return True
+        return False
+
+    def train_epoch(self, stop: StopRequest) -> float | None:
+        """Images a second of the epoch's steps; None if it was left before its last step."""
+        state, history = self.state, self.state.history
+        train_all_but(self.frozen, state.model)
+        self.batches.set_epoch(state.epoch, first_batch=history.count)
+        first = shown = history.count
+        start = time.perf_counter()
+        images_per_second = 0.0
+        for indices, draws in self.batches.plan():
+            if state.given is None:
+                set_lr(state.optimizer, self.lr(history.count))
+            history.record(*self.step(indices, draws))
+            if history.count == self.steps:
+                self.last_lr = self.lr(history.count - 1)
+            if state.given:
+                state.given.after_step()
+            self.progress.advance()
+            if self.progress.due or history.count == self.steps:
+                rows = history.read(shown)  # waits for the device, so the clock is read after it
+                images_per_second = (history.count - first) * self.config.batch_size / (time.perf_counter() - start)
+                self.report(shown, rows, images_per_second)
+                shown = history.count
+            if history.count < self.steps and stop.agreed(self.ranks, self.state.history.count):
+                return None
+        return images_per_second
+
+    def lr(self, step: int) -> float:
+        """The learning rate of step ``step`` of the current epoch; an optimizer of the user's has that of now alone."""
+        if self.state.given:
+            return self.state.given.lr()
+        return learning_rate(self.config, self.state.epoch * self.steps + step, self.steps)
+
+    def report(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
+        """Pass on what the steps from ``first`` on of this epoch returned, in this process."""
+        state = self.state
+        for step, (loss, _) in enumerate(rows, first + 1):
+            if not math.isfinite(loss):
+                raise self.not_finite(f"the loss is {loss} at step {step} of epoch {state.epoch + 1}")
+        self.progress.show(
+            f"epoch {state.epoch + 1}/{self.config.epochs}", *state.history.mean(), images_per_second=images_per_second
         )
-    if config.weight_decay and config.weight_decay_scope == "dense" and not hasattr(model, "l2_penalty"):
-        raise ValueError(
-            f"fit: weight_decay_scope 'dense' needs a model with a method l2_penalty(), got {type(model).__name__}; "
-            "set weight_decay_scope='all', or weight_decay=0"
+        start = state.epoch * self.steps + first
+        self.tell(lambda callback: callback.on_steps(start, rows, images_per_second))
+
+    def tell(self, event: Callable[[Callback], None]) -> None:
+        """Call each callback; one that raises ``OSError`` is dropped, and the training goes on."""
+        for callback in tuple(self.callbacks):
+            try:
+                event(callback)
+            except OSError as error:
+                self.callbacks.remove(callback)
+                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}")
+
+    def finish_epoch(self, images_per_second: float) -> None:
+        """Validate, note the figures, and write the checkpoints."""
+        config, state = self.config, self.state
+        loss, correct = self.ranks.sum(state.history.values.cpu().double().mean(0)).tolist()
+        val = None if self.val_set is None else self.evaluate(self.val_set)
+        if val is not None and not math.isfinite(val.loss):
+            raise self.not_finite(f"the validation loss is {val.loss} after epoch {state.epoch + 1}")
+        figures = EpochFigures(
+            state.epoch + 1,
+            loss / self.ranks.world_size,
+            correct / config.batch_size,
+            val.loss if val else None,
+            val.accuracy if val else None,
+            self.last_lr,
+            images_per_second,
+            time.perf_counter() - self.start,
+        )
+        if val is not None:
+            state.stopping.update(state.epoch, val.accuracy)
+        if state.given:
+            state.given.after_epoch(figures.val_loss, figures.val_accuracy)
+        state.figures.append(figures)
+        state.epoch, state.history.count = state.epoch + 1, 0
+        if state.just_selected or state.finished or state.epoch % self.checkpoint_every == 0:
+            self.save()
+        if state.just_selected and self.ranks.first:
+            self.files.write_selected(state)  # after last.pt: no run ever has the weights of epochs that it lost
+        self.progress.overhead = 0.0  # from here on it is in the time measured
+        self.progress.line(epoch_line(figures, config.epochs))
+        self.tell(lambda callback: callback.on_epoch(figures, state))
+
+    def evaluate(self, dataset: CIFAR10) -> Evaluation:
+        model, dtype, mirror = self.state.eval_model, self.config.torch_dtype, self.config.test_mirror
+        return evaluate(model, dataset, self.normalize, dtype=dtype, mirror=mirror, ranks=self.ranks)
+
+    def save(self) -> None:
+        """Write ``last.pt``; where a weight is not finite, raise and keep the last good one."""
+        state = self.state
+        state.seconds = time.perf_counter() - self.start
+        if not state.is_finite():
+            raise self.not_finite(f"a weight is no longer finite in epoch {state.epoch + 1}")
+        values = state.to_dict(self.ranks, self.images)
+        if self.ranks.first:
+            self.files.write_last(values)
+
+    def not_finite(self, what: str) -> NonFiniteError:
+        last = self.files.last
+        kept = f"; {last} holds the last good state" if last.exists() else ""
+        lr, dtype = self.lr(min(self.state.history.count, self.steps - 1)), self.config.dtype
+        return NonFiniteError(
+            f"{what}: train anew with a lower --lr (it is {lr:.3g}) or with --dtype float32 (it is {dtype}){kept}"
         )
 
+    def select(self) -> None:
+        """Put the selected weights into the model."""
+        if self.ranks.world_size > 1:
+            torch.distributed.barrier()  # the first process may still be writing them
+        selected = self._read_selected()
+        with misfit_explained(self.files.selected):
+            load_weights("model", self.state.model, selected["model"])
+        self.state.ema = None
+        self.state.model.eval()
 
-def _require_effect(config: Config, own_augment: bool, resume: bool) -> None:
-    """Refuse settings that were given and would do nothing; of a run that goes on, the settings are what they were."""
-    if own_augment and config.cutout:
-        raise ValueError(f"fit: augment takes the place of config.cutout, which must be 0, got {config.cutout}")
-    defaults = Config()
-    for name, reason in () if resume else config.without_effect().items():
-        if getattr(config, name) != getattr(defaults, name):
-            raise ValueError(f"fit: config.{name} has no effect where {reason}, got {getattr(config, name)}")
+    def _read_selected(self) -> dict[str, Any]:
+        """What ``model.pt`` holds, if it is of the epoch that this run has selected."""
+        state = self.state
+        own = state.figures[state.selected_epoch - 1] if self.ranks.first else None  # the others measured other times
+        return self.files.read_selected(self.ranks.device, own)
+
+    def result(self, test: Evaluation | None, interrupted: bool) -> Result:
+        """What the run hands back."""
+        config, state = self.config, self.state
+        best, selected = state.stopping.best_epoch + 1 or None, state.selected_epoch or None
+        early = state.stopping.should_stop and state.epoch < config.epochs
+        return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted, self.kind)

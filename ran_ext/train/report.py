@@ -1,19 +1,171 @@
-"""What a run leaves for people: ``result.json``, the curves, the final table."""
+"""What a run shows: progress and expected end, ``result.json``, the curves, the final table, TensorBoard's files."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
 
 from .._files import write_atomically, write_json
-from ..data import CLASSES
-from .errors import TrainingError, write_failure
-from .png import png
-from .progress import duration
-from .results import EpochFigures, Result
+from ..data import CLASSES, Normalize
+from .evaluation import EpochFigures, Result, attention_masks, has_attention, png
+from .recipe import learning_rate
+from .state import Callback, TrainingState
+from .system import TrainingError, duration, write_failure
+
+#: What an image validated costs in images trained, its share of the checkpoint included: 0.48 to 0.59 in sample runs.
+VALIDATION = 0.5
+
+
+class Progress:
+    """Shows loss, accuracy, images a second, the time left of the whole run and its expected end.
+
+    A line of its own announces the end within half a minute: after the first step that ends later than
+    ``announce_after``, or, while the first step takes longer, as a lower bound.
+
+    Args:
+        steps: of the whole run.
+        done: steps taken before this process took over.
+        file: where to; standard error if None.
+        interval: seconds between two refreshes of the bar.
+        log_interval: seconds between two lines where ``file`` is no terminal.
+        enabled: False shows nothing, but :attr:`due` still sets the pace at which the caller reads its meters.
+        overhead: time outside of the steps (validation, checkpoints) as a share of theirs; the caller sets the
+            attribute to 0 after the first validation, because from then on it is measured.
+        may_stop: whether the run may stop before its last step.
+        announce_after: seconds.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        done: int = 0,
+        *,
+        file: TextIO | None = None,
+        interval: float = 0.5,
+        log_interval: float = 10.0,
+        enabled: bool = True,
+        overhead: float = 0.0,
+        may_stop: bool = False,
+        announce_after: float = 10.0,
+    ):
+        self.file = file or sys.stderr
+        self.steps, self.done, self.first = steps, done, done
+        self.start = self.shown = self.warm = time.monotonic()
+        terminal = enabled and self.file.isatty()
+        self.enabled, self.interval = enabled, interval if terminal else log_interval
+        self.overhead, self.may_stop, self.announce_after = overhead, may_stop, announce_after
+        self.announced = not enabled
+        self.bar = (
+            tqdm(total=steps, initial=done, file=self.file, bar_format="{desc} {bar} {postfix}") if terminal else None
+        )
+        self.waiting: threading.Timer | None = None
+
+    def begin(self) -> None:
+        """Start the clock: the first step is about to run."""
+        self.start = self.shown = time.monotonic()
+        if self.enabled and self.done < self.steps:
+            self.waiting = threading.Timer(2.5 * self.announce_after, self._announce_at_least)
+            self.waiting.daemon = True
+            self.waiting.start()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to read the meters and :meth:`show` them."""
+        return time.monotonic() - self.shown >= self.interval
+
+    def advance(self) -> None:
+        """Count one step."""
+        self.done += 1
+        if self.done == self.first + 1:
+            self.warm = time.monotonic()
+            self._stop_waiting()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected, from the steps so far without the first, which chooses kernels; None before there is one."""
+        fresh = self.done - self.first
+        if fresh < 1:
+            return None
+        start, counted = (self.warm, fresh - 1) if fresh > 1 else (self.start, 1)
+        return (time.monotonic() - start) / counted * (self.steps - self.done) * (1 + self.overhead)
+
+    def show(self, where: str, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Refresh; ``where`` such as ``epoch 2/10``. In a log, nothing is written before it is :attr:`due`."""
+        if self.bar is None and not self.due:
+            return
+        self.shown = time.monotonic()
+        left = self.seconds_left
+        self._announce(left)
+        end = "?" if left is None else f"{duration(left)} left, ends {clock(left)}"
+        figures = f"loss {loss:.3f}, accuracy {accuracy:.3f}, {images_per_second:.0f} images/s, {end}"
+        if self.bar is not None:
+            self.bar.n = self.done
+            self.bar.set_description_str(where, refresh=False)
+            self.bar.set_postfix_str(figures)
+        elif self.enabled:
+            say(f"{where}, {100 * self.done / self.steps:.0f} %: {figures}", self.file)
+
+    def _announce(self, left: float | None) -> None:
+        if self.announced or left is None or self.shown - self.start < self.announce_after:
+            return
+        self.announced = True
+        latest = ", or earlier where the accuracy stops growing" if self.may_stop else ""
+        self.line(f"expected end: {clock(left)}, in {duration(left)}{latest}")
+
+    def _announce_at_least(self) -> None:
+        """Runs in a thread of its own while the first step does."""
+        took = time.monotonic() - self.start
+        left = took * (self.steps - self.first)
+        self.line(
+            f"the first of {self.steps - self.first:,} steps is not through after {took:.0f} s: at this rate the run "
+            f"takes over {duration(left)} and ends after {clock(left)}"
+        )
+
+    def line(self, text: str) -> None:
+        """Print a line that stays, above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.file)
+        elif self.enabled:
+            say(text, self.file)
+
+    def _stop_waiting(self) -> None:
+        if self.waiting is not None:
+            self.waiting.cancel()
+
+    def close(self) -> None:
+        self._stop_waiting()
+        if self.bar is not None:
+            self.bar.close()
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print to ``file``, by default standard output; a full disk or a closed pipe there costs the text alone."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Local time so many seconds from now, with the date where it is another day's.
+
+    >>> len(clock(0)), len(clock(3 * 86400))
+    (5, 16)
+    """
+    now = time.time()
+    then, today = time.localtime(now + seconds), time.localtime(now)
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%Y-%m-%d %H:%M", then)
+
 
 PROTOCOLS = {
     "holdout": "validated on images held out of the training set; the test set was read once, at the end",
@@ -21,12 +173,23 @@ PROTOCOLS = {
 }
 
 
+def epoch_line(figures: EpochFigures, epochs: int) -> str:
+    """What the log says of an epoch, of ``epochs``."""
+    val = ""
+    if figures.val_loss is not None:
+        val = f", validation loss {figures.val_loss:.3f}, accuracy {figures.val_accuracy:.4f}"
+    return (
+        f"epoch {figures.epoch}/{epochs}: training loss {figures.train_loss:.3f}, accuracy {figures.train_accuracy:.4f}"
+        f"{val}; lr {figures.lr:.2e}, {figures.images_per_second:.0f} images/s, {duration(figures.seconds)}"
+    )
+
+
 def result_dict(result: Result, environment: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """All figures of a run with what they must be read together with, fit for JSON.
 
     Args:
         result: of :func:`ran_ext.train.fit`.
-        environment: of :func:`ran_ext.train.environment`.
+        environment: of :func:`ran_ext.train.system.environment`.
         data: where the images came from and how many there were.
     """
     return {
@@ -137,3 +300,94 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise TrainingError(write_failure(str(path), error)) from error
+
+
+class TensorBoardLogger(Callback):
+    """Writes TensorBoard's files; a run that is resumed continues them.
+
+    Args:
+        folder: of the event files.
+        images: uint8 ``(N, 3, H, W)``, a few, whose attention masks are drawn after each epoch.
+        normalize: makes the network's input of them.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, folder: str | Path, images: Tensor, normalize: Normalize):
+        from torch.utils.tensorboard import SummaryWriter  # fails where tensorboard is missing, so not at import
+
+        self._open = SummaryWriter
+        self.folder, self.images, self.normalize = Path(folder), images, normalize
+
+    def on_start(self, state: TrainingState, step: int) -> None:
+        self.config, self.steps = state.config, len(state.history.values)
+        self.by_config = state.given is None  # a scheduler of the user's says each epoch's rate alone
+        _silence_the_writer()
+        # what an interrupted run logged after its last checkpoint comes again, so it is purged
+        self.writer = self._open(str(self.folder), purge_step=step or None)
+
+    def on_steps(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
+        for step, (loss, accuracy) in enumerate(rows, first):
+            self.writer.add_scalar("step/loss", loss, step)
+            self.writer.add_scalar("step/accuracy", accuracy, step)
+            if self.by_config:
+                self.writer.add_scalar("step/learning_rate", learning_rate(self.config, step, self.steps), step)
+        self.writer.add_scalar("step/images_per_second", images_per_second, first + len(rows) - 1)
+
+    def on_epoch(self, figures: EpochFigures, state: TrainingState) -> None:
+        step = figures.epoch * self.steps - 1
+        for tag, value in (
+            ("training_loss", figures.train_loss),
+            ("training_accuracy", figures.train_accuracy),
+            ("validation_loss", figures.val_loss),
+            ("validation_accuracy", figures.val_accuracy),
+            ("learning_rate", figures.lr),
+            ("images_per_second", figures.images_per_second),
+            ("wall_seconds", figures.seconds),
+        ):
+            if value is not None:
+                self.writer.add_scalar(f"epoch/{tag}", value, step)
+        model = state.eval_model
+        dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if dense:
+            self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
+        device = next(model.parameters()).device
+        inputs = self.normalize.to(device)(self.images.to(device))
+        for name, masks in attention_masks(model, inputs).items() if has_attention(model) else ():
+            self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
+        self.writer.flush()
+
+    def on_end(self, result: Result) -> None:
+        self.writer.close()
+
+
+def _silence_the_writer() -> None:
+    """Print no traceback of TensorBoard's own thread, which gives its error to the next call as well."""
+    before = threading.excepthook
+    if getattr(before, "__name__", "") == "all_but_the_writer":
+        return
+
+    def all_but_the_writer(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(failure)
+
+    threading.excepthook = all_but_the_writer
+
+
+def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:
+    """Images above their masks, each mask stretched to black ... white, enlarged: float ``(3, 2 H s, N W s)`` in 0..1.
+
+    Args:
+        images: uint8 ``(N, 3, H, W)``.
+        masks: float ``(N, H, W)``.
+        scale: of the enlargement.
+
+    >>> mask_picture(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.rand(4, 8, 8)).shape
+    torch.Size([3, 48, 96])
+    """
+    low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
+    stretched = ((masks - low) / (high - low).clamp_min(1e-6)).unsqueeze(1).expand(-1, 3, -1, -1)
+    rows = torch.cat([images.cpu() / 255, stretched], dim=2)
+    rows = F.interpolate(rows, scale_factor=float(scale), mode="nearest")
+    return rows.permute(1, 2, 0, 3).flatten(2)

@@ -1,0 +1,28 @@
+"""``python -m ran_ext info`` prints what was built, which kernels run, and why anything is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from ._command import Parser
+from ._info import info
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand; 0, or argparse's exit.
+
+    >>> main(["info"])  # doctest: +ELLIPSIS
+    ran_ext          ...
+    0
+    """
+    parser = Parser(prog="python -m ran_ext", description="Fused kernels for training in PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info}")
+    commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
+    parser.parse_args(argv)
+    info()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

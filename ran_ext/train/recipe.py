@@ -1,0 +1,388 @@
+"""The parts that a :class:`Config` names: batches, augmentation, mixup, optimizer, schedule, moving average, patience.
+
+Schedule, moving average and augmentation are ours, not torch's or torchvision's, because a captured step holds them:
+one CUDA graph runs from the gathering of the images to the averaged weights, so none of them may read a value back to
+the host or depend on a Python number. ``torch.optim.swa_utils.AveragedModel`` reads its count of updates back at every
+step; torchvision's transforms draw their random numbers on the host; of torch's schedulers some change a momentum that
+is a Python number, which a graph would freeze. A rate that is a function of the step also needs no state in a
+checkpoint. ``fit(optimizer=..., scheduler=...)`` takes torch's own, in an eager step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..data import CIFAR10, Augment, Batches, Normalize
+from .config import Config
+from .system import Ranks
+
+
+def require_trainable(
+    model: nn.Module, train_set: CIFAR10, val_set: CIFAR10 | None, config: Config, ranks: Ranks
+) -> None:
+    """Raise ``ValueError`` where ``config`` does not fit the model, the images or the processes."""
+    if len(train_set) < config.batch_size:
+        raise ValueError(
+            f"fit: train_set must hold at least one batch, got {len(train_set)} images and batch_size "
+            f"{config.batch_size}; lower batch_size"
+        )
+    if config.batch_size % ranks.world_size:
+        raise ValueError(
+            f"fit: batch_size must be a multiple of the number of processes, got {config.batch_size} and "
+            f"{ranks.world_size}"
+        )
+    if val_set is None and (config.select == "best" or config.patience):
+        raise ValueError(
+            "fit: without val_set there is nothing to select by or to stop early by: set select='last' and patience=0, "
+            "or give validation images"
+        )
+    if config.weight_decay and config.weight_decay_scope == "dense" and not hasattr(model, "l2_penalty"):
+        raise ValueError(
+            f"fit: weight_decay_scope 'dense' needs a model with a method l2_penalty(), got {type(model).__name__}; "
+            "set weight_decay_scope='all', or weight_decay=0"
+        )
+
+
+def build_normalize(train_set: CIFAR10, config: Config) -> Normalize:
+    """``config.normalize``, from the training images' own statistics."""
+    build = {"per_pixel": Normalize.per_pixel, "per_channel": Normalize.per_channel}[config.normalize]
+    return build(train_set, torch.channels_last if config.channels_last else torch.contiguous_format)
+
+
+def build_augment(config: Config, normalize: Normalize) -> Augment | Normalize:
+    """``config.augment`` and ``config.cutout``."""
+    if config.augment == "none":
+        return normalize
+    if config.augment == "report":
+        return Augment(normalize, cutout=config.cutout)
+    crop = {"light": 2, "standard": 4}[config.augment]
+    return Augment(normalize, rotation=0, shift=0, crop=crop, cutout=config.cutout)
+
+
+def given_augment(augment: Callable[[Tensor], Tensor], normalize: Normalize) -> Callable[[Tensor], Tensor]:
+    """The user's augmentation, followed by the normalisation that validation and test use.
+
+    Args:
+        augment: :class:`~ran_ext.data.Augment` with the same normalisation, or a function of uint8 ``(N, C, H, W)`` to
+            the same, which is normalised after it.
+        normalize: of all images.
+
+    Raises:
+        ValueError: the :class:`~ran_ext.data.Augment` normalises otherwise.
+        TypeError (when called): the function does not return uint8.
+    """
+    if isinstance(augment, Augment):
+        pairs = zip(augment.normalize.buffers(), normalize.buffers(), strict=True)
+        if not all(torch.equal(mine.to(own.device), own) for mine, own in pairs):
+            raise ValueError(
+                "fit: augment must normalise as validation does: build it with build_normalize(train_set, config)"
+            )
+        return augment
+
+    def normalised(images: Tensor) -> Tensor:
+        augmented = augment(images)
+        if not isinstance(augmented, Tensor) or augmented.dtype != torch.uint8:
+            got = augmented.dtype if isinstance(augmented, Tensor) else type(augmented).__name__
+            raise TypeError(
+                f"fit: augment must return uint8 images, got {got}: they are normalised after it, as validation's "
+                "images are, so leave conversion to float and normalisation out"
+            )
+        return normalize.to(images.device)(augmented)
+
+    return normalised
+
+
+def train_batches(
+    train_set: CIFAR10,
+    config: Config,
+    ranks: Ranks,
+    normalize: Normalize,
+    augment: Callable[[Tensor], Tensor] | None = None,
+) -> Batches:
+    """The training batches, this process's share, determined by seed and epoch; a last, smaller one is left out.
+
+    ``augment`` takes the place of ``config.augment``, as :func:`given_augment` says.
+    """
+    return Batches(
+        train_set,
+        config.batch_size,
+        given_augment(augment, normalize) if augment else build_augment(config, normalize),
+        generator=torch.Generator().manual_seed(config.seed),
+        drop_last=True,
+        device=ranks.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+
+def mixup(batch: Tensor, share: Tensor) -> Tensor:
+    """``share`` of each row of ``batch`` and the rest of its partner's, the row at the same place from the other end.
+
+    Batches come in random order, so the partners are random without another draw. ``share`` uniform in [0, 1) is the
+    paper's choice for CIFAR-10 (alpha = 1), here one for each row. For images and, as one-hot rows, for their labels.
+
+    Args:
+        batch: float ``(N, ...)``.
+        share: float ``(N,)`` on the same device.
+
+    >>> mixup(torch.tensor([[0.0], [1.0], [4.0]]), torch.tensor([0.75, 0.5, 0.25])).flatten().tolist()
+    [1.0, 1.0, 1.0]
+    """
+    return torch.lerp(batch.flip(0), batch, share.view(-1, *[1] * (batch.dim() - 1)))
+
+
+def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> Optimizer:
+    """Adam or Nesterov SGD over ``model``'s parameters, which must lie on ``device`` already.
+
+    The learning rate is a tensor on the device, which the fused kernels read there, so that a captured step sees the
+    changes that :func:`set_lr` makes; foreach and plain SGD would wait for the device to read it.
+    The optimizer applies ``config.weight_decay`` for ``weight_decay_scope="all"`` only, to weights of two or more
+    dimensions (not to biases and BN's parameters); the ``dense`` scope is part of the loss.
+    """
+    decay = config.weight_decay if config.weight_decay_scope == "all" else 0.0
+    weights = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    lr = torch.tensor(config.base_lr, device=device)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
+    if config.momentum > 0:
+        # The first step would make them; but if a GradScaler skips that step, the fused kernel leaves them unwritten.
+        for parameter in [*weights, *others]:
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+class GivenOptimizer:
+    """An optimizer of the user's, and a scheduler or none: what ``fit(optimizer=..., scheduler=...)`` was given.
+
+    Args:
+        optimizer: any of ``torch.optim`` that steps without a closure.
+        scheduler: any of ``torch.optim.lr_scheduler`` over ``optimizer``, or None. ``ReduceLROnPlateau`` is told the
+            validation loss, or with ``mode="max"`` the validation accuracy.
+        interval: ``epoch`` or ``step``: when the scheduler moves on.
+
+    Raises:
+        TypeError: an argument is none.
+        ValueError: the arguments do not fit together.
+
+    >>> given = GivenOptimizer(torch.optim.AdamW([torch.zeros(1, requires_grad=True)]), None, "epoch")
+    >>> given.name
+    'AdamW'
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None, interval: str):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"fit: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(f"fit: optimizer must step without a closure, got {type(optimizer).__name__}")
+        if scheduler is not None and not isinstance(scheduler, LRScheduler):
+            raise TypeError(f"fit: scheduler must be a torch.optim.lr_scheduler.LRScheduler, got {scheduler!r}")
+        if scheduler is not None and scheduler.optimizer is not optimizer:
+            raise ValueError("fit: scheduler must be over the optimizer that fit is given, got one over another")
+        if interval not in ("epoch", "step"):
+            raise ValueError(f"fit: scheduler_interval must be epoch or step, got {interval!r}")
+        if interval == "step" and isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError("fit: scheduler_interval must be epoch for ReduceLROnPlateau, which waits for validations")
+        self.optimizer, self.scheduler, self.interval = optimizer, scheduler, interval
+
+    @property
+    def name(self) -> str:
+        """The classes, by which a checkpoint tells one from another."""
+        scheduler = f", {type(self.scheduler).__name__} each {self.interval}" if self.scheduler else ""
+        return type(self.optimizer).__name__ + scheduler
+
+    def load(self, optimizer: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> None:
+        """Continue from the state_dicts of an optimizer and a scheduler of the same kinds."""
+        self.optimizer.load_state_dict(dict(optimizer))
+        if self.scheduler is not None and scheduler is not None:
+            self.scheduler.load_state_dict(dict(scheduler))
+
+    def lr(self) -> float:
+        """The learning rate of the first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def after_step(self) -> None:
+        """Move a scheduler on that counts steps."""
+        if self.scheduler is not None and self.interval == "step":
+            self.scheduler.step()
+
+    def after_epoch(self, val_loss: float | None, val_accuracy: float | None) -> None:
+        """Move a scheduler on that counts epochs."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            value = val_loss if self.scheduler.mode == "min" else val_accuracy
+            assert value is not None  # given_optimizer
+            self.scheduler.step(value)
+        elif self.scheduler is not None and self.interval == "epoch":
+            self.scheduler.step()
+
+
+def given_optimizer(
+    optimizer: Optimizer | None,
+    scheduler: LRScheduler | None,
+    interval: str,
+    model: nn.Module,
+    val_set: CIFAR10 | None,
+) -> GivenOptimizer | None:
+    """What ``fit`` was given, checked; None where it was given no optimizer."""
+    if optimizer is None:
+        if scheduler is not None:
+            raise ValueError("fit: scheduler needs the optimizer that it is over: give both")
+        return None
+    given = GivenOptimizer(optimizer, scheduler, interval)
+    own = set(model.parameters())
+    if not all(parameter in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("fit: optimizer must be over model's parameters, got one over others")
+    if val_set is None and isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError("fit: ReduceLROnPlateau needs val_set, by which it plans")
+    return given
+
+
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a ``state_dict()``, also of another device, into the tensors that ``optimizer`` has already.
+
+    ``optimizer.load_state_dict`` puts new tensors in their place, which a captured step would not see.
+
+    >>> from copy import deepcopy
+    >>> weight = torch.ones(1, requires_grad=True)
+    >>> adam = torch.optim.Adam([weight], lr=torch.tensor(0.1), fused=True)
+    >>> weight.grad = torch.ones(1)
+    >>> adam.step()
+    >>> state, held = deepcopy(adam.state_dict()), adam.state[weight]["step"]
+    >>> adam.step()
+    >>> load_optimizer(adam, state)
+    >>> held
+    tensor(1.)
+    """
+    held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    names = ("lr", "capturable")  # as this device needs them
+    settings: list[dict[str, Any]] = [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(dict(state))
+    for parameter, values in held.items():
+        loaded = optimizer.state[parameter]
+        for name, tensor in values.items():
+            loaded[name] = tensor.copy_(loaded.get(name, torch.zeros(())))  # none: a state before the first step
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        lr = float(group["lr"])
+        group.update(mine)
+        _set_group_lr(group, lr)
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Set the learning rate of every group, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        _set_group_lr(group, lr)
+
+
+def _set_group_lr(group: dict[str, Any], lr: float) -> None:
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
+
+
+def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
+    """The learning rate of optimisation step ``step`` (from 0) of a run of ``config.epochs`` epochs.
+
+    >>> [learning_rate(Config(), 100 * epoch, 100) for epoch in (0, 19, 20)]
+    [0.001, 0.001, 0.0001]
+    >>> cycle = Config(schedule="onecycle", lr=1.0, epochs=4, warmup=0.25)
+    >>> [round(learning_rate(cycle, step, 4), 3) for step in (0, 3, 4, 10, 15)]
+    [0.25, 1.0, 1.0, 0.5, 0.017]
+    """
+    if config.schedule == "constant":
+        return config.base_lr
+    if config.schedule == "step":
+        # decimal exponents are exact, repeated products are not: 1e-3 * 0.1 is 0.00010000000000000002
+        return float(
+            f"{config.base_lr * config.lr_step_factor ** (step // steps_per_epoch // config.lr_step_epochs):.12g}"
+        )
+    steps = config.epochs * steps_per_epoch
+    rise = round(config.warmup * steps) if config.schedule == "onecycle" else 0
+    if step < rise:
+        return config.base_lr * (step + 1) / rise
+    return config.base_lr * (1 + math.cos(math.pi * (step - rise) / (steps - rise))) / 2
+
+
+class ExponentialMovingAverage:
+    """Keeps ``average``, a copy of ``model`` whose parameters follow ``decay * average + (1 - decay) * parameter``.
+
+    Buffers (BN's running statistics, themselves averages) are copied. The decay grows from 0.1 to ``decay`` as
+    ``(1 + step) / (10 + step)``, so that the random initial weights are soon forgotten; the step is counted on the
+    device, and an update needs no synchronisation.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = nn.init.zeros_(model.weight)
+    >>> ema = ExponentialMovingAverage(model, decay=0.5)
+    >>> _ = nn.init.ones_(model.weight)
+    >>> ema.update(model)
+    >>> round(ema.average.weight.item(), 4)
+    0.9
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.average = copy.deepcopy(model).eval().requires_grad_(False)
+        self.steps = torch.zeros((), device=next(model.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Blend in ``model``'s parameters after an optimisation step."""
+        keep = ((1 + self.steps) / (10 + self.steps)).clamp_(max=self.decay)
+        self.steps += 1
+        average: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(model.parameters())
+        change = list(torch._foreach_sub(current, average))
+        torch._foreach_mul_(change, 1 - keep)  # not lerp: its scalar weight would be read back from the device
+        torch._foreach_add_(average, change)
+        for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+@dataclasses.dataclass
+class EarlyStopping:
+    """Remembers the best value and how many epochs have passed since.
+
+    Args:
+        patience: epochs without a better value after which :attr:`should_stop` turns true; 0 for never.
+
+    >>> stopping = EarlyStopping(patience=2)
+    >>> [stopping.update(epoch, value) for epoch, value in enumerate([0.5, 0.6, 0.6, 0.4])]
+    [True, True, False, False]
+    >>> stopping.should_stop, stopping.best_epoch
+    (True, 1)
+    """
+
+    patience: int
+    best: float = float("-inf")
+    best_epoch: int = -1
+    bad_epochs: int = 0
+
+    def update(self, epoch: int, value: float) -> bool:
+        """Count one epoch; whether ``value`` is the best so far (a tie is not)."""
+        if value > self.best:
+            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
+            return True
+        self.bad_epochs += 1
+        return False
+
+    @property
+    def should_stop(self) -> bool:
+        return 0 < self.patience <= self.bad_epochs
