@@ -27,7 +27,7 @@ from ran_ext._command import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ran_ext"
-#: What the emulation has to know of a chip: capability, SMs, shared bytes of a block and of an SM.
+#: What the emulation has to know of a chip: capability, SMs, shared bytes a block and an SM.
 CHIPS = {"h100": ["90", "132", str(227 << 10), str(228 << 10)], "a100": ["80", "108", str(163 << 10), str(164 << 10)]}
 
 
