@@ -23,7 +23,7 @@ inline void check_launch(cudaError_t error, const char* op) {
   cudaGetLastError();  // else the next call of CUDA would report this one's error again
   TORCH_CHECK(false, op, ": CUDA did not take the launch on device ", int(c10::cuda::current_device()), ": ",
               cudaGetErrorName(error), " (", cudaGetErrorString(error),
-              "); `python -m ran_ext.info` says which architectures the kernels were built for, and "
+              "); `python -m ran_ext info` says which architectures the kernels were built for, and "
               "ran_ext.set_backend('reference') does without them");
 }
 
