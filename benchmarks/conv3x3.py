@@ -79,7 +79,7 @@ def main() -> None:
                 total = {name: total[name] + Spread.of(values).median for name, values in seconds.items()}
                 gain[task] = ratios(seconds, "PyTorch")["ran_ext"].median
             gains.append(total["PyTorch"] / total["ran_ext"])
-            taken = ", ".join(why.removeprefix("Winograd ") or way for way, why in row.ways.values())
+            taken = ", ".join(why.removeprefix("Winograd ") or path for path, why in row.paths.values())
             milliseconds = (1e3 * seconds for seconds in total.values())
             table.add(f"{channels}", f"{pixels}", *milliseconds, gain["forward"], gain["backward"], gains[-1], taken)
     mean = math.exp(sum(map(math.log, gains)) / len(gains))

@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from . import _backend, _fusion
 from ._deferred import FUSED, Deferred, watch
-from ._explain_converted import LIBRARY, PASSES, fused_ways, is_converted, is_taken, norm_ways, plain_ways, taken_ways
+from ._explain_converted import (
+    LIBRARY,
+    PASSES,
+    fused_paths,
+    is_converted,
+    is_taken,
+    norm_paths,
+    plain_paths,
+    taken_paths,
+)
 from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
@@ -25,7 +34,7 @@ class Layer:
     name: str
     op: str
     x: str
-    ways: dict[str, tuple[str, str]]
+    paths: dict[str, tuple[str, str]]
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> None:
@@ -65,8 +74,8 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
         def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], name: str = name) -> None:
             taken[module] = x = next(iter((*args, *named.values())))
             call = calls[module]
-            ways = {} if isinstance(x, Deferred) else _ways(call, module, x, taken)
-            found.append(Layer(name, call.op, _described(x), ways))
+            paths = {} if isinstance(x, Deferred) else _paths(call, module, x, taken)
+            found.append(Layer(name, call.op, _described(x), paths))
 
         module.register_forward_pre_hook(note, with_kwargs=True)
     names = {module: name for name, module in twin.named_modules()}
@@ -76,10 +85,10 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
         if is_taken(outcome):  # by the convolution that was noted last
             last = found[-1]
             conv = twin.get_submodule(last.name)
-            op, ways = taken_ways(conv, taken[conv], outcome)  # type: ignore[arg-type]
-            found[-1] = dataclasses.replace(last, op=op, ways=ways)
+            op, paths = taken_paths(conv, taken[conv], outcome)  # type: ignore[arg-type]
+            found[-1] = dataclasses.replace(last, op=op, paths=paths)
         else:
-            found.append(Layer(names[module], "batch_norm", "", norm_ways(outcome)))
+            found.append(Layer(names[module], "batch_norm", "", norm_paths(outcome)))
 
     devices = [x.device for x in inputs if x.is_cuda]
     grad = is_converted(twin)  # joins are kept where gradients are taken
@@ -102,9 +111,9 @@ def table(rows: list[Layer]) -> str:
     for row in rows:
         cells = []
         for one in PASSES:
-            way, why = row.ways.get(one, ("", ""))
+            path, why = row.paths.get(one, ("", ""))
             number = f" [{reasons.setdefault(why, len(reasons) + 1)}]" if why else ""
-            cells.append(way + number)
+            cells.append(path + number)
         lines.append([row.name, row.op, row.x, *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -143,37 +152,37 @@ def _described(x: Tensor) -> str:
     return f"{'x'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
 
 
-def _ways(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -> dict[str, tuple[str, str]]:
+def _paths(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) -> dict[str, tuple[str, str]]:
     """What each pass of the op runs on, and why."""
     if call.op == "conv2d":
-        return plain_ways(module, x)
+        return plain_paths(module, x)
     if missing := _why_plain(x):
         return dict.fromkeys(PASSES, (PLAIN, missing))
     if call.op == "attention_gate":
         if call.conv is not None and not _fusion.why_watched(x):
-            return {"forward": _gate_way(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}
+            return {"forward": _gate_path(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}
         why = call.why or (call.conv and _fusion.why_watched(x))
         return {"forward": (FUSED, f"the convolution before it apart: {why}" if why else ""), "dgrad": (FUSED, "")}
     if why := call.why or _fusion.why_watched(x):
         return dict.fromkeys(PASSES, (PLAIN, f"{why}: runs as written"))
     if call.op == "bn_relu_conv2d":
-        return _conv_ways(module, x)
+        return _conv_paths(module, x)
     kernels: Any = _backend._C
     if x.is_cuda:
-        ways = zip(("forward", "dgrad"), kernels.explain_bn_relu(x), strict=True)
-        return {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in ways}
+        paths = zip(("forward", "dgrad"), kernels.explain_bn_relu(x), strict=True)
+        return {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in paths}
     return {"forward": (FUSED, ""), "dgrad": (FUSED, "")}
 
 
-def _conv_ways(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
+def _conv_paths(module: BNReLUConv2d, x: Tensor) -> dict[str, tuple[str, str]]:
     conv, device = module.conv, x.device.type
     if torch.is_autocast_enabled(device) and x.dtype not in (torch.get_autocast_dtype(device), torch.float64):
         why = f"x is wider than autocast's {torch.get_autocast_dtype(device)}: normalised as it is, rounded once"
         return dict.fromkeys(PASSES, (LIBRARY, why))
-    return fused_ways(conv, x)
+    return fused_paths(conv, x)
 
 
-def _gate_way(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
+def _gate_path(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[str, str]:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if trunk.dtype != dtype:

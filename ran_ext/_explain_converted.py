@@ -14,7 +14,7 @@ from ._deferred import FUSED, RECOMPUTED, Deferred
 PASSES = ("forward", "dgrad", "wgrad")
 LIBRARY = "library"
 #: By pass of an op, what it runs on and why.
-Ways = dict[str, tuple[str, str]]
+Paths = dict[str, tuple[str, str]]
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -30,30 +30,30 @@ def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
     return found
 
 
-def fused_ways(conv: Any, x: Tensor, remark: str = "") -> Ways:
+def fused_paths(conv: Any, x: Tensor, remark: str = "") -> Paths:
     """Of a convolution with BN-ReLU before it."""
-    ways: Ways = {}
+    paths: Paths = {}
     for one, (fused, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
         # Winograd's kernels differ in accuracy; of the others there is one.
         why = why if not fused or why.startswith("Winograd") else ""
-        ways[one] = FUSED if fused else LIBRARY, "; ".join(part for part in (why, remark) if part)
-    return ways
+        paths[one] = FUSED if fused else LIBRARY, "; ".join(part for part in (why, remark) if part)
+    return paths
 
 
-def plain_ways(conv: Any, x: Tensor) -> Ways:
+def plain_paths(conv: Any, x: Tensor) -> Paths:
     """Of a convolution that takes a tensor as it is: the library's but for 3x3 kernels."""
-    ways: Ways = dict.fromkeys(PASSES, (LIBRARY, ""))
+    paths: Paths = dict.fromkeys(PASSES, (LIBRARY, ""))
     if Convolving not in type(conv).__mro__ or not x.is_cpu or not _backend.use_native(x):
-        return ways
+        return paths
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
     for one, (_, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
         if why.startswith("Winograd"):
-            ways[one] = "fast", why
-    return ways
+            paths[one] = "fast", why
+    return paths
 
 
-def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
+def taken_paths(conv: Any, x: Deferred, outcome: str) -> tuple[str, Paths]:
     """The op and the paths of a convolution that took ``x`` in, as :func:`ran_ext._deferred.tell` says."""
     recipe = x.resolve().recipe
     if outcome.startswith(RECOMPUTED):
@@ -61,10 +61,10 @@ def taken_ways(conv: Any, x: Deferred, outcome: str) -> tuple[str, Ways]:
         return "conv2d", dict.fromkeys(PASSES, ("recomputed", why))
     raw = recipe.pieces[0] if len(recipe.pieces) == 1 else torch.cat(recipe.pieces, 1)
     of = f"of {len(recipe.pieces)} pieces, joined for the call" if len(recipe.pieces) > 1 else ""
-    return "bn_relu_conv2d", fused_ways(conv, raw, of)
+    return "bn_relu_conv2d", fused_paths(conv, raw, of)
 
 
-def norm_ways(outcome: str) -> Ways:
+def norm_paths(outcome: str) -> Paths:
     """The path of a normalisation whose value no convolution took in."""
     what, _, why = outcome.partition(": ")
     return {"forward": (what, why)}

@@ -118,15 +118,15 @@ def distance(a: Tensor, b: Tensor, where: Tensor) -> float:
 
 
 def spreads(case: Case) -> bool:
-    """Whether minimal filtering runs, which may make NaN of a whole tile that a NaN or infinity touches."""
+    """Whether a Winograd kernel runs, which may make NaN of a whole tile that a NaN or infinity touches."""
     if "conv2d" not in case.op or "weight" not in case.arguments:
         return False
     if case.op.startswith("chained"):
         return True
     pair = [[v, v] if isinstance(v, int) else list(v) for v in (case.arguments["stride"], case.arguments["padding"])]
     assert _backend._C is not None
-    ways = _backend._C.explain_conv(case.arguments["x"], case.arguments["weight"], *pair, _backend.conv3x3_mode())
-    return any(fused and "minimal" in why for fused, why in ways)
+    passes = _backend._C.explain_conv(case.arguments["x"], case.arguments["weight"], *pair, _backend.conv3x3_mode())
+    return any(fused and "Winograd" in why for fused, why in passes)
 
 
 def judge(case: Case, d: Draw) -> None:

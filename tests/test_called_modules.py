@@ -192,7 +192,7 @@ def test_trains_as_the_plain_twin_does(name, way):
         act(network, kind)
     assert_same_training(ours, plain, torch.randn(3, 8, 10, 9, dtype=torch.float64))
     op = "bn_relu_conv2d" if kind is CONV else "bn_relu"  # in the latter's name too
-    said = {row.ways["forward"][1] for row in layers(ours, torch.randn(3, 8, 10, 9).double()) if op in row.op}
+    said = {row.paths["forward"][1] for row in layers(ours, torch.randn(3, 8, 10, 9).double()) if op in row.op}
     unfused = {text for text in said if text.endswith(": runs as written")}
     assert unfused == (said if why else set())
     assert all(text.startswith(why) for text in unfused)

@@ -35,13 +35,13 @@ DENSE = [
 ]
 
 
-def ways(case, mode: str = "fast") -> dict[str, str]:
+def paths(case, mode: str = "fast") -> dict[str, str]:
     """What each pass of a convolution of this size runs on, in words."""
     n, ci, h, w, co = case
     x = torch.empty(n, ci, h, w).to(memory_format=torch.channels_last)
     with set_conv3x3(mode):
         [row] = layers(BNReLUConv2d(ci, co, 3, padding=1, bias=False), x)
-    return {name: why if way == FUSED else LIBRARY for name, (way, why) in row.ways.items()}
+    return {name: why if path == FUSED else LIBRARY for name, (path, why) in row.paths.items()}
 
 
 def gradients(x: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,21 +87,21 @@ def error_ratios(case, mode: str, kind: str, seeds: int) -> dict[str, float]:
 def test_error_within_the_rule_without_a_floor(case, kind):
     for mode, most in (("fast", 2.0), ("strict", 1.2)):
         ratios = error_ratios(case, mode, kind, seeds=3)
-        assert max(ratios.values()) <= most, (mode, ratios, ways(case, mode))
+        assert max(ratios.values()) <= most, (mode, ratios, paths(case, mode))
 
 
 @has_kernels
 def test_what_each_pass_takes():
     small, large, none = "Winograd F(2x2, 3x3)", "Winograd F(4x4, 3x3)", LIBRARY
-    assert ways((32, 128, 16, 16, 128)) == dict.fromkeys(PASSES, large)
-    assert ways((32, 128, 16, 16, 128), "strict") == dict.fromkeys(PASSES, small)
-    assert ways((32, 128, 16, 16, 128), "library")["forward"] == none
+    assert paths((32, 128, 16, 16, 128)) == dict.fromkeys(PASSES, large)
+    assert paths((32, 128, 16, 16, 128), "strict") == dict.fromkeys(PASSES, small)
+    assert paths((32, 128, 16, 16, 128), "library")["forward"] == none
     # Few channels to sum over: the library's error is too small for the larger tile.
-    assert ways((32, 32, 16, 16, 64)) == {"forward": small, "dgrad": large, "wgrad": large}
-    assert ways((32, 64, 4, 4, 64))["forward"] == small
+    assert paths((32, 32, 16, 16, 64)) == {"forward": small, "dgrad": large, "wgrad": large}
+    assert paths((32, 64, 4, 4, 64))["forward"] == small
     # The larger tile has no fewer products here.
-    assert ways((32, 128, 6, 6, 128))["forward"] == small
-    assert ways((32, 3, 32, 32, 64))["forward"] == none
+    assert paths((32, 128, 6, 6, 128))["forward"] == small
+    assert paths((32, 3, 32, 32, 64))["forward"] == none
 
 
 @has_kernels
@@ -112,7 +112,7 @@ def test_the_mode_holds_inside_and_is_named():
         assert "strict" in ran_ext._info.report()
         with set_conv3x3("library"):
             assert get_conv3x3() == "library"
-        assert ways((32, 128, 16, 16, 128), "strict")["forward"] == "Winograd F(2x2, 3x3)"
+        assert paths((32, 128, 16, 16, 128), "strict")["forward"] == "Winograd F(2x2, 3x3)"
     assert get_conv3x3() == "fast"
     with pytest.raises(ValueError, match="set_conv3x3: mode must be one of fast, strict, library, got 'exact'"):
         set_conv3x3("exact")
@@ -164,7 +164,7 @@ def test_backward_runs_in_the_mode_of_its_forward_call(op):
 def test_special_numbers_reach_what_they_touch_and_no_further_than_a_tile(special):
     """Forward: the whole of each 4x4 tile that a neighbour of the special number lies in, and no other."""
     case = (2, 64, 16, 18, 64)
-    assert ways(case)["forward"] == "Winograd F(4x4, 3x3)"
+    assert paths(case)["forward"] == "Winograd F(4x4, 3x3)"
     module = BNReLUConv2d(64, 64, 3, padding=1).eval().to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 16, 18).to(memory_format=torch.channels_last)
     x[1, 3, 4, 9] = special  # its neighbours are in rows 3 to 5 and columns 8 to 10
@@ -209,7 +209,7 @@ def test_any_channels_and_sizes(case, mode):
 @pytest.mark.parametrize("case", [(9, 64, 15, 16, 48), (40, 192, 8, 8, 256)])
 def test_next_statistics_are_those_of_the_output(case):
     n, ci, h, w, co = case
-    assert ways(case)["forward"] != LIBRARY
+    assert paths(case)["forward"] != LIBRARY
     module = BNReLUConv2d(ci, co, 3, padding=1).to(memory_format=torch.channels_last)
     with torch.no_grad():
         module.conv.bias.fill_(1000.0)  # a mean beside which sums of squares would cancel

@@ -147,16 +147,16 @@ def test_compare_leaves_the_network_alone(capsys):
 def test_explain_says_what_became_of_each_layer(native):
     rows = {row.name: row for row in layers(convert(build("postact", torch.float32)).train(), images(torch.float32))}
     assert rows["1.conv2"].op == "bn_relu_conv2d"
-    assert rows["1.conv2"].ways["forward"][0] == "fused"
-    assert rows["1.bn2"].ways["forward"] == ("as written", "neither an activation nor a convolution takes its value")
+    assert rows["1.conv2"].paths["forward"][0] == "fused"
+    assert rows["1.bn2"].paths["forward"] == ("as written", "neither an activation nor a convolution takes its value")
     rows = {row.name: row for row in layers(convert(build("silu", torch.float32)).train(), images(torch.float32))}
-    assert rows["1.3"].ways["forward"][0] == "recomputed"
-    assert rows["1.3"].ways["forward"][1].startswith("silu before a grouped convolution")
+    assert rows["1.3"].paths["forward"][0] == "recomputed"
+    assert rows["1.3"].paths["forward"][1].startswith("silu before a grouped convolution")
     rows = {row.name: row for row in layers(convert(build("dense", torch.float32)).train(), images(torch.float32))}
-    assert "of 3 pieces" in rows["1.convs.2"].ways["forward"][1]
+    assert "of 3 pieces" in rows["1.convs.2"].paths["forward"][1]
     network = convert(build("preact", torch.float32)).train()
     network[1].bn1.register_forward_hook(lambda *args: None)
-    [way] = [row.ways["forward"] for row in layers(network, images(torch.float32)) if row.name == "1.bn1"]
+    [way] = [row.paths["forward"] for row in layers(network, images(torch.float32)) if row.name == "1.bn1"]
     assert way == ("as written", "a hook on the module looks at its output")
 
 

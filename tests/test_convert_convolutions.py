@@ -51,8 +51,8 @@ def test_a_plain_convolution_is_as_accurate_as_the_rule_says(native):
     ours = convert(copy.deepcopy(plain))
     x = torch.randn(4, 3, 24, 24)
     truth = step(copy.deepcopy(plain).double(), x.double())
-    [way] = {row.ways["forward"][0] for row in layers(ours, x) if row.name == "1"}
-    assert way == "fast"
+    [path] = {row.paths["forward"][0] for row in layers(ours, x) if row.name == "1"}
+    assert path == "fast"
     for mine, theirs, true in zip(step(ours, x), step(plain, x), truth, strict=True):
         assert (mine - true).norm() <= 2 * (theirs - true).norm() + 1e-6 * true.norm()
     with set_conv3x3("library"):

@@ -187,14 +187,14 @@ def test_running_statistics_of_any_dtype(choice):
 def test_explain_says_what_the_environment_chose(choice):
     module = AttentionModule(64, 1).bfloat16().to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 4, 4).bfloat16().to(memory_format=torch.channels_last)
-    gate = {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"]
+    gate = {layer.name: layer for layer in layers(module, x)}["gate"].paths["forward"]
     inside = "with" if choice == "fused" else "without"
     assert gate == ("fused", f"{inside} the convolution before it: RAN_EXT_CONV1X1={choice}")
     [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), torch.randn(2, 64, 4, 4).bfloat16())
-    assert "channels_last" in row.ways["forward"][1]
+    assert "channels_last" in row.paths["forward"][1]
     x = torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
     [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), x)
-    assert {way for way, _ in row.ways.values()} == {choice}
+    assert {path for path, _ in row.paths.values()} == {choice}
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -1,4 +1,4 @@
-"""ran_ext.explain: what runs, why, and what the faster way would take."""
+"""ran_ext.explain: what runs, why, and what the faster path would take."""
 
 import copy
 
@@ -36,13 +36,13 @@ def test_says_what_the_faster_way_takes():
     unit = nn.Sequential(BNReLUConv2d(32, 64, 1))
     [row] = layers(unit, torch.randn(2, 32, 4, 4))
     assert row.x == "2x32x4x4 float32"
-    assert row.ways["forward"][0] == LIBRARY
-    assert "memory_format=torch.channels_last" in row.ways["forward"][1]
+    assert row.paths["forward"][0] == LIBRARY
+    assert "memory_format=torch.channels_last" in row.paths["forward"][1]
     [row] = layers(unit, torch.randn(2, 32, 4, 4).to(memory_format=torch.channels_last))
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert {way for way, _ in row.ways.values()} == {FUSED}
+        assert {path for path, _ in row.paths.values()} == {FUSED}
     else:
-        assert "AVX-512" in row.ways["forward"][1]
+        assert "AVX-512" in row.paths["forward"][1]
 
 
 @needs_kernels
@@ -50,20 +50,20 @@ def test_names_autocast_and_unfused_kinds():
     unit, x = nn.Sequential(BNReLUConv2d(32, 32, 1)), torch.randn(2, 32, 4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         [row] = layers(unit, x)
-    assert "wider than autocast's torch.bfloat16" in row.ways["forward"][1]
+    assert "wider than autocast's torch.bfloat16" in row.paths["forward"][1]
     unit[0].conv = nn.Conv2d(32, 32, 3, padding=1, groups=2)
-    ways = {layer.name: layer.ways["forward"] for layer in layers(unit, x)}
-    assert ways["0"][0] == PLAIN
-    assert ways["0"][1] == "conv has groups=2, dilation=(1, 1), padding_mode='zeros': runs as written"
+    paths = {layer.name: layer.paths["forward"] for layer in layers(unit, x)}
+    assert paths["0"][0] == PLAIN
+    assert paths["0"][1] == "conv has groups=2, dilation=(1, 1), padding_mode='zeros': runs as written"
 
 
 @needs_kernels
 def test_gate_says_whether_the_convolution_before_it_is_inside():
     module, x = AttentionModule(8, 1).eval(), torch.randn(2, 8, 8, 8)
-    gate = {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"]
+    gate = {layer.name: layer for layer in layers(module, x)}["gate"].paths["forward"]
     assert gate == (FUSED, "without the convolution before it: the CPU has no kernel for both")
     module.gate.register_forward_hook(lambda *args: None)
-    gate = {layer.name: layer for layer in layers(module, x)}["gate"].ways["forward"]
+    gate = {layer.name: layer for layer in layers(module, x)}["gate"].paths["forward"]
     assert gate == (FUSED, "the convolution before it apart: a forward hook on gate")
 
 

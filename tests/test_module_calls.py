@@ -239,12 +239,12 @@ def test_one_graph_without_breaks_or_recompiling(act):
 
 def test_explain_says_nothing_of_its_own_hooks_and_takes_a_pruned_network():
     network, x = ran_compact(width=0.125), torch.randn(2, 3, 16, 16)
-    ways = [layer.ways["forward"] for layer in layers(network, x) if layer.op != "conv2d"]
-    assert not any("hook" in why or "written" in why for _, why in ways)
+    paths = [layer.paths["forward"] for layer in layers(network, x) if layer.op != "conv2d"]
+    assert not any("hook" in why or "written" in why for _, why in paths)
     prune.l1_unstructured(network.stage1[0].conv1.conv, "weight", 0.5)
     network(x)  # from here on the weight is one that cannot be copied
     explain(network, x)
-    found = {layer.name: layer.ways["forward"] for layer in layers(network, x)}
+    found = {layer.name: layer.paths["forward"] for layer in layers(network, x)}
     assert found["stage1.0.conv1"] == (RUNS_PLAIN, "a forward pre-hook on conv: runs as written")
     assert found["stage1.0.conv2"][1] != found["stage1.0.conv1"][1]
     assert found["bn1"] == (FUSED, "")
