@@ -70,7 +70,7 @@ std::string describe(ConvPath path, ConvPass pass, const Tensor& x, const Tensor
     case ConvPath::library_better:
       return "at this size PyTorch's 3x3 is faster, or set_conv3x3's rule of accuracy leaves it to PyTorch";
     case ConvPath::library_minimum:
-      return "the kernels need AVX2, 16 channels or more on either side, and no float64";
+      return "the kernels need AVX2 or NEON, 16 channels or more on either side, and no float64";
     case ConvPath::library_apart:
       return x.is_cuda() ? "the kernel for both up-samples by 1 or 2 only" : "the CPU has no kernel for both";
     case ConvPath::product:

@@ -1,5 +1,5 @@
 // The matrix product under the 1x1 convolutions and the weight gradients: register tiles of kRows x two vectors over
-// packed operands, for 256- and 512-bit vectors.
+// packed operands, for vectors of 128 to 512 bits.
 //
 // A "word" is 32 bits: one float, or, where the processor multiplies bfloat16, a pair of them along the summed
 // dimension that one vdpbf16ps instruction multiplies and adds. Other 16-bit values become floats as they are packed.
@@ -13,7 +13,7 @@
 
 #include "vec.h"
 
-#if defined(__FMA__)
+#if defined(RAN_FMA)
 
 namespace ran::cpu::RAN_ISA {
 
@@ -23,7 +23,7 @@ constexpr int kChunk = kLanes;               // words of one A vector
 
 template <typename T>
 struct WordOf {
-#if defined(__AVX512BF16__)
+#if defined(RAN_BF16_PAIRS)
   static constexpr bool is_pair = std::is_same_v<T, bf16>;
 #else
   static constexpr bool is_pair = false;
@@ -49,13 +49,25 @@ inline Bits32 bits_of(Vec<float> v) {
   return bits;
 }
 
+#if defined(RAN_BF16_PAIRS)
+// sum + a's two bfloat16 times b's, lane by lane.
+inline Vec<float> multiply_add_pairs(Vec<float> sum, Bits32 a, Bits32 b) {
+#if defined(RAN_AVX512)
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+  const uint32_t high = 0xffff0000u;
+  return fma(floats_of(a << 16), floats_of(b << 16), fma(floats_of(a & high), floats_of(b & high), sum));
+#endif
+}
+#endif
+
 template <typename T>
 inline Vec<float> multiply_add(Vec<float> sum, uint32_t a, const uint32_t* b) {
   Bits32 column;
   std::memcpy(&column, b, sizeof column);
   const Bits32 broadcast = a - Bits32{};
-#if defined(__AVX512BF16__)
-  if constexpr (WordOf<T>::is_pair) return _mm512_dpbf16_ps(sum, (__m512bh)broadcast, (__m512bh)column);
+#if defined(RAN_BF16_PAIRS)
+  if constexpr (WordOf<T>::is_pair) return multiply_add_pairs(sum, broadcast, column);
 #endif
   return fma(floats_of(broadcast), floats_of(column), sum);
 }
@@ -137,4 +149,4 @@ inline void pack_rows(uint32_t* panels, const T* weight, int64_t k, int64_t colu
 
 }  // namespace ran::cpu::RAN_ISA
 
-#endif  // __FMA__
+#endif  // RAN_FMA

@@ -5,8 +5,28 @@
 // extension lacks is an intrinsic.
 #pragma once
 
-#if defined(__AVX2__)
+// What intrinsics there are. RAN_VECTOR_BYTES: none, vectors of so many bytes, whatever the processor has; tests so run
+// the kernels of one that is not at hand.
+#if defined(RAN_VECTOR_BYTES)
+#elif defined(__AVX512F__)
+#define RAN_AVX512
+#elif defined(__AVX2__)
+#define RAN_AVX2
+#elif defined(__aarch64__)
+#define RAN_NEON
+#endif
+#if defined(RAN_AVX512) || defined(RAN_AVX2)
 #include <immintrin.h>
+#elif defined(RAN_NEON)
+#include <arm_neon.h>
+#endif
+// Where products and sums are one instruction the convolutions have kernels.
+#if defined(RAN_AVX512) || defined(RAN_AVX2) || defined(RAN_NEON) || defined(RAN_VECTOR_BYTES)
+#define RAN_FMA
+#endif
+// Pairs of bfloat16 that one instruction multiplies and adds; RAN_BF16_PAIRS: in software, for tests.
+#if defined(RAN_AVX512) && defined(__AVX512BF16__)
+#define RAN_BF16_PAIRS
 #endif
 
 #include <cmath>
@@ -22,9 +42,11 @@
 
 namespace ran::cpu::RAN_ISA {
 
-#if defined(__AVX512F__)
+#if defined(RAN_VECTOR_BYTES)
+constexpr int kBytes = RAN_VECTOR_BYTES;
+#elif defined(RAN_AVX512)
 constexpr int kBytes = 64;
-#elif defined(__AVX2__)
+#elif defined(RAN_AVX2)
 constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
@@ -70,10 +92,12 @@ inline Vec<A> splat(A value) {
 }
 
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
+#elif defined(RAN_AVX2)
   return _mm256_fmadd_ps(a, b, c);
+#elif defined(RAN_NEON)
+  return vfmaq_f32(c, a, b);
 #else
   for (int i = 0; i < VecOf<float>::lanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
   return c;
@@ -81,10 +105,12 @@ inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 }
 
 inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_fmadd_pd(a, b, c);
-#elif defined(__FMA__)
+#elif defined(RAN_AVX2)
   return _mm256_fmadd_pd(a, b, c);
+#elif defined(RAN_NEON)
+  return vfmaq_f64(c, a, b);
 #else
   for (int i = 0; i < VecOf<double>::lanes; ++i) c[i] = std::fma(a[i], b[i], c[i]);
   return c;
@@ -93,9 +119,9 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 
 // x, or the end of [low, high] that it lies beyond; NaN stays NaN: of it and a number the instructions give the second.
 inline Vec<float> clamp(Vec<float> x, float low, float high) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_max_ps(splat(low), _mm512_min_ps(splat(high), x));
-#elif defined(__AVX2__)
+#elif defined(RAN_AVX2)
   return _mm256_max_ps(splat(low), _mm256_min_ps(splat(high), x));
 #else
   x = x > high ? splat(high) : x;
@@ -105,9 +131,9 @@ inline Vec<float> clamp(Vec<float> x, float low, float high) {
 
 // The nearest whole number.
 inline Vec<float> round(Vec<float> x) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#elif defined(__AVX2__)
+#elif defined(RAN_AVX2)
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const Vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23, beyond which floats have no fraction; for |x| < 2^22
@@ -117,7 +143,7 @@ inline Vec<float> round(Vec<float> x) {
 
 // x * 2^k for a whole k from -126 to 127.
 inline Vec<float> scale(Vec<float> x, Vec<float> k) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_scalef_ps(x, k);
 #else
   const Bits32 bits = Bits32(__builtin_convertvector(k, Int32) + 127) << 23;
@@ -129,7 +155,7 @@ inline Vec<float> scale(Vec<float> x, Vec<float> k) {
 
 // 1 / x to within 2^-14: enough where the result is rounded to 16 bits.
 inline Vec<float> reciprocal_short(Vec<float> x) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_rcp14_ps(x);
 #else
   return 1 / x;
@@ -147,15 +173,15 @@ inline V relu_backward(V dout, V z) {
   return z <= V{} ? V{} : dout;
 }
 
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
 constexpr __mmask16 kEvery = 0xffff;  // lane; without a mask GCC 12 warns of an uninitialised value that there is not
 #endif
 
 // The conversions between lanes of 16 and 32 bits: GCC 12 takes four instructions for what is one.
 inline Bits32 widen(Half16 h) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return Bits32(_mm512_maskz_cvtepu16_epi32(kEvery, __m256i(h)));
-#elif defined(__AVX2__)
+#elif defined(RAN_AVX2)
   return Bits32(_mm256_cvtepu16_epi32(__m128i(h)));
 #else
   return __builtin_convertvector(h, Bits32);
@@ -163,9 +189,9 @@ inline Bits32 widen(Half16 h) {
 }
 
 inline Half16 narrow(Bits32 bits) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return Half16(_mm512_maskz_cvtepi32_epi16(kEvery, __m512i(bits)));
-#elif defined(__AVX2__)
+#elif defined(RAN_AVX2)
   const __m256i lanes = __m256i(bits);
   return Half16(_mm_packus_epi32(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1)));
 #else
@@ -175,7 +201,7 @@ inline Half16 narrow(Bits32 bits) {
 
 // bfloat16, to nearest even. A NaN that arithmetic made has its quiet bit set and stays one without its lower half.
 inline Half16 to_bf16(Vec<float> x) {
-#if defined(__AVX512BF16__)
+#if defined(RAN_AVX512) && defined(__AVX512BF16__)
   constexpr int kSubnormal = 0x20;  // which the instruction would make 0, and torch keeps
   if (__builtin_expect(!_mm512_fpclass_ps_mask(x, kSubnormal), true)) return Half16(_mm512_cvtneps_pbh(x));
 #endif
@@ -208,10 +234,12 @@ inline Vec<float> load(const bf16* p) {
   return from_bf16(h);
 }
 inline Vec<float> load(const f16* p) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   return _mm512_maskz_cvtph_ps(kEvery, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
+#elif defined(RAN_AVX2)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(RAN_NEON)
+  return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   Vec<float> v{};
   for (int i = 0; i < VecOf<float>::lanes; ++i) {
@@ -230,10 +258,12 @@ inline void store(bf16* p, Vec<float> v) {
   std::memcpy(p, &h, sizeof h);
 }
 inline void store(f16* p, Vec<float> v) {
-#if defined(__AVX512F__)
+#if defined(RAN_AVX512)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kEvery, v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
+#elif defined(RAN_AVX2)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(RAN_NEON)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
   for (int i = 0; i < VecOf<float>::lanes; ++i) {
     const _Float16 h = _Float16(v[i]);

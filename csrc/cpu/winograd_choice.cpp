@@ -42,7 +42,7 @@ int64_t cost(const ConvShape& s) {
 }  // namespace
 
 bool conv3x3_supported(DType dtype, ConvShape s) {
-#if defined(__FMA__)
+#if defined(RAN_FMA)
   return dtype != DType::f64 && s.kh == 3 && s.kw == 3 && s.stride_h == 1 && s.stride_w == 1 && s.pad_h == 1 &&
          s.pad_w == 1 && s.pixels() > 0;
 #else

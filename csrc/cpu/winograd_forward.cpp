@@ -8,7 +8,7 @@
 
 namespace ran::cpu::RAN_ISA {
 
-#if defined(__FMA__)
+#if defined(RAN_FMA)
 
 namespace {
 

@@ -9,7 +9,7 @@
 
 namespace ran::cpu::RAN_ISA {
 
-#if defined(__FMA__)
+#if defined(RAN_FMA)
 
 namespace {
 

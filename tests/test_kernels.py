@@ -1,0 +1,48 @@
+"""The CPU kernels of processors that are not at hand: csrc/cpu compiled for them, against double (tests/kernels)."""
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from _build import native
+
+DRIVER = native.ROOT / "tests" / "kernels" / "driver.cpp"
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-psabi", *native.CPU_FLAGS[native.CPU_FLAGS.index("-fno-math-errno") :]]
+FLAGS += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+#: Compiler, flags, name of the instruction set, and what runs its programs.
+PROCESSORS: dict[str, tuple[str, list[str], str, list[str]]] = {
+    "aarch64": ("aarch64-linux-gnu-g++", ["-static"], "baseline", ["qemu-aarch64"]),
+    # AVX-512's layouts and loops without its instructions; pairs of bfloat16 in software.
+    "512 bits": ("g++", ["-DRAN_VECTOR_BYTES=64", "-DRAN_BF16_PAIRS", "-mavx2", "-mfma"], "wide", []),
+}
+
+
+def has_avx512() -> bool:
+    return "avx512f" in Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else False
+
+
+def build(name: str, folder: Path) -> Path:
+    compiler, flags, isa, _ = PROCESSORS[name]
+    command = (compiler, *FLAGS, *flags, f"-DRAN_ISA={isa}")
+    sources = [*sorted((native.CSRC / "cpu").glob("*.cpp")), DRIVER]
+    objects = native.compile_all([native.Compile(path, folder / f"{path.stem}.o", command) for path in sources])
+    native.run([compiler, *flags, *objects, "-o", folder / "driver"])
+    return folder / "driver"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_every_kernel_is_right(name, request):
+    compiler, _, isa, runner = PROCESSORS[name]
+    if missing := [tool for tool in (compiler, *runner) if not shutil.which(tool)]:
+        pytest.skip(f"needs {', '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    if isa == "wide" and has_avx512():
+        pytest.skip("this processor runs the AVX-512 kernels themselves, in every other test")
+    driver = build(name, request.config.cache.mkdir("kernels") / name.replace(" ", ""))
+    done = subprocess.run([*runner, driver, "10", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join([*runner, str(driver)])}: {done.stdout}{done.stderr}"
+    assert done.stdout.startswith(f"{isa}: ")
+    assert int(done.stdout.split()[1]) > 10_000
