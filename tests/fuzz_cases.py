@@ -76,8 +76,8 @@ class Draw:
         x = self.normal(shape, torch.float64)
         if self.whole:
             x = (x * 3).round()
-            if self.chance(0.5) and x.numel():  # means of exactly 0
-                x = torch.cat([x, -x], 0)[: max(2, shape[0] // 2 * 2)] if shape[0] % 2 == 0 else x
+            if self.chance(0.5) and x.dim() and x.numel() and shape[0] % 2 == 0:  # means of exactly 0
+                x = torch.cat([x, -x], 0)[: shape[0]]
         elif self.chance(0.6):
             most = {torch.float16: 3.0, torch.bfloat16: 2.0}.get(self.dtype, 4.0)
             size = (1, shape[1], 1, 1) if len(shape) == 4 else ()
