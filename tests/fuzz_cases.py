@@ -77,7 +77,8 @@ class Draw:
         if self.whole:
             x = (x * 3).round()
             if self.chance(0.5) and x.dim() and x.numel() and shape[0] % 2 == 0:  # means of exactly 0
-                x = torch.cat([x, -x], 0)[: shape[0]]
+                half = x[: shape[0] // 2]
+                x = torch.cat([half, -half])
         elif self.chance(0.6):
             most = {torch.float16: 3.0, torch.bfloat16: 2.0}.get(self.dtype, 4.0)
             size = (1, shape[1], 1, 1) if len(shape) == 4 else ()
