@@ -22,13 +22,11 @@ bool is_float_vector(const Tensor& t) { return t.scalar_type() == at::kFloat && 
 
 const float* floats(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
+}  // namespace
+
 BatchNorm<float> norm_of(const BatchNormArgs& bn) {
   return {floats(bn.mean), floats(bn.var), floats(bn.weight), floats(bn.bias), bn.kernel.eps};
 }
-
-bool on_16_bytes(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
-
-}  // namespace
 
 std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
   if (!running.kept() || !is_float_vector(running.mean) || !is_float_vector(running.var)) return std::nullopt;
@@ -92,19 +90,18 @@ Measured measured_pass(const Tensor& x, bool backward) {
           view.count(),      view.channels,         view.channels};
 }
 
-cuda::ResidentPlan plan_of(const Tensor& x, bool backward) {
-  return cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), backward ? 2 : 1);
-}
-
 }  // namespace
 
-BnReluPath choose_bn_relu(const Tensor& x, bool backward) {
+BnReluPath choose_bn_relu(const Tensor& x, bool backward, cuda::ResidentPlan* plan) {
   if (x.numel() == 0 || x.scalar_type() == at::kDouble) return BnReluPath::streaming_dtype;
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return BnReluPath::streaming_layout;
   if (!on_16_bytes(x)) return BnReluPath::streaming_alignment;
   const Decision decision = decide(measured_pass(x, backward), kPaths);
   if (decision == Decision::other_asked || decision == Decision::other_faster) return BnReluPath::streaming_decided;
-  return plan_of(x, backward).group ? BnReluPath::resident : BnReluPath::streaming_size;
+  const cuda::ResidentPlan found =
+      cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), backward ? 2 : 1);
+  if (plan) *plan = found;
+  return found.group ? BnReluPath::resident : BnReluPath::streaming_size;
 }
 
 std::string describe(BnReluPath path, const Tensor& x, bool backward) {
@@ -133,8 +130,8 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
                                                                         double eps, const Running& running) {
   if (!x.is_cuda()) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
-  if (choose_bn_relu(x, false) != BnReluPath::resident) return std::nullopt;
-  const cuda::ResidentPlan plan = plan_of(x, false);
+  cuda::ResidentPlan plan;
+  if (choose_bn_relu(x, false, &plan) != BnReluPath::resident) return std::nullopt;
   const ChannelView view = view_of(x);
   const DType dtype = dtype_of(x, op, "x");
   Tensor out = at::empty_like(x), mean = at::empty({view.channels}, x.options().dtype(at::kFloat));
@@ -158,8 +155,8 @@ std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Ten
   if (!x.is_cuda() || !dout.is_contiguous(at::MemoryFormat::ChannelsLast) || !on_16_bytes(dout)) return std::nullopt;
   if (residual.defined() && !on_16_bytes(residual)) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
-  if (choose_bn_relu(x, true) != BnReluPath::resident) return std::nullopt;
-  const cuda::ResidentPlan plan = plan_of(x, true);
+  cuda::ResidentPlan plan;
+  if (choose_bn_relu(x, true, &plan) != BnReluPath::resident) return std::nullopt;
   const ChannelView view = view_of(x);
   const DType dtype = dtype_of(x, kOp, "x");
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};

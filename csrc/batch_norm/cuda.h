@@ -12,6 +12,9 @@
 
 namespace ran {
 
+// The vectors of x on a GPU, which are float there.
+BatchNorm<float> norm_of(const BatchNormArgs& bn);
+
 // `running` for a launch; none where the kernels cannot take it, which is so unless it is float32.
 std::optional<cuda::RunningStatistics> in_launch(const Running& running);
 
@@ -41,7 +44,8 @@ enum class BnReluPath {
   streaming_decided,  // as faster, or by RAN_EXT_BN_RELU
   streaming_size,
 };
-BnReluPath choose_bn_relu(const Tensor& x, bool backward);
+// `plan`, if given, becomes the resident kernel's.
+BnReluPath choose_bn_relu(const Tensor& x, bool backward, cuda::ResidentPlan* plan = nullptr);
 // The path in words, for ran_ext.explain.
 std::string describe(BnReluPath path, const Tensor& x, bool backward);
 

@@ -8,6 +8,17 @@
 
 #include "tensors.h"
 
+// What follows registers an op's kernels, once for each device that has them:  RAN_KERNELS(m) { m.impl("op", op); }
+#ifdef RAN_WITH_CUDA
+#define RAN_KERNELS(m)                                          \
+  static void register_kernels(torch::Library&);                \
+  TORCH_LIBRARY_IMPL(ran_ext, CPU, m) { register_kernels(m); }  \
+  TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) { register_kernels(m); } \
+  static void register_kernels(torch::Library& m)
+#else
+#define RAN_KERNELS(m) TORCH_LIBRARY_IMPL(ran_ext, CPU, m)
+#endif
+
 namespace ran {
 
 using torch::autograd::AutogradContext;

@@ -18,6 +18,9 @@ inline at::TensorOptions current_device() { return at::TensorOptions().device(at
 // Bytes of torch's caching allocator, for launches on the current stream; they may be given back once those are queued.
 inline at::Tensor scratch(size_t bytes) { return at::empty({int64_t(bytes)}, current_device().dtype(at::kByte)); }
 
+// The kernels read and write 16 bytes at a time; a slice may begin elsewhere.
+inline bool on_16_bytes(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
 inline void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // else the next call of CUDA would report this one's error again

@@ -30,15 +30,7 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
   }
 }
 
-BatchNorm<float> norm_of(const BatchNormArgs& bn) {
-  const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
-  return {pointer(bn.mean), pointer(bn.var), pointer(bn.weight), pointer(bn.bias), bn.kernel.eps};
-}
-
-// The kernels read 16 bytes at a time; a slice may begin elsewhere.
-Tensor aligned(const Tensor& t) {
-  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 ? t.clone(at::MemoryFormat::Preserve) : t;
-}
+Tensor aligned(const Tensor& t) { return on_16_bytes(t) ? t : t.clone(at::MemoryFormat::Preserve); }
 Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
 
 constexpr TwoPaths kPaths{"RAN_EXT_CONV1X1", "fused", "library"};
@@ -52,6 +44,31 @@ Measured measured_pass(ConvPass pass, const Tensor& x, const Tensor& weight, con
 ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
   return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kOp};
 }
+
+// What a forward pass reads, on 16 bytes, and where it works: alive until its launch is queued.
+struct ForwardInputs {
+  Tensor x, weight, bias;
+  cuda::Conv1x1Shape shape;
+  ScratchWithCounters scratch;
+
+  ForwardInputs(const Tensor& x_, const Tensor& weight_, const OptTensor& bias_, int64_t stride)
+      : x(aligned(x_)),
+        weight(aligned(weight_.contiguous())),
+        bias(present(bias_) ? aligned(bias_->contiguous()) : Tensor()),
+        shape(shape_of(x, weight, stride)),
+        scratch(scratch_of(cuda::Conv1x1Pass::forward, shape)) {}
+  cuda::Conv1x1Forward args(const Tensor& y) const {
+    cuda::Conv1x1Forward result{};
+    result.y = y.mutable_data_ptr();
+    result.x = x.const_data_ptr();
+    result.weight = weight.const_data_ptr();
+    result.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    result.shape = shape;
+    result.workspace = scratch.workspace();
+    result.counters = scratch.counters();
+    return result;
+  }
+};
 
 }  // namespace
 
@@ -87,26 +104,17 @@ std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x,
   return why.empty() ? "no measurement of these channels on this architecture (RAN_EXT_CONV1X1=fused tries it)" : why;
 }
 
-void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_,
+void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
                           const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
                           const NextStatistics& next) {
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = aligned(x_), weight = aligned(weight_.contiguous());
-  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
-  y.out = at::empty({shape.n, shape.c_out, shape.out_h(), shape.out_w()}, x.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
+  const c10::cuda::CUDAGuard guard(x.device());
+  const ForwardInputs in(x, weight, bias, conv.stride[0]);
+  const cuda::Conv1x1Shape& shape = in.shape;
+  y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y.out)) : Tensor();
-  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
-  cuda::Conv1x1Forward args{};
-  args.y = y.out.mutable_data_ptr();
-  args.x = x.const_data_ptr();
+  cuda::Conv1x1Forward args = in.args(y.out);
   args.norm = norm_of(bn);
-  args.weight = weight.const_data_ptr();
-  args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
   args.residual = added.defined() ? added.const_data_ptr() : nullptr;
-  args.shape = shape;
-  args.workspace = scratch.workspace();
-  args.counters = scratch.counters();
   const auto kept = in_launch(next.running);
   if (next.wanted) {
     y.next_mean = at::empty({shape.c_out}, bn.mean.options());
@@ -118,24 +126,16 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
   if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
 }
 
-std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor& x_, const Tensor& weight_,
+std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor& x, const Tensor& weight,
                                              const OptTensor& bias, int64_t scale) {
-  const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor trunk = aligned(trunk_), x = aligned(x_), weight = aligned(weight_.contiguous());
-  const Tensor added_bias = present(bias) ? aligned(bias->contiguous()) : Tensor();
-  const cuda::Conv1x1Shape shape = shape_of(x, weight, 1);
-  Tensor mask = at::empty({shape.n, shape.c_out, shape.h, shape.w}, x.options(), at::MemoryFormat::ChannelsLast);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor trunk = aligned(trunk_);
+  const ForwardInputs in(x, weight, bias, 1);
+  Tensor mask =
+      at::empty({x.size(0), weight.size(0), x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
-  const ScratchWithCounters scratch = scratch_of(cuda::Conv1x1Pass::forward, shape);
-  cuda::Conv1x1Forward args{};
-  args.y = mask.mutable_data_ptr();
+  cuda::Conv1x1Forward args = in.args(mask);
   args.gate = {out.mutable_data_ptr(), trunk.const_data_ptr(), trunk.size(2), trunk.size(3), int(scale)};
-  args.x = x.const_data_ptr();
-  args.weight = weight.const_data_ptr();
-  args.bias = added_bias.defined() ? added_bias.const_data_ptr() : nullptr;
-  args.shape = shape;
-  args.workspace = scratch.workspace();
-  args.counters = scratch.counters();
   check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), "conv_attention_gate");
   return {out, mask};
 }

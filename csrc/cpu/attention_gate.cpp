@@ -4,7 +4,7 @@
 
 #include "../common/formulas.h"
 #include "parallel.h"
-#include "vec.h"
+#include "wide_sum.h"
 
 namespace ran::cpu::RAN_ISA {
 namespace {

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "vec.h"
+#include "wide_sum.h"
 
 namespace ran::cpu::RAN_ISA {
 

@@ -5,6 +5,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "tables.h"
+#include "wide_sum.h"
 #include "winograd_tiles.h"
 
 namespace ran::cpu::RAN_ISA {

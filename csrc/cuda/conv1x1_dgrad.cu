@@ -95,12 +95,8 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
   const Plan plan = make_plan(rows, c_out, c_in, dgrad_table_bytes());
   auto* partials = static_cast<GradientSums*>(p.workspace);
   if (rows > 0) {
-    const DgradArgs<T> args{{{static_cast<const T*>(p.dy), rows, c_out},
-                             {static_cast<const T*>(p.weight), c_out, c_in},
-                             c_in,
-                             plan.row_tiles,
-                             plan.resident,
-                             plan.chunks_a_split},
+    const DgradArgs<T> args{product_args<T>({static_cast<const T*>(p.dy), rows, c_out},
+                                            {static_cast<const T*>(p.weight), c_out, c_in}, c_in, plan),
                             static_cast<T*>(p.dz),
                             static_cast<const T*>(p.x),
                             p.norm,
@@ -109,9 +105,7 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
                             p.counters};
     const cudaError_t error = with_tile(plan.tile, [&](auto t) {
       using Tile = decltype(t);
-      const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles, plan.splits),
-                              dim3(Tile::kVectors, Tile::kRowGroups), plan.shared_bytes};
-      return RAN_LAUNCH(shape, stream, dgrad_kernel<Tile, T>, args);
+      return RAN_LAUNCH(plan.launch_shape<Tile>(), stream, dgrad_kernel<Tile, T>, args);
     });
     if (error != cudaSuccess) return error;
   }

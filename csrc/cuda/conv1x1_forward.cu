@@ -134,12 +134,8 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
   const Plan plan = make_plan(rows, c_in, c_out, forward_table_bytes(c_in));
   auto* moments = static_cast<Moments<float>*>(p.workspace);
   auto* partials = p.statistics.mean ? moments : nullptr;
-  const ForwardArgs<T> args{{{static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
-                             {static_cast<const T*>(p.weight), c_out, c_in},
-                             c_out,
-                             plan.row_tiles,
-                             plan.resident,
-                             plan.chunks_a_split},
+  const ForwardArgs<T> args{product_args<T>({static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
+                                            {static_cast<const T*>(p.weight), c_out, c_in}, c_out, plan),
                             static_cast<T*>(p.y),
                             static_cast<T*>(p.gate.out),
                             static_cast<const T*>(p.gate.trunk),
@@ -155,8 +151,7 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
                             p.counters};
   const cudaError_t error = with_tile(plan.tile, [&](auto t) {
     using Tile = decltype(t);
-    const LaunchShape shape{dim3(plan.row_blocks, plan.column_tiles, plan.splits),
-                            dim3(Tile::kVectors, Tile::kRowGroups), plan.shared_bytes};
+    const LaunchShape shape = plan.launch_shape<Tile>();
     return normalise ? RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, true>, args)
                      : RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, false>, args);
   });

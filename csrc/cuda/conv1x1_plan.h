@@ -83,6 +83,10 @@ struct Plan {
   size_t shared_bytes;
 
   int tiles() const { return row_tiles * column_tiles; }
+  template <typename Tile>
+  LaunchShape launch_shape() const {
+    return {dim3(row_blocks, column_tiles, splits), dim3(Tile::kVectors, Tile::kRowGroups), shared_bytes};
+  }
   // In the workspace: the sums of every split of every tile. And the words that count who has left them.
   size_t split_bytes() const {
     return splits == 1 ? 0 : size_t(tiles()) * splits * SmallTile::kRows * SmallTile::kColumns * sizeof(float);

@@ -14,6 +14,11 @@ struct ProductArgs {
   int chunks_a_split;
 };
 
+template <typename T>
+ProductArgs<T> product_args(const Operand<T>& a, const Operand<T>& weight, int columns, const Plan& plan) {
+  return {a, weight, columns, plan.row_tiles, plan.resident, plan.chunks_a_split};
+}
+
 // blockIdx.y is the tile of columns; blockIdx.x and every gridDim.x-th after it are the tiles of rows; blockIdx.z is
 // the part of the depth. A chunk is kPanel of depth. The copies of the next chunks, also those of the next tile, are in
 // flight while one is multiplied.

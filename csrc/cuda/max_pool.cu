@@ -57,8 +57,7 @@ cudaError_t max_pool_forward(void* out, uint8_t* index, const void* x, DType dty
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Planes planes(shape);
-    const bool vectors = planes.inner % kVector<T> == 0 && aligned16(out, index, x);
-    return with_vector<T>(vectors, [&](auto vector) {
+    return with_windows<T>(planes, aligned16(out, index, x), [&](auto vector, auto) {
       constexpr int V = decltype(vector)::value;
       return RAN_LAUNCH(planes.shape(V), stream, max_pool_forward_kernel<T, V>, static_cast<T*>(out), index,
                         static_cast<const T*>(x), planes);
@@ -73,8 +72,7 @@ cudaError_t max_pool_backward(void* dx, const void* dout, const uint8_t* index, 
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const Planes planes(shape);
-    const bool vectors = planes.inner % kVector<T> == 0 && aligned16(dx, dout, index);
-    return with_vector<T>(vectors, [&](auto vector) {
+    return with_windows<T>(planes, aligned16(dx, dout, index), [&](auto vector, auto) {
       constexpr int V = decltype(vector)::value;
       return RAN_LAUNCH(planes.shape(V), stream, max_pool_backward_kernel<T, V>, static_cast<T*>(dx),
                         static_cast<const T*>(dout), index, planes);

@@ -114,16 +114,10 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def("attention_gate(Tensor trunk, Tensor mask, int scale_factor) -> Tensor");
   m.def("attention_gate_backward(Tensor dout, Tensor trunk, Tensor mask, int scale_factor) -> (Tensor, Tensor)");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+RAN_KERNELS(m) {
   m.impl("attention_gate", attention_gate);
   m.impl("attention_gate_backward", attention_gate_backward);
 }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("attention_gate", attention_gate);
-  m.impl("attention_gate_backward", attention_gate_backward);
-}
-#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("attention_gate", attention_gate_autograd); }
 
 }  // namespace ran

@@ -133,22 +133,13 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "bn_relu_backward_apply(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
       "Tensor sum_dz, Tensor sum_dz_xhat, float count) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+RAN_KERNELS(m) {
   m.impl("batch_norm_stats", batch_norm_stats_op);
   m.impl("bn_relu", bn_relu);
   m.impl("bn_relu_backward", bn_relu_backward);
   m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
   m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
 }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("batch_norm_stats", batch_norm_stats_op);
-  m.impl("bn_relu", bn_relu);
-  m.impl("bn_relu_backward", bn_relu_backward);
-  m.impl("bn_relu_backward_reduce", bn_relu_backward_reduce);
-  m.impl("bn_relu_backward_apply", bn_relu_backward_apply);
-}
-#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) {
   m.impl("batch_norm_stats", batch_norm_stats_autograd);
   m.impl("bn_relu", bn_relu_autograd);

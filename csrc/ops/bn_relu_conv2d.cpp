@@ -234,16 +234,10 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "int conv3x3=0) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+RAN_KERNELS(m) {
   m.impl("_chained_bn_relu_conv2d", chained);
   m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
 }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("_chained_bn_relu_conv2d", chained);
-  m.impl("bn_relu_conv2d_backward", bn_relu_conv2d_backward);
-}
-#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("_chained_bn_relu_conv2d", chained_autograd); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCPU, m) { m.impl("_chained_bn_relu_conv2d", chained_autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCUDA, m) { m.impl("_chained_bn_relu_conv2d", chained_autocast<at::kCUDA>); }

@@ -113,10 +113,7 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
       "conv_attention_gate(Tensor trunk, Tensor x, Tensor weight, Tensor? bias, int scale_factor) -> "
       "(Tensor out, Tensor mask)");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) { m.impl("conv_attention_gate", conv_attention_gate); }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) { m.impl("conv_attention_gate", conv_attention_gate); }
-#endif
+RAN_KERNELS(m) { m.impl("conv_attention_gate", conv_attention_gate); }
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("conv_attention_gate", conv_attention_gate_autograd); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCPU, m) { m.impl("conv_attention_gate", conv_attention_gate_autocast<at::kCPU>); }
 TORCH_LIBRARY_IMPL(ran_ext, AutocastCUDA, m) { m.impl("conv_attention_gate", conv_attention_gate_autocast<at::kCUDA>); }

@@ -86,16 +86,10 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def("max_pool2d(Tensor x) -> (Tensor out, Tensor index)");
   m.def("max_pool2d_backward(Tensor dout, Tensor index, SymInt height, SymInt width) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+RAN_KERNELS(m) {
   m.impl("max_pool2d", max_pool2d);
   m.impl("max_pool2d_backward", max_pool2d_backward);
 }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("max_pool2d", max_pool2d);
-  m.impl("max_pool2d_backward", max_pool2d_backward);
-}
-#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("max_pool2d", max_pool2d_autograd); }
 
 }  // namespace ran

@@ -81,16 +81,10 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def("upsample_add(Tensor lower, Tensor? skip, SymInt height, SymInt width) -> Tensor");
   m.def("upsample_add_backward(Tensor dout) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
+RAN_KERNELS(m) {
   m.impl("upsample_add", upsample_add);
   m.impl("upsample_add_backward", upsample_add_backward);
 }
-#ifdef RAN_WITH_CUDA
-TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) {
-  m.impl("upsample_add", upsample_add);
-  m.impl("upsample_add_backward", upsample_add_backward);
-}
-#endif
 TORCH_LIBRARY_IMPL(ran_ext, Autograd, m) { m.impl("upsample_add", upsample_add_autograd); }
 
 }  // namespace ran
