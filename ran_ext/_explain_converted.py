@@ -22,7 +22,7 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, Converted) for module in model.modules())
 
 
-def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
+def kernel_paths(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
     """Whether each pass of a convolution (with or without BN-ReLU) takes a kernel, and why."""
     weight, kernels = conv.weight.to(x.dtype), _backend._C
     assert kernels is not None
@@ -33,7 +33,7 @@ def kernel_ways(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
 def fused_paths(conv: Any, x: Tensor, remark: str = "") -> Paths:
     """Of a convolution with BN-ReLU before it."""
     paths: Paths = {}
-    for one, (fused, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
+    for one, (fused, why) in zip(PASSES, kernel_paths(conv, x), strict=True):
         # Winograd's kernels differ in accuracy; of the others there is one.
         why = why if not fused or why.startswith("Winograd") else ""
         paths[one] = FUSED if fused else LIBRARY, "; ".join(part for part in (why, remark) if part)
@@ -47,7 +47,7 @@ def plain_paths(conv: Any, x: Tensor) -> Paths:
         return paths
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    for one, (_, why) in zip(PASSES, kernel_ways(conv, x), strict=True):
+    for one, (_, why) in zip(PASSES, kernel_paths(conv, x), strict=True):
         if why.startswith("Winograd"):
             paths[one] = "fast", why
     return paths

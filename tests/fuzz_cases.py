@@ -224,6 +224,15 @@ def _bn_relu_conv(d: Draw) -> Case:
     return Case("bn_relu_conv2d", arguments, ("x", "bn_weight", "bn_bias", "weight", "bias", "residual"), changed)
 
 
+def _conv(d: Draw) -> Case:
+    shape, weight, bias, stride, padding, _ = _convolution(d)
+    x = d.activation(shape)
+    if stride == 2**31 - 1 or (weight.shape[1] < 8 and weight.shape[2:] == (1, 1)):
+        stride = 1  # else PyTorch's own ends the process: docs/upstream.md
+    arguments = {"x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding}
+    return Case("conv2d", arguments, ("x", "weight", "bias"))
+
+
 def _chained(d: Draw) -> Case:
     """Two chained units, the statistics of the second taken by the first."""
     shape, weight, bias, _, _, _ = _convolution(d)
@@ -289,6 +298,7 @@ MAKERS: dict[str, Callable[[Draw], Case]] = {
     "bn_relu": _bn_relu,
     "bn_relu_conv2d": _bn_relu_conv,
     "chained_bn_relu_conv2d": _chained,
+    "conv2d": _conv,
 }
 
 
@@ -296,6 +306,6 @@ def make(seed: str, op: str | None = None) -> tuple[Case, Draw]:
     """The case of ``seed``, of any op or of one."""
     d = Draw(seed)
     names = list(MAKERS)
-    case = MAKERS[op or d.random.choices(names, (2, 2, 1, 1, 4, 5, 1))[0]](d)
+    case = MAKERS[op or d.random.choices(names, (2, 2, 1, 1, 4, 5, 1, 2))[0]](d)
     case.special = d.special
     return case, d

@@ -136,7 +136,7 @@ def judge(case: Case, d: Draw) -> None:
     try:
         eager = call(case, case.plain, lambda _, t: t)
     except RuntimeError:  # PyTorch takes fewer mixtures of dtypes than the ops
-        eager = call(case, case.plain, lambda name, t: t.to(d.wide) if name in NORM[case.op] else t)
+        eager = call(case, case.plain, lambda name, t: t.to(d.wide) if name in NORM.get(case.op, ()) else t)
         eager = {name: value.to(ours[name].dtype) for name, value in eager.items()}
     whole_tiles = case.special and spreads(case)
     places = {name: compared(name, value, eager[name], whole_tiles) for name, value in ours.items()}

@@ -64,6 +64,8 @@ def conv2d(
     groups = checks.whole(op, "groups", groups, 1)
     if not isinstance(padding, str):
         padding = checks.pair(op, "padding", padding, 0)
+    elif padding == "valid":
+        padding = (0, 0)
     elif padding == "same" and stride == (1, 1) and tuple(weight.shape[2:]) == (3, 3) and dilation == (1, 1):
         padding = (1, 1)
     if x.dim() not in (3, 4) or weight.dim() != 4 or 0 in weight.shape or weight.shape[1] * groups != x.shape[-3]:
