@@ -265,4 +265,7 @@ def _check_conv(
     if residual is not None:
         expected = [n, c_out, over[0] // stride[0] + 1, over[1] // stride[1] + 1]
         if list(residual.shape) != expected:
-            raise ValueError(f"{op}: residual must be {expected}, the shape of the result, got {list(residual.shape)}")
+            raise ValueError(
+                f"{op}: residual must be {expected}, the shape of the result with stride {list(stride)} and padding "
+                f"{list(padding)}, got {list(residual.shape)}"
+            )
