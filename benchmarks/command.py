@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from ran_ext._command import log_to_terminal
 from ran_ext._errors import one_line
 from ran_ext.data import DatasetError
 from ran_ext.train import TrainingError
@@ -16,6 +17,7 @@ def run_command(name: str, work: Callable[[], int | None], go_on: str = "the sam
     >>> run_command("measure", lambda: None)
     0
     """
+    log_to_terminal()
     try:
         return work() or 0
     except (TrainingError, DatasetError, ValueError, OSError) as error:

@@ -10,7 +10,7 @@ python -m benchmarks.conv3x3 --isa avx2     the same as on a processor with AVX2
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -58,13 +58,13 @@ def functions(channels: int, pixels: int, batch: int) -> dict[str, dict[str, Cal
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--mode", choices=["fast", "strict", "library"], default="fast", help="of set_conv3x3")
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    options = isa.parse(parser)
+    options = isa.parse(parser, argv)
     device = torch.device("cpu")
     columns = ["channels", "pixels", "PyTorch, ms", "ran_ext, ms", "forward", "backward", "both", "taken"]
     title = f"3x3 convolutions, batch {options.batch}, set_conv3x3({options.mode!r}), times as fast"

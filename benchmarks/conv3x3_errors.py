@@ -10,7 +10,7 @@ python -m benchmarks.conv3x3_errors --isa avx2     as on a processor with AVX2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -123,13 +123,13 @@ def in_training(model: nn.Module, pixels: int, steps: int, batch: int = 32) -> I
         yield (case[0], case[1], case[2])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = Parser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100, help="of training, before activations are taken")
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    options = isa.parse(parser)
+    options = isa.parse(parser, argv)
     columns = [
         "inputs",
         *(f"{mode}: {one}" for mode in MODES for one in PASSES),

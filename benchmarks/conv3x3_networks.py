@@ -10,7 +10,7 @@ python -m benchmarks.conv3x3_networks --isa avx2     as on a processor with AVX2
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -48,14 +48,14 @@ def plainly(call: Callable[[], None]) -> None:
         call()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a line a network."""
     parser = Parser(description=__doc__)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain network")
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    options = isa.parse(parser)
+    options = isa.parse(parser, argv)
     rivals = ["eager", *(["compile"] if options.compile else [])]
     columns = [
         "network",

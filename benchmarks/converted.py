@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -36,12 +36,12 @@ NETWORKS: list[tuple[str, Callable[[], nn.Module], int, int]] = [
 ]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print a row a network."""
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    options = isa.parse(parser)
+    options = isa.parse(parser, argv)
     columns = ["network", "batch", "pixels", "eager, ms", "converted, ms", "times as fast", "bytes kept, of eager's"]
     table = Table("training step, float32, channels_last", columns, options.out)
     for name, build, batch, pixels in NETWORKS:

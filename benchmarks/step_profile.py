@@ -12,7 +12,7 @@ method may lie above the machine's. It is measured by a matrix product, the memo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -65,7 +65,7 @@ def flops(name: str, shapes: list[list[int]]) -> float:
     return 2.0 * x[0] * pixels * weight[0] * weight[1] * weight[2] * weight[3] * (2 if backward else 1)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the table."""
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=list_models(), default="ran_compact")
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    options = isa.parse(parser)
+    options = isa.parse(parser, argv)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     dtype = getattr(torch, options.dtype)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ._command import Parser
-from ._info import info
+from ._info import info, versions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,9 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0
     """
     parser = Parser(prog="python -m ran_ext", description="Fused kernels for training in PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info}")
+    parser.add_argument("--version", action="version", version=versions())
+    commands = parser.add_subparsers(dest="command", metavar="{info}")
     commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
-    parser.parse_args(argv)
+    if parser.parse_args(argv).command is None:
+        parser.print_help()
+        return 2
     info()
     return 0
 

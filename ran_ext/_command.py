@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import logging
 import re
+import sys
 from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+
+class TerminalHandler(logging.Handler):
+    """Shows what the library logs on standard error, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record; a full disk or a closed pipe costs the text alone."""
+        with contextlib.suppress(OSError):
+            tqdm.write(self.format(record), file=sys.stderr)
+
+
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Show what the library logs, as commands do; once, however often it is called."""
+    logger = logging.getLogger("ran_ext")
+    logger.setLevel(level)
+    if not any(isinstance(handler, TerminalHandler) for handler in logger.handlers):
+        logger.addHandler(TerminalHandler())
 
 
 class Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _fusion
+from ._compare import bytes_kept
+from ._convert import revert
 from ._deferred import FUSED, Deferred, watch
 from ._explain_converted import (
     LIBRARY,
@@ -38,9 +41,12 @@ class Layer:
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> None:
-    """Print for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
+    """Print a summary, and for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
 
-    A copy of the network runs once, in the mode that the network is in and under the autocast that is on; its weights,
+    The summary counts the layers by what their forward pass runs on; in training also the megabytes (10^6 bytes) that
+    are kept from forward to backward, parameters left out, beside those of plain PyTorch.
+
+    Copies of the network run, in the mode that the network is in and under the autocast that is on; its weights,
     buffers and torch's random numbers are left as they are.
 
     Args:
@@ -54,11 +60,44 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     >>> unit = nn.Sequential(BNReLUConv2d(8, 8, 1))
     >>> with _backend.set_backend("reference"):
     ...     explain(unit, torch.randn(2, 8, 4, 4))
+    1 layer: 1 plain PyTorch; kept for backward: 0.0 MB, in plain PyTorch 0.0 MB
     layer  op              input            forward            dgrad              wgrad
     0      bn_relu_conv2d  2x8x4x4 float32  plain PyTorch [1]  plain PyTorch [1]  plain PyTorch [1]
     [1] the reference backend was chosen: ran_ext.set_backend('auto') takes the kernels
     """
-    print(table(layers(model, *inputs)))
+    rows = layers(model, *inputs)
+    print(summary(rows, kept(model, *inputs)))
+    print(table(rows))
+
+
+def kept(model: nn.Module, *inputs: Tensor) -> tuple[int, int] | None:
+    """Bytes kept from forward to backward, as the network runs and in plain PyTorch; None where it is not training."""
+    network = unwrapped(model)
+    if not network.training or not torch.is_grad_enabled() or not any(p.requires_grad for p in network.parameters()):
+        return None
+    devices = [x.device for x in inputs if x.is_cuda]
+    with torch.random.fork_rng(devices), eagerly():
+        ours = copied(network)
+        if is_converted(ours):
+            ours(*inputs)  # a normalisation learns from its first call
+        as_it_runs = bytes_kept(ours, inputs)
+        with _backend.set_backend("reference"):
+            return as_it_runs, bytes_kept(revert(ours), inputs)
+
+
+def summary(rows: list[Layer], bytes_of: tuple[int, int] | None) -> str:
+    """The first line: layers by path, and the memory.
+
+    >>> summary([Layer("conv", "conv2d", "", {"forward": ("library", "")})] * 2, (1_500_000, 3_000_000))
+    '2 layers: 2 library; kept for backward: 1.5 MB, in plain PyTorch 3.0 MB'
+    """
+    paths = collections.Counter(row.paths.get("forward", ("", ""))[0] or "taken in later" for row in rows)
+    counts = ", ".join(f"{number} {path}" for path, number in paths.most_common())
+    line = f"{len(rows)} layer{'s' if len(rows) > 1 else ''}: {counts}"
+    if bytes_of is None:
+        return line
+    ours, plain = (f"{number / 1e6:.1f} MB" for number in bytes_of)
+    return f"{line}; kept for backward: {ours}, in plain PyTorch {plain}"
 
 
 def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:

@@ -60,11 +60,20 @@ def _taken(device: str) -> tuple[str, str]:
     return f"{device} calls take", f"{'an error' if _backend.get_backend() == 'native' else 'reference'}: {missing}"
 
 
-def report() -> str:
-    """The text that :func:`info` prints."""
+def versions() -> str:
+    """Of ran_ext and torch, in one line."""
+    return f"ran_ext {_version()}, torch {torch.__version__}"
+
+
+def _version() -> str:
     from . import __version__
 
-    rows = [("ran_ext", __version__), *_built(), *_running(), ("backend", _backend.get_backend())]
+    return __version__
+
+
+def report() -> str:
+    """The text that :func:`info` prints."""
+    rows = [("ran_ext", _version()), *_built(), *_running(), ("backend", _backend.get_backend())]
     rows.append(("3x3 on the CPU", f"{_backend.get_conv3x3()} (set_conv3x3)"))
     devices = ["cpu", *(["cuda"] if torch.version.cuda else [])]
     rows += [_taken(device) for device in devices]

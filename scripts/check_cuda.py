@@ -185,12 +185,12 @@ def print_table(usages: Sequence[Usage]) -> None:
         print(f"{u.arch:8} {u.registers:4} {u.shared:6} {u.spills:5}  {u.kernel}")
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--archs", nargs="+", default=ARCHS, metavar="X.Y")
     parser.add_argument("--files", nargs="+", default=[], metavar="STEM", help="only these files of csrc/cuda")
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name} with what was found")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     home = native.find_toolkit()
     if home is None:
         print("check_cuda: no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")

@@ -10,6 +10,7 @@ and one more for the first COUNT % 10 classes. Atlases are lossless; their pixel
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,12 @@ def first_of_each_class(labels: torch.Tensor, count: int) -> torch.Tensor:
     return torch.cat(chosen).sort().values
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the atlases and label files, print sizes and checksums."""
     parser = Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, help="folder that holds CIFAR-10")
     parser.add_argument("--out", type=Path, default=SAMPLE_FOLDER)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for split, batch in SAMPLE.items():
         data = CIFAR10(args.root, split)

@@ -19,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -151,7 +152,7 @@ def install_package(python: Path, extra: str, keep: bool) -> None:
         stamp.write_text(digest)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -161,7 +162,7 @@ def main() -> int:
     parser.add_argument("--system", action="store_true", help="use the running Python instead of .venv")
     parser.add_argument("task", nargs="?", choices=list(COMMANDS), help="what to do")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="for the training script, or for pytest")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.task is None:
         parser.print_help()
         return 2

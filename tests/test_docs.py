@@ -25,7 +25,7 @@ COMMANDS = sorted(
     f"{path.parent.name}.{path.stem}"
     for folder in ("scripts", "benchmarks")
     for path in (ROOT / folder).glob("*.py")
-    if "if __name__ ==" in path.read_text() and "pytest.main" not in path.read_text()
+    if re.search(r"^def main\(|import main$", path.read_text(), re.M)
 )
 
 

@@ -1,6 +1,7 @@
 """ran_ext.explain: what runs, why, and what the faster path would take."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -71,6 +72,22 @@ def test_prints_a_table_with_numbered_reasons(capsys):
     with set_backend("reference"):
         explain(AttentionModule(8, 1), torch.randn(2, 8, 8, 8))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["layer", "op", "input", "forward", "dgrad", "wgrad"]
+    assert lines[0].startswith("15 layers: 15 plain PyTorch; kept for backward: ")
+    assert lines[1].split() == ["layer", "op", "input", "forward", "dgrad", "wgrad"]
     assert lines[-1].startswith("[1] the reference backend was chosen")
     assert sum("attention_gate" in line for line in lines) == 1
+
+
+@needs_kernels
+def test_the_first_line_counts_layers_and_the_bytes_of_both(capsys):
+    unit = nn.Sequential(BNReLUConv2d(32, 64, 3, padding=1), BNReLUConv2d(64, 64, 3, padding=1))
+    x = torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last)
+    explain(unit, x.requires_grad_())
+    first = capsys.readouterr().out.splitlines()[0]
+    # Kept: both inputs and a few vectors a channel; plain PyTorch keeps the value after ReLU as well.
+    inputs = 4 * 2 * 8 * 8 * (32 + 64)
+    ours, plain = (1e6 * float(number) for number in re.findall(r"([\d.]+) MB", first))
+    assert ours == pytest.approx(inputs, abs=1e5)
+    assert plain >= 2 * inputs
+    explain(unit.eval(), x)
+    assert "MB" not in capsys.readouterr().out.splitlines()[0]

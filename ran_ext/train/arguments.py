@@ -10,12 +10,14 @@ import json
 import os
 import re
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._command import Parser
 from .._errors import one_line
+from .._info import versions
 from .._files import require_regular
 from ..models import ran_compact
 from .config import AUTO, CHOICES, LIMIT, PRESETS, SCALES, Config
@@ -27,6 +29,16 @@ from .system import TrainingError
 SAMPLE, DATA_FOLDER = "sample", Path("data")
 #: Written beside the checkpoints: the recipe and the source of the images, for ``--resume``.
 RUN_FILE = "run.json"
+#: The recipe's flags in ``--help-all``, by subject; those of ``COMMON`` are in ``--help`` too.
+GROUPS = {
+    "the network": ("model", "model_options", "dropout"),
+    "length, and what is kept": ("epochs", "batch_size", "patience", "select", "protocol", "val_images", "test_mirror"),
+    "optimizer": ("optimizer", "lr", "momentum", "weight_decay", "weight_decay_scope", "label_smoothing", "ema"),
+    "schedule": ("schedule", "lr_step_epochs", "lr_step_factor", "warmup"),
+    "images": ("augment", "cutout", "mixup", "normalize"),
+    "numbers": ("dtype", "channels_last", "seed"),
+}
+COMMON = ("model", "epochs", "batch_size", "optimizer", "lr", "dtype", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +75,15 @@ class Options:
     asked: Mapping[str, str]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(everything: bool = False) -> argparse.ArgumentParser:
+    """The parser; its ``--help`` explains all flags, or those of most runs."""
     parser = Parser(
         prog="ran-ext-train",
         description="Train a residual attention network on CIFAR-10. Under torchrun the processes share each batch.",
+        usage="%(prog)s [--data DIR] [--preset NAME] [--out DIR] [--epochs N] ...",
     )
+    parser.add_argument("--help-all", action=_HelpAll, help="show every flag, those of the whole recipe too, and exit")
+    parser.add_argument("--version", action=_Version, help="show the versions of ran_ext and torch, and exit")
     run = parser.add_argument_group("the run")
     run.add_argument(
         "--preset",
@@ -88,6 +104,12 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"how long the run on the embedded images is ({sizes}); auto times a few steps and takes the largest that "
         f"ends within {LIMIT / 60:.0f} minutes (default: auto, unless --epochs or the network is given)",
     )
+    run.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings of the recipe, a TOML or JSON file, or another run's run.json; flags come before it",
+    )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
     run.add_argument("--device", default="auto", help="auto (cuda where there is one, else cpu), or any that torch has")
@@ -103,11 +125,32 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="write no TensorBoard files")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
-    recipe = parser.add_argument_group("the recipe (defaults of the preset 'report')")
-    explained = _field_docs()
-    for field in dataclasses.fields(Config):
-        _add_field(recipe, field, explained.get(field.name, ""))
+    fields, explained = {field.name: field for field in dataclasses.fields(Config)}, _field_docs()
+    if everything:
+        for title, names in GROUPS.items():
+            group = parser.add_argument_group(f"{title} (defaults of the preset 'report')")
+            for name in names:
+                _add_field(group, fields[name], explained.get(name, ""))
+    else:
+        group = parser.add_argument_group("the recipe (--help-all has the rest)")
+        for name, field in fields.items():
+            _add_field(group, field, explained.get(name, "") if name in COMMON else argparse.SUPPRESS)
     return parser
+
+
+class _HelpAll(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        build_parser(everything=True).print_help()
+        parser.exit()
+
+
+class _Version(_HelpAll):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(versions())
+        parser.exit()
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -126,6 +169,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
             parser.error(f"{unknown[0]}: it is an option of the network, --model-option {name}=VALUE")
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Config) if hasattr(args, field.name)}
+    if "model_options" in given:
+        given["model_options"] = dict(given["model_options"])
+    flags, filed = given.keys(), read_config(args.config) if args.config else {}
+    given = {**filed, **given}
+    if "model_options" in flags:
+        given["model_options"] = {**filed.get("model_options", {}), **given["model_options"]}
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
     if args.resume and args.out is None:
@@ -140,7 +189,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     asked: Mapping[str, str] = {}
     if found:
         base, data, scale, asked = found
-        for name in ("preset", "scale"):
+        for name in ("preset", "scale", "config"):
             if getattr(args, name):
                 raise TrainingError(f"--resume takes the run's own settings: leave --{name} out")
         if given.get("dtype") == AUTO:
@@ -156,10 +205,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         if scale in SCALES:
             base = SCALES[scale].apply(base)
     if "model_options" in given:
-        given["model_options"] = {**base.model_options, **dict(given["model_options"])}
+        given["model_options"] = {**base.model_options, **given["model_options"]}
     config = dataclasses.replace(base, **given)
     idle = config.without_effect() | ({"val_images": "protocol is 'report'"} if config.protocol == "report" else {})
-    for name in given.keys() & idle.keys():
+    for name in flags & idle.keys():
         raise TrainingError(f"--{name.replace('_', '-')} has no effect where {idle[name]}; leave it out")
     asked = asked or {"dtype": config.dtype, "scale": scale}
     out = args.out or Path("runs") / f"{config.model}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -189,6 +238,31 @@ def require_no_run(out: Path, resume: bool) -> None:
 def run_file(options: Options, config: Config) -> dict[str, Any]:
     """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
     return {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of a recipe in a TOML or JSON file: fields of :class:`Config`, or a run's ``run.json``.
+
+    Raises:
+        ValueError: it is neither, or a field is unknown or out of its range.
+        OSError: it cannot be read.
+    """
+    require_regular(path)
+    text = path.read_text()
+    try:
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        kind = "TOML" if path.suffix == ".toml" else "JSON (name it .toml where it is TOML)"
+        raise ValueError(f"--config: {path} is no {kind}: {one_line(error)}") from error
+    if isinstance(values, dict) and isinstance(values.get("config"), dict):
+        values = values["config"]
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: {path} must hold an object of settings, got {type(values).__name__}")
+    try:
+        Config.from_dict(values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config: {path}: {one_line(error)}") from error
+    return values
 
 
 def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) -> str:
@@ -246,7 +320,8 @@ def _add_field(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], te
     flag = "--" + field.name.replace("_", "-")
     common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default})"
-    text = (text.rstrip(".") + default).replace("%", "%%")
+    if text is not argparse.SUPPRESS:
+        text = (text.rstrip(".") + default).replace("%", "%%")
     if field.name == "model_options":
         group.add_argument(
             "--model-option", type=_key_value, action="append", metavar="NAME=VALUE", help=text, **common

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .._command import log_to_terminal
 from .._errors import one_line
 from ..data import CIFAR10, DatasetError, split_validation
 from .arguments import RUN_FILE, SAMPLE, Options, parse, require_no_run, run_file
@@ -51,6 +52,7 @@ MASK_IMAGES = 8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after an interruption."""
+    log_to_terminal()
     try:
         options = parse(argv)
         with process_group(options.device) as ranks:

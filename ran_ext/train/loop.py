@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -43,6 +44,8 @@ from .system import (
     require_memory,
     run_folder,
 )
+
+LOG = logging.getLogger(__name__)
 
 
 def fit(
@@ -101,7 +104,8 @@ def fit(
             ``ReduceLROnPlateau`` is told the validation loss, or with ``mode="max"`` the accuracy.
         scheduler_interval: whether the scheduler moves on after each ``epoch`` or each ``step``.
         checkpoint_every: epochs between two checkpoints; the last epoch and an interruption always write one.
-        quiet: show no progress.
+        quiet: show no progress and log nothing; otherwise progress goes to standard error, and a line an epoch to the
+            logger ``ran_ext``.
 
     Raises:
         TrainingError: NaN, out of memory, full disk, another run in ``out_dir``, unreadable or foreign checkpoint, in
@@ -219,8 +223,8 @@ class Run:
             overhead=VALIDATION * len(self.val_set or ()) / (self.steps * self.config.batch_size),
             may_stop=self.config.patience > 0,
         )
-        if self.progress.enabled and (slow := slow_dtype(self.config.dtype, self.ranks.device)):
-            self.progress.line(slow)
+        if slow := slow_dtype(self.config.dtype, self.ranks.device):
+            self.log(logging.WARNING, slow)
         self.step = self._new_step(kind, make_step)
         self.start = time.perf_counter() - state.seconds
         self.tell(lambda callback: callback.on_start(state, done))
@@ -254,7 +258,12 @@ class Run:
     def fall_back(self, reason: str) -> None:
         """Note that the step runs eagerly, and say why."""
         self.kind = "eager"
-        self.progress.line(f"the training step runs eagerly: {reason}")
+        self.log(logging.WARNING, f"the training step runs eagerly: {reason}")
+
+    def log(self, level: int, text: str) -> None:
+        """Tell the package's logger, from the first process of a run that is not to be quiet."""
+        if self.progress.enabled:
+            LOG.log(level, text)
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end or until a stop is requested; whether it was. Either way a checkpoint is written."""
@@ -319,7 +328,8 @@ class Run:
                 event(callback)
             except OSError as error:
                 self.callbacks.remove(callback)
-                self.progress.line(f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}")
+                text = f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}"
+                self.log(logging.WARNING, text)
 
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""
@@ -349,7 +359,7 @@ class Run:
         if state.just_selected and self.ranks.first:
             self.files.write_selected(state)  # after last.pt: no run ever has the weights of epochs that it lost
         self.progress.overhead = 0.0  # from here on it is in the time measured
-        self.progress.line(epoch_line(figures, config.epochs))
+        self.log(logging.INFO, epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:
