@@ -72,14 +72,15 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
 
 
 def help_of(module: str) -> str:
-    """What ``python -m MODULE --help`` prints."""
+    """What ``python -m MODULE --help`` prints; of the trainer, ``--help-all``."""
+    flag = "--help-all" if module == "scripts.train_cifar10" else "--help"
     said = io.StringIO()
-    before, sys.argv = sys.argv, [f"python -m {module}", "--help"]
+    before, sys.argv = sys.argv, [f"python -m {module}", flag]
     sys.path.insert(0, str(ROOT))
     os.environ["COLUMNS"] = "100"
     try:
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            importlib.import_module("ran_ext.__main__" if module == "ran_ext" else module).main(["--help"])
+            importlib.import_module("ran_ext.__main__" if module == "ran_ext" else module).main([flag])
     finally:
         sys.argv = before
         sys.path.remove(str(ROOT))

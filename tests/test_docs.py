@@ -73,7 +73,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
 def help_of(module: str, capsys: pytest.CaptureFixture[str]) -> str:
     main = importlib.import_module("ran_ext.__main__" if module == "ran_ext" else module).main
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["--help-all" if module == "scripts.train_cifar10" else "--help"])
     assert not stop.value.code
     return capsys.readouterr().out
 

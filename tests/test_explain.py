@@ -81,11 +81,11 @@ def test_prints_a_table_with_numbered_reasons(capsys):
 @needs_kernels
 def test_the_first_line_counts_layers_and_the_bytes_of_both(capsys):
     unit = nn.Sequential(BNReLUConv2d(32, 64, 3, padding=1), BNReLUConv2d(64, 64, 3, padding=1))
-    x = torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last)
+    x = torch.randn(32, 32, 32, 32).to(memory_format=torch.channels_last)
     explain(unit, x.requires_grad_())
     first = capsys.readouterr().out.splitlines()[0]
     # Kept: both inputs and a few vectors a channel; plain PyTorch keeps the value after ReLU as well.
-    inputs = 4 * 2 * 8 * 8 * (32 + 64)
+    inputs = 4 * 32 * 32 * 32 * (32 + 64)
     ours, plain = (1e6 * float(number) for number in re.findall(r"([\d.]+) MB", first))
     assert ours == pytest.approx(inputs, abs=1e5)
     assert plain >= 2 * inputs

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+import ran_ext
 from ran_ext.data import CIFAR10, Batches
-from ran_ext.train import Config, Ranks, cli, load_checkpoint
+from ran_ext.train import PRESETS, Config, Ranks, cli, load_checkpoint
 from ran_ext.train import arguments as train_arguments
 from ran_ext.train.arguments import parse
 
@@ -61,16 +62,35 @@ def test_a_run_leaves_its_figures_its_curves_and_tensorboard(few_images, tmp_pat
 def check_tensorboard(folder, result):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    tags = events.Tags()
-    assert [event.step for event in events.Scalars("step/loss")] == list(range(6))
-    mean = sum(event.value for event in events.Scalars("step/loss")[:3]) / 3
+    def read(run):
+        events = EventAccumulator(str(folder / run))
+        events.Reload()
+        return events
+
+    def points(run, tag):
+        return [(event.step, event.value) for event in read(run).Scalars(tag)]
+
+    steps = points("steps", "by step/loss")
+    assert [step for step, _ in steps] == list(range(6))
+    mean = sum(value for _, value in steps[:3]) / 3
     assert mean == pytest.approx(result["epochs"][0]["train_loss"], rel=1e-5)
-    for name in ("training_loss", "validation_accuracy", "learning_rate", "images_per_second", "wall_seconds"):
-        assert len(events.Scalars(f"epoch/{name}")) == 2
-    assert tags["histograms"] == ["last_layer/weight"]
-    assert tags["images"] == ["attention/stage1.1.gate", "attention/stage2.1.gate"]
+    for run, part, column in (
+        ("training", "loss", "train_loss"),
+        ("training", "accuracy", "train_accuracy"),
+        ("training", "learning rate", "lr"),
+        ("training", "images per second", "images_per_second"),
+        ("training", "wall seconds", "seconds"),
+        ("validation", "loss", "val_loss"),
+        ("validation", "accuracy", "val_accuracy"),
+    ):
+        wanted = [(row["epoch"], pytest.approx(row[column], rel=1e-5)) for row in result["epochs"]]
+        assert points(run, f"by epoch/{part}") == wanted
+    assert points("test", "by epoch/accuracy") == [(2, pytest.approx(result["test"]["accuracy"], rel=1e-5))]
+    assert read("training").Tags()["histograms"] == ["last layer/weight"]
+    test = read("test")
+    assert test.Tags()["images"] == ["attention/stage1.1.gate", "attention/stage2.1.gate"]
+    settings = test.SummaryMetadata("_hparams_/session_start_info")
+    assert b"label_smoothing" in settings.plugin_data.content
 
 
 #: The command in a process of its own, on the same few images as `few_images`.
@@ -225,7 +245,7 @@ def test_a_run_interrupted_in_its_first_epoch_warns_of_nothing(few_images, tmp_p
 def test_the_data_is_the_folder_where_there_is_one_else_the_sample(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     alone = parse([])
-    assert (alone.data, alone.config) == ("sample", train_arguments.PRESETS["sample"])
+    assert (alone.data, alone.config) == ("sample", PRESETS["sample"])
     assert "there is no folder data" in alone.chose_data
     (tmp_path / "data").mkdir()
     found = parse([])
@@ -286,3 +306,53 @@ def test_environment_says_which_backend_runs():
     assert facts["backend"] == "reference"
     assert facts["device"] == "cpu"
     assert facts["threads"] == torch.get_num_threads()
+
+
+def test_settings_come_from_a_file_and_flags_come_before_them(few_images, tmp_path):
+    (tmp_path / "mine.toml").write_text('epochs = 3\nlr = 0.5\nmodel_options = {width = 0.25, conv_bias = false}\n')
+    flags = ["--data", "sample", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "mine.toml")]
+    options = parse([*flags, "--lr", "0.25", "--model-option", "width=0.125"])
+    assert (options.config.epochs, options.config.lr) == (3, 0.25)
+    assert options.config.model_options == {"width": 0.125, "conv_bias": False}
+    assert options.config.batch_size == PRESETS["sample"].batch_size
+    assert options.scale == ""
+
+    run = {"data": "sample", "config": options.config.to_dict()}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    flags[-1] = str(tmp_path / "run.json")
+    assert parse(flags).config == options.config
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "epochs = 3", "is no JSON (name it .toml where it is TOML)"),
+        ("a.toml", "epochs: 3", "is no TOML"),
+        ("a.json", "[3]", "must hold an object of settings, got list"),
+        ("a.json", '{"epoch": 3}', "no field named 'epoch'; did you mean 'epochs'?"),
+        ("a.json", '{"epochs": 0}', "epochs must be a whole number >= 1, got 0"),
+    ],
+)
+def test_a_file_of_settings_that_will_not_do_is_one_line(name, text, message, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert cli.main(["--config", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_is_one_screen_and_help_all_has_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for flag in ("--help", "--help-all", "--version"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([flag])
+        assert stop.value.code == 0
+        said = capsys.readouterr().out
+        flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)} - {"--model-options"}
+        if flag == "--help":
+            assert len(said.splitlines()) <= 50
+        elif flag == "--help-all":
+            assert all(name in said for name in flags | {"--model-option", "--step"})
+        else:
+            assert said == f"ran_ext {ran_ext.__version__}, torch {torch.__version__}\n"

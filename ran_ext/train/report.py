@@ -305,6 +305,10 @@ def _explained(path: Path) -> Iterator[None]:
 class TensorBoardLogger(Callback):
     """Writes TensorBoard's files; a run that is resumed continues them.
 
+    In the folder are four runs of TensorBoard, so that a card shows training, validation and test together:
+    ``training`` and ``validation``, one point an epoch; ``test``, the last; and ``steps``, one point a step. The settings
+    are in the tab HPARAMS, masks over a few test images in IMAGES.
+
     Args:
         folder: of the event files.
         images: uint8 ``(N, 3, H, W)``, a few, whose attention masks are drawn after each epoch.
@@ -325,41 +329,58 @@ class TensorBoardLogger(Callback):
         self.by_config = state.given is None  # a scheduler of the user's says each epoch's rate alone
         _silence_the_writer()
         # what an interrupted run logged after its last checkpoint comes again, so it is purged
-        self.writer = self._open(str(self.folder), purge_step=step or None)
+        purge = dict.fromkeys(("training", "validation", "test"), state.epoch + 1 if step else None)
+        purge["steps"] = step or None
+        self.writers = {name: self._open(str(self.folder / name), purge_step=at) for name, at in purge.items()}
 
     def on_steps(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
+        writer = self.writers["steps"]
         for step, (loss, accuracy) in enumerate(rows, first):
-            self.writer.add_scalar("step/loss", loss, step)
-            self.writer.add_scalar("step/accuracy", accuracy, step)
+            writer.add_scalar("by step/loss", loss, step)
+            writer.add_scalar("by step/accuracy", accuracy, step)
             if self.by_config:
-                self.writer.add_scalar("step/learning_rate", learning_rate(self.config, step, self.steps), step)
-        self.writer.add_scalar("step/images_per_second", images_per_second, first + len(rows) - 1)
+                writer.add_scalar("by step/learning rate", learning_rate(self.config, step, self.steps), step)
+        writer.add_scalar("by step/images per second", images_per_second, first + len(rows) - 1)
 
     def on_epoch(self, figures: EpochFigures, state: TrainingState) -> None:
-        step = figures.epoch * self.steps - 1
-        for tag, value in (
-            ("training_loss", figures.train_loss),
-            ("training_accuracy", figures.train_accuracy),
-            ("validation_loss", figures.val_loss),
-            ("validation_accuracy", figures.val_accuracy),
-            ("learning_rate", figures.lr),
-            ("images_per_second", figures.images_per_second),
-            ("wall_seconds", figures.seconds),
+        epoch = figures.epoch
+        for name, part, value in (
+            ("training", "loss", figures.train_loss),
+            ("training", "accuracy", figures.train_accuracy),
+            ("training", "learning rate", figures.lr),
+            ("training", "images per second", figures.images_per_second),
+            ("training", "wall seconds", figures.seconds),
+            ("validation", "loss", figures.val_loss),
+            ("validation", "accuracy", figures.val_accuracy),
         ):
             if value is not None:
-                self.writer.add_scalar(f"epoch/{tag}", value, step)
+                self.writers[name].add_scalar(f"by epoch/{part}", value, epoch)
         model = state.eval_model
         dense = [module for module in model.modules() if isinstance(module, nn.Linear)]
         if dense:
-            self.writer.add_histogram("last_layer/weight", dense[-1].weight.detach().float(), step)
+            self.writers["training"].add_histogram("last layer/weight", dense[-1].weight.detach().float(), epoch)
         device = next(model.parameters()).device
         inputs = self.normalize.to(device)(self.images.to(device))
         for name, masks in attention_masks(model, inputs).items() if has_attention(model) else ():
-            self.writer.add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), step)
-        self.writer.flush()
+            self.writers["test"].add_image(f"attention/{name}", mask_picture(self.images, masks.cpu()), epoch)
+        for writer in self.writers.values():
+            writer.flush()
 
     def on_end(self, result: Result) -> None:
-        self.writer.close()
+        if result.test is not None and result.figures:
+            epoch = result.selected_epoch or result.figures[-1].epoch
+            for part, value in (("loss", result.test.loss), ("accuracy", result.test.accuracy)):
+                self.writers["test"].add_scalar(f"by epoch/{part}", value, epoch)
+            settings = {name: _as_hparam(value) for name, value in result.config.to_dict().items()}
+            figures = {"test accuracy": result.test.accuracy, "test loss": result.test.loss}
+            self.writers["test"].add_hparams(settings, figures, run_name=".")
+        for writer in self.writers.values():
+            writer.close()
+
+
+def _as_hparam(value: object) -> bool | int | float | str:
+    """A setting as TensorBoard takes it."""
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _silence_the_writer() -> None:

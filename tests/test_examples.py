@@ -1,0 +1,39 @@
+"""The examples run, at a tiny size; those that need a tool of the field do so in CI's second environment."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_runs_at_a_tiny_size(path, tmp_path):
+    text = path.read_text()
+    modules = set(re.findall(r"^ *(?:import|from) (\w+)", text, re.M))
+    missing = sorted(name for name in modules if not importlib.util.find_spec(name))
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not installed; .ci/ecosystem runs this example")
+    done = subprocess.run(
+        [sys.executable, path, "--tiny"], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip()
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def test_converting_is_one_added_line():
+    for name in ("lightning_cnn", "timm_train", "torchvision_train"):
+        text = (ROOT / "examples" / f"{name}.py").read_text()
+        assert text.count("# the added line") == text.count("ran_ext.convert(") == 1
