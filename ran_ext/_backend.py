@@ -88,13 +88,24 @@ def _load() -> tuple[ModuleType | None, str]:
             return module, ""
         except ImportError as error:
             reason = f"built, but does not load: {error}"
-    cure = f"To rebuild them: {rebuild_command()}" if reason else "Start Python anew to take this copy's"
+    cure = _cure() if reason else "Start Python anew to take this copy's"
     warnings.warn(
         f"ran_ext: the compiled kernels are not used, plain PyTorch is: {reason or other}. {cure}",
         RuntimeWarning,
         stacklevel=2,
     )
     return None, reason or other
+
+
+def _cure() -> str:
+    """What makes the kernels fit the torch that runs: a wheel's user takes another, whoever built them builds again."""
+    try:
+        of_wheel = "+torch" in importlib.metadata.version("ran_ext")
+    except importlib.metadata.PackageNotFoundError:
+        of_wheel = False
+    if of_wheel:
+        return f"Install the wheel whose name holds +torch{_minor(torch.__version__)}, or the sources"
+    return f"To rebuild them: {rebuild_command()}"
 
 
 _C: ModuleType | None

@@ -1,6 +1,7 @@
 """The examples run, at a tiny size; those that need a tool of the field do so in CI's second environment."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -27,8 +28,6 @@ def test_runs_at_a_tiny_size(path, tmp_path):
 
 
 def environment() -> dict[str, str]:
-    import os
-
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
