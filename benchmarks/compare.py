@@ -39,7 +39,7 @@ from .contenders import (
     op_subject,
 )
 from .memory import saved_bytes
-from .report import COLOURS, Row, read_json, regressions, tables, write_chart, write_json
+from .report import COLOURS, Row, read_json, regressions, tables, write_charts, write_json
 from .timing import Spread, environment, interleave, peaks, ratios
 
 SUITES = ["ops", "model", "memory"]
@@ -282,8 +282,7 @@ def main(argv: list[str] | None = None) -> int:
         write_json(options.out, before | _settings(options, comparison) | after, rows)
         for suite in suites:
             chart = options.out.with_name(f"{options.out.stem}_{suite}.png")
-            write_chart(chart, [row for row in rows if row.suite == suite])
-            print(f"{chart}")
+            print(*write_charts(chart, [row for row in rows if row.suite == suite]), sep="\n")
         print(f"{options.out}")
     broken = [row for row in rows if row.missing and row.contender.startswith("ran_ext")]
     print(*(f"NOT TIMED {', '.join(row.key)}: {row.missing}" for row in broken), sep="\n")

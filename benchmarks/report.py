@@ -32,6 +32,8 @@ COLOURS = {
     "ran_ext, CUDA graph": "#3f2fa8",
 }
 
+#: Inches of a picture, at 110 pixels each, and bars of a panel: what a screen shows at once.
+SCREEN, BARS = 9.5, 32
 #: Characters of a line of results, so that a row stands on one.
 ROW = 1000
 
@@ -152,23 +154,47 @@ def regressions(rows: Sequence[Row], old: Sequence[Row], tolerance: float) -> li
     return found
 
 
-def write_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Bars of the ratio to the first baseline, with quartiles; one panel for each task and dtype of one suite."""
+def write_charts(path: Path, rows: Sequence[Row]) -> list[Path]:
+    """Bars of the ratio to the first baseline, with quartiles; panels for each task and dtype of one suite.
+
+    No picture is taller than a screen: where one would be, there are several, numbered; their paths.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # fails where matplotlib is missing, so not at import
     from matplotlib.figure import Figure
 
     shown = [row for row in rows if not row.missing]
-    panels = [list(group) for _, group in groupby(shown, lambda row: (row.task, row.dtype))]
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(7.5 * columns, lines * max(2.4, 0.22 * max(map(len, panels)) + 1.4)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _panel(axis, panel)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    _files.write_atomically(path, png(figure))
+    panels = [part for _, group in groupby(shown, lambda row: (row.task, row.dtype)) for part in _parts(list(group))]
+    lines = [panels[first : first + 2] for first in range(0, len(panels), 2)]
+    heights = [max(2.4, 0.22 * max(map(len, line)) + 1.4) for line in lines]
+    pages: list[list[int]] = [[]]
+    for number, height in enumerate(heights):
+        if pages[-1] and sum(heights[line] for line in pages[-1]) + height > SCREEN:
+            pages.append([])
+        pages[-1].append(number)
+    paths = [path if len(pages) == 1 else path.with_stem(f"{path.stem}_{page + 1}") for page in range(len(pages))]
+    for place, page in zip(paths, pages, strict=True):
+        columns, tall = min(2, len(panels)), [heights[line] for line in page]
+        figure = Figure(figsize=(7.5 * columns, sum(tall)), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(len(page), columns, squeeze=False, height_ratios=tall)
+        for axes, line in zip(grid, page, strict=True):
+            for axis, panel in zip(axes, lines[line], strict=False):
+                _panel(axis, panel)
+            for axis in axes[len(lines[line]) :]:
+                axis.remove()
+        _files.write_atomically(place, png(figure))
+    return paths
+
+
+def _parts(rows: list[Row]) -> list[list[Row]]:
+    """The rows of a panel in parts of whole cases, each of at most ``BARS`` where a case has not more."""
+    parts: list[list[Row]] = [[]]
+    for _, group in groupby(rows, lambda row: row.case):
+        case = list(group)
+        if parts[-1] and len(parts[-1]) + len(case) > BARS:
+            parts.append([])
+        parts[-1] += case
+    return parts
 
 
 def _panel(axis: Any, rows: list[Row]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ran_ext.data import CIFAR10, CLASSES
@@ -26,6 +28,8 @@ LIGHT, DARK = ("#ffffff", "#1f2328"), ("#15181c", "#d7dce2")
 COLOURS = {"base-adam": "#3b82c4", "base-nesterov": "#e07b1a", "base-nesterov-0.1": "#c94a53",
            "compact": "#2f9e62", "paper": "#b05cc6"}  # fmt: skip
 IMPLEMENTATIONS = (REFERENCE, RAN_EXT)
+#: What the styles of lines stand for, where a variant has two curves.
+PARTS = {"validation": "-", "training": ":"}
 #: Test images whose masks are drawn.
 MASK_IMAGES = 6
 
@@ -58,16 +62,35 @@ def curve(axis: Axes, runs: Sequence[Outcome], x: str, y: str, **look: Any) -> N
     axis.fill_between(across, means - spread, means + spread, color=look["color"], alpha=0.18, linewidth=0)
 
 
-def comparison(study: Study, variants: Sequence[str], x: str = "epoch") -> Figure:
-    """Training and validation accuracy of some variants; a panel for each implementation."""
+def comparison(study: Study, variants: Sequence[str]) -> Figure:
+    """Training and validation accuracy of some variants over epochs; a panel for each implementation."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axis, implementation in zip(figure.subplots(1, 2, sharey=True), IMPLEMENTATIONS, strict=True):
         for variant in variants:
-            draw_variant(axis, study, implementation, variant, x, "accuracy")
+            draw_variant(axis, study, implementation, variant, "epoch", "accuracy")
         axis.set_title(implementation)
-        finish_axis(axis, x)
+        finish_axis(axis, "epoch")
     figure.axes[0].set_ylabel("accuracy")
-    share_legend(figure)
+    share_legend(figure, PARTS)
+    return figure
+
+
+def over_time(study: Study, variants: Sequence[str]) -> Figure:
+    """Validation accuracy of some variants over wall time, both implementations in one panel."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    styles = dict(zip(IMPLEMENTATIONS, ("--", "-"), strict=True))
+    for implementation, style in styles.items():
+        for variant in variants:
+            runs = list(study.of(implementation, variant).values())
+            label = VARIANTS[variant].label if implementation == RAN_EXT else None
+            look = {"color": COLOURS[variant], "linestyle": style, "label": label}
+            if runs:
+                curve(axis, runs, "seconds", "val_accuracy", **look)
+    finish_axis(axis, "seconds")
+    axis.set_ylabel("validation accuracy")
+    dtypes = {REFERENCE: "float32", RAN_EXT: study.scale.dtype}
+    share_legend(figure, {f"{name}, {dtypes[name]}": style for name, style in styles.items()})
     return figure
 
 
@@ -78,10 +101,12 @@ def finish_axis(axis: Axes, x: str) -> None:
     axis.grid(alpha=0.25)
 
 
-def share_legend(figure: Figure) -> None:
-    """One legend above all panels: what is drawn in any of them."""
-    named = {label: handle for axis in figure.axes
+def share_legend(figure: Figure, styles: Mapping[str, str] = MappingProxyType({})) -> None:
+    """One legend above all panels: what is drawn in any of them, and what the styles of lines stand for."""
+    named: dict[str, Any] = {label: handle for axis in figure.axes
              for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
+    ink = matplotlib.rcParams["text.color"]
+    named |= {label: Line2D([], [], color=ink, linestyle=style) for label, style in styles.items()}
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
 
 
@@ -102,7 +127,7 @@ def learning_curves(study: Study, implementation: str) -> Figure:
                 draw_variant(axis, study, implementation, variant, x, measure)
             finish_axis(axis, x)
         row[0].set_ylabel("cross entropy" if measure == "loss" else measure)
-    share_legend(figure)
+    share_legend(figure, PARTS)
     return figure
 
 

@@ -22,7 +22,7 @@ RULE = (
     "its validation accuracies are compared with accuracies on test images, which each run reads once, after its last "
     "epoch. Gaps are of the last epoch, training (augmented, in training mode) minus validation on images held out."
 )
-LINES = "Mean over the seeds, with a band of one standard deviation; drawn through: validation, dotted: training."
+LINES = "Mean over the seeds, with a band of one standard deviation."
 
 
 def picture(name: str, caption: str, draw: Callable[[], Figure]) -> Picture:
@@ -162,8 +162,8 @@ def figure6(study: Study) -> list[str | Table | Picture]:
     times = ["s an epoch", "s to convergence", "s in all"]
     head = ["network", "implementation", "parameters as run", *times, "test accuracy"]
     text = "Converged: the first epoch whose validation accuracy is within 0.005 of the run's best."
-    draw = partial(figures.comparison, study, ("compact", "paper"), "seconds")
-    return [picture("figure6", "Accuracy over wall time, validation included. " + LINES, draw), text, Table(head, rows)]
+    draw = partial(figures.over_time, study, ("compact", "paper"))
+    return [picture("figure6", "Validation accuracy over wall time, validation included. " + LINES, draw), text, Table(head, rows)]
 
 
 def figure7(study: Study) -> list[str | Table | Picture]:
@@ -192,6 +192,6 @@ def masks(study: Study, images: Images) -> list[str | Table | Picture]:
         return ["The compact network is not trained yet."]
     caption = (
         "Compact network, ran_ext, seed 0, on the first test images: magnitude of the trunk, soft mask, magnitude of "
-        "their product (1 + mask) * trunk, averaged over the channels; each map from its least to its greatest value."
+        "their product (1 + mask) * trunk, averaged over the channels; below each map its least and its greatest value."
     )
     return [picture("masks", caption, partial(figures.masks, study, images.test))]

@@ -297,6 +297,8 @@ def draw_attention(
 ) -> Figure:
     """Each image in a row, beside its trunk, mask and product in every attention module.
 
+    A map is drawn from its least value, dark, to its greatest, bright; both stand below it.
+
     Args:
         images: uint8 ``(N, 3, H, W)``, as they were before normalisation.
         maps: of :func:`attention_maps`, on any device.
@@ -309,7 +311,7 @@ def draw_attention(
     from matplotlib.figure import Figure  # fails where matplotlib is missing, so not at import
 
     columns = 1 + 3 * len(maps)
-    figure = Figure(figsize=(1.25 * columns + 0.8, 1.3 * len(images) + 0.5), layout="constrained")
+    figure = Figure(figsize=(1.25 * columns + 0.8, 1.4 * len(images) + 0.5), layout="constrained")
     axes = figure.subplots(len(images), columns, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -324,7 +326,8 @@ def draw_attention(
             where = f"{name.removesuffix('.gate')}{known}\n" if part == 1 else ""
             axes[0][column].set_title(where + kind, fontsize=8)
             for axis, value in zip(axes[:, column], values.cpu().numpy(), strict=True):
-                axis.imshow(value, cmap="magma")  # each map stretched from its minimum to its maximum
+                axis.imshow(value, cmap="magma")
+                axis.set_xlabel(f"{value.min():.2f} to {value.max():.2f}", fontsize=6, labelpad=1)
     axes[0][0].set_title("image", fontsize=8)
     return figure
 
