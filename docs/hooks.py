@@ -1,7 +1,7 @@
 """What the site has beyond ``docs``: the README as its first page, the files that pages link to, and commands' help.
 
-mkdocs calls the functions by their names. A page that lies elsewhere in the repository, or a figure's data, stands once,
-where the repository has it; its links are rewritten for its place in the site.
+mkdocs calls the functions by their names. A page that lies elsewhere in the repository, or a figure's data, stands
+once, where the repository has it; its links are rewritten for its place in the site.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ ROLE = re.compile(r":(?:class|func|meth|data|mod|attr|exc):`(~?)([^`]+)`")
 
 
 def as_code(text: str) -> str:
-    """
+    """Docstring text with each role as code.
+
     >>> as_code("see :func:`~ran_ext.convert` and :class:`Config`")
     'see `convert` and `Config`'
     """

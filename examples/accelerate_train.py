@@ -26,7 +26,9 @@ def main() -> None:
     tiny = parser.parse_args().tiny
     torch.manual_seed(0)
     accelerator = Accelerator(gradient_accumulation_steps=2)
-    model = ran_ext.models.create_model("ran_compact", width=0.125 if tiny else 0.5).to(memory_format=torch.channels_last)
+    model = ran_ext.models.create_model("ran_compact", width=0.125 if tiny else 0.5).to(
+        memory_format=torch.channels_last
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     images = sample("train").subset(torch.arange(32)) if tiny else sample("train")
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(images, batch_size=8, shuffle=True))

@@ -46,7 +46,10 @@ def main() -> None:
     lightning.seed_everything(0)
     images = sample("train").subset(torch.arange(16)) if tiny else sample("train")
     trainer = lightning.Trainer(
-        accelerator="cpu", max_epochs=1 if tiny else 3, logger=False, enable_checkpointing=False,
+        accelerator="cpu",
+        max_epochs=1 if tiny else 3,
+        logger=False,
+        enable_checkpointing=False,
         enable_model_summary=False,
     )
     trainer.fit(Classifier(), DataLoader(images, batch_size=8 if tiny else 64, shuffle=True))

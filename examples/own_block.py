@@ -64,8 +64,10 @@ def main() -> None:
 
     torch.manual_seed(0)
     fused, plain = FusedBlock(shape[1]), PlainBlock(shape[1])
-    weights = {name.replace(".bn", "").replace("conv", "bn", 1) if ".bn" in name else name.replace(".conv", ""): value
-               for name, value in fused.state_dict().items()}
+    weights = {
+        name.replace(".bn", "").replace("conv", "bn", 1) if ".bn" in name else name.replace(".conv", ""): value
+        for name, value in fused.state_dict().items()
+    }
     plain.load_state_dict(weights)  # conv1.bn.weight is bn1.weight there, conv1.conv.weight is conv1.weight
     fused, plain = (block.to(memory_format=torch.channels_last) for block in (fused, plain))
     x = torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_()
@@ -79,7 +81,9 @@ def main() -> None:
             began = time.perf_counter()
             block(x).sum().backward()
             times.append(time.perf_counter() - began)
-        print(f"{name}: {bytes_kept(block, x) / 1e6:6.1f} MB kept, {1e3 * sorted(times)[2]:6.1f} ms forward and backward")
+        print(
+            f"{name}: {bytes_kept(block, x) / 1e6:6.1f} MB kept, {1e3 * sorted(times)[2]:6.1f} ms forward and backward"
+        )
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def main() -> float:
     folded = ran_ext.fold_for_inference(model.eval())
     with torch.no_grad():
         right = sum(
-            int((folded(images.sub(0.5)).argmax(1) == labels).sum()) for images, labels in DataLoader(test, batch_size=128)
+            int((folded(images.sub(0.5)).argmax(1) == labels).sum())
+            for images, labels in DataLoader(test, batch_size=128)
         )
     print(f"test accuracy {right / len(test):.3f} ({len(test)} images)")
     return right / len(test)

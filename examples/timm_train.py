@@ -1,4 +1,4 @@
-"""A loop in the manner of timm's train.py (EMA, scheduler, mixup-free), with one added line: ``ran_ext.convert``. Needs timm.
+"""A loop in the manner of timm's train.py, with one added line: ``ran_ext.convert``. Needs timm.
 
 python examples/timm_train.py --model resnetv2_50
 python examples/timm_train.py --tiny

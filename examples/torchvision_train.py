@@ -1,4 +1,4 @@
-"""A loop in the manner of torchvision's reference training, with one added line: ``ran_ext.convert``. Needs torchvision.
+"""A loop in the manner of torchvision's references, with one added line: ``ran_ext.convert``. Needs torchvision.
 
 python examples/torchvision_train.py --model vgg16_bn
 python examples/torchvision_train.py --tiny
@@ -28,8 +28,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     augment = v2.Compose(
-        [v2.Resize(32 if options.tiny else options.size), v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True),
-         v2.Normalize([0.49, 0.48, 0.45], [0.25, 0.24, 0.26])]
+        [
+            v2.Resize(32 if options.tiny else options.size),
+            v2.RandomHorizontalFlip(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.49, 0.48, 0.45], [0.25, 0.24, 0.26]),
+        ]
     )
     images = sample("train").subset(torch.arange(16)) if options.tiny else sample("train")
     images.transform = augment

@@ -5,8 +5,8 @@ python -m scripts.build_wheel --out dist            the CPU kernels, every instr
 python -m scripts.build_wheel --out dist --cuda     the CUDA kernels as well; needs nvcc and a CUDA build of torch
 
 A wheel fits one minor version of torch and one of Python, and its name says so, after the version:
-ran_ext-0.1.0+torch2.13.cpu-cp311-cp311-linux_x86_64.whl. Where another torch runs, the import says in one sentence which
-wheel would fit, and plain PyTorch takes over.
+ran_ext-0.1.0+torch2.13.cpu-cp311-cp311-linux_x86_64.whl. Where another torch runs, the import says in one sentence
+which wheel would fit, and plain PyTorch takes over.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder of the wheel (default: dist)")
     parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels")
-    parser.add_argument("--platform", metavar="TAG", help="such as manylinux_2_28_x86_64, where built in such a container")
+    parser.add_argument(
+        "--platform", metavar="TAG", help="such as manylinux_2_28_x86_64, where built in such a container"
+    )
     options = parser.parse_args(argv)
     try:
         wheel = build(options.out, options.cuda, options.platform)

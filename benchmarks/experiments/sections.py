@@ -163,7 +163,8 @@ def figure6(study: Study) -> list[str | Table | Picture]:
     head = ["network", "implementation", "parameters as run", *times, "test accuracy"]
     text = "Converged: the first epoch whose validation accuracy is within 0.005 of the run's best."
     draw = partial(figures.over_time, study, ("compact", "paper"))
-    return [picture("figure6", "Validation accuracy over wall time, validation included. " + LINES, draw), text, Table(head, rows)]
+    caption = "Validation accuracy over wall time, validation included. " + LINES
+    return [picture("figure6", caption, draw), text, Table(head, rows)]
 
 
 def figure7(study: Study) -> list[str | Table | Picture]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from .._command import Parser
 from .._errors import one_line
-from .._info import versions
 from .._files import require_regular
+from .._info import versions
 from ..models import ran_compact
 from .config import AUTO, CHOICES, LIMIT, PRESETS, SCALES, Config
 from .state import LAST

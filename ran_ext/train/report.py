@@ -306,7 +306,7 @@ class TensorBoardLogger(Callback):
     """Writes TensorBoard's files; a run that is resumed continues them.
 
     In the folder are four runs of TensorBoard, so that a card shows training, validation and test together:
-    ``training`` and ``validation``, one point an epoch; ``test``, the last; and ``steps``, one point a step. The settings
+    ``training`` and ``validation``, one point an epoch; ``test``, the last; and ``steps``, one point a step. Settings
     are in the tab HPARAMS, masks over a few test images in IMAGES.
 
     Args:
