@@ -26,10 +26,14 @@ HELP = re.compile(r"^<!-- help: (\S+) -->$", re.M)
 
 
 def place_in_repository(uri: str) -> str:
-    return next((place for place, page in PAGES.items() if page == uri), f"docs/{uri}")
+    """Where a file of the site lies, from the repository's root."""
+    if (ROOT / "docs" / uri).exists():
+        return f"docs/{uri}"
+    return next((place for place, page in PAGES.items() if page == uri), uri)
 
 
 def place_in_site(path: str) -> str:
+    """Where a file of the repository stands in the site."""
     return PAGES.get(path, path.removeprefix("docs/"))
 
 

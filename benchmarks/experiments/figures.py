@@ -101,7 +101,7 @@ def finish_axis(axis: Axes, x: str) -> None:
     axis.grid(alpha=0.25)
 
 
-def share_legend(figure: Figure, styles: Mapping[str, str] = MappingProxyType({})) -> None:
+def share_legend(figure: Figure, styles: Mapping[str, Any] = MappingProxyType({})) -> None:
     """One legend above all panels: what is drawn in any of them, and what the styles of lines stand for."""
     named: dict[str, Any] = {label: handle for axis in figure.axes
              for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip

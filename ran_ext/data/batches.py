@@ -37,8 +37,7 @@ class Batches:
         device: of the batches; by default the data set's.
         rank, world_size: of this process among those that share each batch.
 
-    Yields:
-        images, as ``augment`` returns them, and labels, int64 (N,).
+    Each batch is a pair: images, as ``augment`` returns them, and labels, int64 (N,).
 
     Raises:
         TypeError: ``dataset`` is none.

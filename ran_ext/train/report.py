@@ -329,8 +329,8 @@ class TensorBoardLogger(Callback):
         self.by_config = state.given is None  # a scheduler of the user's says each epoch's rate alone
         _silence_the_writer()
         # what an interrupted run logged after its last checkpoint comes again, so it is purged
-        purge = dict.fromkeys(("training", "validation", "test"), state.epoch + 1 if step else None)
-        purge["steps"] = step or None
+        epoch = state.epoch + 1 if step else None
+        purge = {"training": epoch, "validation": epoch, "test": epoch, "steps": step or None}
         self.writers = {name: self._open(str(self.folder / name), purge_step=at) for name, at in purge.items()}
 
     def on_steps(self, first: int, rows: list[tuple[float, float]], images_per_second: float) -> None:
