@@ -183,7 +183,7 @@ def build_ext_command() -> Any:
 if PLAN.torch is None:
     print(f"ran_ext: pure Python, no kernels: {PLAN.no_native}", file=sys.stderr, flush=True)
 setup(
-    install_requires=[PLAN.requirement(), "numpy>=1.26", "pillow>=10", "tqdm>=4.66"],
+    install_requires=[PLAN.requirement(), "numpy>=1.26", "pillow>=10", "safetensors>=0.4", "tqdm>=4.66"],
     ext_modules=[] if PLAN.torch is None else [PLAN.extension()],
     cmdclass={"build_py": BuildPython, **({} if PLAN.torch is None else {"build_ext": build_ext_command()})},
 )

@@ -27,6 +27,7 @@ def for_site(text: str) -> str:
     <BLANKLINE>
     """
     text = ROLE.sub(lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2]}`", text)
+    text = text.replace("::\n\n", ":\n\n")
     text = SECTION.sub(lambda section: JOINT.sub(_each, section[0]), f"{text}\n")
     return DOCTEST.sub(lambda lines: f"{lines[1]}```pycon\n{lines[0].rstrip()}\n{lines[1]}```\n", text)[:-1]
 

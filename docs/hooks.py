@@ -81,7 +81,7 @@ def help_of(module: str) -> str:
     said = io.StringIO()
     before, sys.argv = sys.argv, [f"python -m {module}", flag]
     sys.path.insert(0, str(ROOT))
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "84"
     try:
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             importlib.import_module("ran_ext.__main__" if module == "ran_ext" else module).main([flag])

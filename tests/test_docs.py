@@ -101,10 +101,11 @@ def test_every_public_name_is_in_the_reference_and_documented(module):
         thing = getattr(importlib.import_module(module), name)
         if inspect.ismodule(thing):
             continue
-        assert f"::: {module}.{name}\n" in page, f"docs/reference lacks {module}.{name}"
+        # twice where the module has the function's name, for griffe takes the module
+        assert re.search(rf"^::: {module}\.{name}(\.{name})?$", page, re.M), f"docs/reference lacks {module}.{name}"
         if inspect.isclass(thing) or inspect.isroutine(thing):
             assert inspect.getdoc(thing), f"{module}.{name} has no docstring"
-    listed = re.findall(rf"^::: {re.escape(module)}\.(\w+)$", page, re.M)
+    listed = re.findall(rf"^::: {re.escape(module)}\.(\w+)", page, re.M)
     assert set(listed) <= set(names), f"docs/reference lists what {module} has not"
 
 
