@@ -1,4 +1,4 @@
-"""Docstrings for the site: roles as code, doctests as blocks, and an entry for each argument of "stride, padding: ..."."""
+"""Docstrings for the site: roles as code, doctests as blocks, an entry for each argument of "stride, padding: ..."."""
 
 from __future__ import annotations
 
@@ -18,13 +18,8 @@ def for_site(text: str) -> str:
 
     >>> for_site("see :func:`~ran_ext.convert` and :class:`Config`")
     'see `convert` and `Config`'
-    >>> print(for_site("Args:\\n    a, b: sizes,\\n        in pixels.\\n"))
-    Args:
-        a: sizes,
-            in pixels.
-        b: sizes,
-            in pixels.
-    <BLANKLINE>
+    >>> for_site("Args:\\n    a, b: sizes.\\n")
+    'Args:\\n    a: sizes.\\n    b: sizes.\\n'
     """
     text = ROLE.sub(lambda role: f"`{role[2].rpartition('.')[2] if role[1] else role[2]}`", text)
     text = text.replace("::\n\n", ":\n\n")

@@ -40,7 +40,8 @@ def run(options: argparse.Namespace) -> None:
         found = evaluate(network, test, normalize, mirror=mirror)
         said = f", its card says {getattr(card, what):.4f}" if card and len(test) == 10_000 else ""
         kind = "mirrored" if mirror else "plain"
-        print(f"{kind + ':':<10}{found.accuracy:.4f} of {len(test):,} test images, {found.seconds:.1f} s{said}", flush=True)
+        images = f"{len(test):,} test images, {found.seconds:.1f} s"
+        print(f"{kind + ':':<10}{found.accuracy:.4f} of {images}{said}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

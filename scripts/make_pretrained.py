@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     config, model = load_config(checkpoint), load_model(checkpoint)
     train, test = CIFAR10(options.data, "train"), CIFAR10(options.data, "test")
     record = json.loads(options.record.read_text())
-    facts = record["environment"] if "environment" in record else record
+    facts = record.get("environment", record)
     path = FOLDER / f"{config.model}.safetensors"
     path.parent.mkdir(exist_ok=True)
     halves = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}

@@ -81,12 +81,13 @@ def load_pretrained(model: nn.Module, name: str) -> None:
     """Load the trained weights of ``name`` into ``model``, whose shapes must be theirs.
 
     Raises:
-        ValueError: there are none, or ``model`` has others shapes; it is unchanged then.
+        ValueError: there are none, or ``model`` has other shapes; it is unchanged then.
         RuntimeError: the file is damaged.
     """
     card, path = model_card(name), FOLDER / f"{name}.safetensors"
     if (found := hashlib.sha256(path.read_bytes()).hexdigest()) != card.sha256:
-        raise RuntimeError(f"{path} is damaged (sha256 {found[:12]}, expected {card.sha256[:12]}): install ran_ext again")
+        sums = f"sha256 {found[:12]}, expected {card.sha256[:12]}"
+        raise RuntimeError(f"{path} is damaged ({sums}): install ran_ext again")
     from safetensors.torch import load_file  # when it is needed: the ops need none of it
 
     weights = load_file(path)
@@ -96,8 +97,8 @@ def load_pretrained(model: nn.Module, name: str) -> None:
         key = min(unlike)
         raise ValueError(
             f"create_model: the trained weights of {name} fit its default options alone: {key} is "
-            f"{_shape(there, key)} here and {_shape(weights, key)} there; for other classes make it with pretrained=True "
-            "and replace model.fc"
+            f"{_shape(there, key)} here and {_shape(weights, key)} there; for other classes make it with "
+            "pretrained=True and replace model.fc"
         )
     model.load_state_dict(weights)
 
