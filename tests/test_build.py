@@ -17,6 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ran_ext import _backend
+from scripts import build_wheel
+
 ROOT = Path(__file__).resolve().parent.parent
 SWITCHES = ("RAN_EXT_", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS")
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -304,3 +307,24 @@ def test_baseline_objects_are_linked_first(tmp_path):
     folders = [task.object.parent.name for task in native.cpu_tasks(tmp_path)]
     assert folders == sorted(folders, key=list(native.X86_ISAS).index)
     assert folders[0] == "baseline"
+
+
+# ------------------------------------------------------------------------------------------------------- the wheel
+
+
+def test_a_wheels_name_says_which_torch_it_fits():
+    assert build_wheel.tag("2.13.0+cpu", None) == "+torch2.13.cpu"
+    assert build_wheel.tag("2.11.0+cu130", "13.0") == "+torch2.11.cu130"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_a_wheel_with_cuda_needs_a_torch_with_cuda(tmp_path, capsys):
+    assert build_wheel.main(["--cuda", "--out", str(tmp_path)]) == 1
+    assert f"--cuda needs a CUDA build of torch, and torch {torch.__version__} has no CUDA" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("version", "cure"), [("0.1.0+torch2.13.cpu", "Install the wheel"), ("0.1.0", "To rebuild")])
+def test_the_cure_of_an_unfit_wheel_is_another_wheel(version, cure, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert _backend._cure().startswith(cure)

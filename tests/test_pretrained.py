@@ -43,7 +43,7 @@ def test_options_of_the_same_shapes_are_taken():
 
 
 def test_a_network_without_weights_is_named():
-    with pytest.raises(ValueError, match="no trained weights of 'ran_paper' .*; there are ran_compact"):
+    with pytest.raises(ValueError, match=r"no trained weights of 'ran_paper' .*; there are ran_compact"):
         create_model("ran_paper", pretrained=True)
 
 
