@@ -21,7 +21,9 @@ from ran_ext.data import sample
 
 def main() -> None:
     """Train, and print the loss of each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     torch.manual_seed(0)

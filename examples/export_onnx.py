@@ -16,7 +16,9 @@ import ran_ext
 
 def main() -> None:
     """Write the file, and print the largest difference."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("ran_compact.onnx"))
     options = parser.parse_args()

@@ -40,7 +40,9 @@ class Classifier(lightning.LightningModule):
 
 def main() -> None:
     """Train, and print the last loss."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     lightning.seed_everything(0)

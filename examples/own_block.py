@@ -58,7 +58,9 @@ def bytes_kept(block: nn.Module, x: Tensor) -> int:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiny", action="store_true")
     shape = (2, 16, 8, 8) if parser.parse_args().tiny else (32, 64, 32, 32)
 

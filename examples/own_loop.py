@@ -18,7 +18,9 @@ from ran_ext.data import sample
 
 def main() -> float:
     """Train; the accuracy on the test images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
 

@@ -22,7 +22,9 @@ from ran_ext.data import sample
 
 def main() -> None:
     """Train, and print loss and learning rate of each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="resnet18", help="a name of timm's")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()

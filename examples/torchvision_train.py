@@ -21,7 +21,9 @@ from ran_ext.data import sample
 
 def main() -> None:
     """Train, and print loss and images a second of each epoch."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", default="resnet18", help="a name of torchvision.models")
     parser.add_argument("--size", type=int, default=64, help="pixels along a side")
     parser.add_argument("--tiny", action="store_true")

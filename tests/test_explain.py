@@ -72,7 +72,7 @@ def test_prints_a_table_with_numbered_reasons(capsys):
     with set_backend("reference"):
         explain(AttentionModule(8, 1), torch.randn(2, 8, 8, 8))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("15 layers: 15 plain PyTorch; kept for backward: ")
+    assert lines[0].startswith("21 layers: 19 plain PyTorch, 2 library; kept for backward: ")
     assert lines[1].split() == ["layer", "op", "input", "forward", "dgrad", "wgrad"]
     assert lines[-1].startswith("[1] the reference backend was chosen")
     assert sum("attention_gate" in line for line in lines) == 1
