@@ -6,7 +6,6 @@ python examples/export_onnx.py --tiny --out ran_compact.onnx
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch

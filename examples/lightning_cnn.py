@@ -6,7 +6,6 @@ python examples/lightning_cnn.py --tiny
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import lightning

@@ -6,7 +6,6 @@ python examples/torchvision_train.py --tiny
 
 from __future__ import annotations
 
-import argparse
 import time
 
 import torch
