@@ -124,7 +124,7 @@ class Plan:
             define_macros=macros,
             libraries=libraries,
             library_dirs=folders,
-            extra_compile_args=[*native.CXX_FLAGS, *openmp],
+            extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20"],
             extra_link_args=openmp,
             depends=[str(path) for path in sorted(native.CSRC.rglob("*.h"))],
         )
@@ -171,11 +171,25 @@ def build_ext_command() -> Any:
             tasks = native.cpu_tasks()
             if PLAN.cuda_home is not None:
                 tasks += native.cuda_tasks(native.OBJECTS, PLAN.cuda_home / "bin" / "nvcc", PLAN.archs)
+            extension, headers = self.extensions[0], self.precompilation()
             try:
-                self.extensions[0].extra_objects = native.compile_all(tasks)
+                made = native.compile_all([*headers, *tasks])
+                extension.extra_objects = made[len(headers) :]
+                for task in headers:
+                    extension.extra_compile_args += ["-include", str(task.source), "-Winvalid-pch"]
                 super().build_extensions()
             except (native.BuildFailure, RuntimeError, OSError) as error:
                 raise SystemExit(f"{error}\n{HELP}") from error
+
+        def precompilation(self) -> list[native.Compile]:
+            """Of the headers of the torch side, with the flags that its files will have."""
+            extension, compiler = self.extensions[0], self.compiler
+            flags = list(getattr(compiler, "compiler_so_cxx", compiler.compiler_so)[1:])
+            macros = [*extension.define_macros, ("TORCH_API_INCLUDE_EXTENSION_H", None), ("TORCH_EXTENSION_NAME", "_C")]
+            flags += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
+            flags += [f"-I{folder}" for folder in [*extension.include_dirs, *self.include_dirs]]
+            flags += extension.extra_compile_args
+            return native.precompilation(native.CSRC / "common" / "torch_headers.h", ROOT / self.build_temp, flags)
 
     return BuildKernels
 

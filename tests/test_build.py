@@ -98,6 +98,8 @@ def make_project(folder: Path) -> Path:
     (folder / "csrc/cpu").mkdir(parents=True)
     (folder / "csrc/bindings.cpp").write_text(BINDINGS)
     (folder / "csrc/cpu/kernel_cpu.cpp").write_text(KERNEL)
+    (folder / "csrc/common").mkdir()
+    (folder / "csrc/common/torch_headers.h").write_text("#pragma once\n#include <cstdint>\n")
     (folder / "csrc/cpu/kernel.h").write_text('#define PREFIX ""\n')
     return folder
 

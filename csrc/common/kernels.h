@@ -15,6 +15,9 @@ namespace ran {
 // Those of the instruction set that runs here.
 const cpu::Kernels& cpu_kernels();
 
+// Those that a convolution takes: of 256-bit vectors, where its channels leave too much of 512-bit ones empty.
+const cpu::Kernels& conv_kernels(DType dtype, const cpu::ConvShape& shape);
+
 // Runs a kernel that both devices have under one name, on x's device. A GPU's takes the current stream as well, and
 // `op` names it where the launch fails.
 #ifdef RAN_WITH_CUDA

@@ -16,8 +16,8 @@ ConvPath choose_on_cpu(ConvPass pass, const Tensor& x, const Tensor& weight, con
   const DType dtype = dtype_of(x, "conv", "x");
   const cpu::Conv3x3 tile = choose_conv3x3(pass, dtype, shape, conv.mode);
   if (tile != cpu::Conv3x3::library) return winograd(tile);
-  const bool multiplies = cpu_kernels().conv_supported(dtype, shape);
-  if (cpu_kernels().conv3x3_supported(dtype, shape)) {
+  const bool multiplies = conv_kernels(dtype, shape).conv_supported(dtype, shape);
+  if (conv_kernels(dtype, shape).conv3x3_supported(dtype, shape)) {
     if (conv.mode == Conv3x3Mode::library) return ConvPath::library_asked;
     if (pass != ConvPass::wgrad || conv.mode == Conv3x3Mode::strict || !multiplies) return ConvPath::library_better;
   }
@@ -51,8 +51,9 @@ ConvPath choose_plain_conv(ConvPass pass, const Tensor& x, const Tensor& weight,
 }
 
 cpu::Conv3x3 choose_conv3x3(ConvPass pass, DType dtype, const cpu::ConvShape& shape, Conv3x3Mode mode) {
-  if (mode == Conv3x3Mode::library || !cpu_kernels().conv3x3_supported(dtype, shape)) return cpu::Conv3x3::library;
-  return cpu_kernels().conv3x3_choice(pass, dtype, shape, mode == Conv3x3Mode::strict);
+  if (mode == Conv3x3Mode::library || !conv_kernels(dtype, shape).conv3x3_supported(dtype, shape))
+    return cpu::Conv3x3::library;
+  return conv_kernels(dtype, shape).conv3x3_choice(pass, dtype, shape, mode == Conv3x3Mode::strict);
 }
 
 std::string describe(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {

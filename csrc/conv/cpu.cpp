@@ -30,16 +30,18 @@ void cpu_conv_forward(ConvOutput& y, ConvPath path, const Tensor& x, const Batch
   const void* const added_data = added.defined() ? added.const_data_ptr() : nullptr;
   const DType dtype = dtype_of(x, kOp, "x");
   if (path != ConvPath::product) {
-    cpu_kernels().conv3x3_forward(tile_of(path), y.out.data_ptr(), floats(y.next_mean), floats(y.next_var),
-                                  x.const_data_ptr(), weight.const_data_ptr(), nullptr, floats(bias32), added_data,
-                                  false, dtype, shape, bn ? &bn->kernel : nullptr);
+    conv_kernels(dtype, shape)
+        .conv3x3_forward(tile_of(path), y.out.data_ptr(), floats(y.next_mean), floats(y.next_var), x.const_data_ptr(),
+                         weight.const_data_ptr(), nullptr, floats(bias32), added_data, false, dtype, shape,
+                         bn ? &bn->kernel : nullptr);
     if (next.wanted && next.running.kept()) next.running.update(y.next_mean, y.next_var, shape.pixels());
     return;
   }
   std::vector<double> exact(next.wanted && next.running.kept() ? size_t(2 * shape.co) : 0);
-  cpu_kernels().conv1x1_forward(y.out.data_ptr(), floats(y.next_mean), floats(y.next_var),
-                                exact.empty() ? nullptr : exact.data(), x.const_data_ptr(), weight.const_data_ptr(),
-                                floats(bias32), added_data, dtype, shape, bn->kernel);
+  conv_kernels(dtype, shape)
+      .conv1x1_forward(y.out.data_ptr(), floats(y.next_mean), floats(y.next_var),
+                       exact.empty() ? nullptr : exact.data(), x.const_data_ptr(), weight.const_data_ptr(),
+                       floats(bias32), added_data, dtype, shape, bn->kernel);
   if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
 }
 
@@ -51,14 +53,15 @@ std::tuple<Tensor, BackwardSums> cpu_conv_dgrad(ConvPath path, const Tensor& dy,
   BackwardSums sums;
   if (bn) sums = {at::empty_like(bn->mean), at::empty_like(bn->mean)};
   const DType dtype = dtype_of(x, kOp, "x");
+  const cpu::ConvShape shape = conv.shape(x, weight);
+  const cpu::Kernels& kernels = conv_kernels(dtype, shape);
   if (path == ConvPath::product)
-    cpu_kernels().conv1x1_data_gradient(dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat), dy.const_data_ptr(),
-                                        x.const_data_ptr(), weight.const_data_ptr(), dtype, conv.shape(x, weight),
-                                        bn->kernel);
+    kernels.conv1x1_data_gradient(dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat), dy.const_data_ptr(),
+                                  x.const_data_ptr(), weight.const_data_ptr(), dtype, shape, bn->kernel);
   else
-    cpu_kernels().conv3x3_data_gradient(tile_of(path), dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat),
-                                        dy.const_data_ptr(), bn ? x.const_data_ptr() : nullptr, weight.const_data_ptr(),
-                                        dtype, conv.shape(x, weight), bn ? &bn->kernel : nullptr);
+    kernels.conv3x3_data_gradient(tile_of(path), dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat),
+                                  dy.const_data_ptr(), bn ? x.const_data_ptr() : nullptr, weight.const_data_ptr(),
+                                  dtype, shape, bn ? &bn->kernel : nullptr);
   return {dz, sums};
 }
 
@@ -71,11 +74,13 @@ std::tuple<Tensor, Tensor> cpu_conv_wgrad(ConvPath path, const Tensor& dy, const
   if (path == ConvPath::product) {
     // A larger kernel reads each activation many times: it is written out once rather than computed again at every tap.
     const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, *bn);
-    cpu_kernels().conv_weight_gradient(dweight.data_ptr(), floats(dbias), dy.const_data_ptr(), a.const_data_ptr(),
-                                       dtype, shape, shape.taps() == 1 ? &bn->kernel : nullptr);
+    conv_kernels(dtype, shape)
+        .conv_weight_gradient(dweight.data_ptr(), floats(dbias), dy.const_data_ptr(), a.const_data_ptr(), dtype, shape,
+                              shape.taps() == 1 ? &bn->kernel : nullptr);
   } else {
-    cpu_kernels().conv3x3_weight_gradient(tile_of(path), dweight.data_ptr(), floats(dbias), dy.const_data_ptr(),
-                                          x.const_data_ptr(), dtype, shape, bn ? &bn->kernel : nullptr);
+    conv_kernels(dtype, shape)
+        .conv3x3_weight_gradient(tile_of(path), dweight.data_ptr(), floats(dbias), dy.const_data_ptr(),
+                                 x.const_data_ptr(), dtype, shape, bn ? &bn->kernel : nullptr);
   }
   return {dweight, want_bias ? dbias.to(x.scalar_type()) : dbias};
 }

@@ -35,8 +35,10 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
                   " and weight ", weight_.sizes());
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = shape_of(x, weight.size(0));
-  Tensor panels = at::empty({cpu_kernels().conv3x3_panels_size(tile, shape)}, weight.options().dtype(at::kFloat));
-  cpu_kernels().conv3x3_pack(tile, panels.data_ptr<float>(), weight.const_data_ptr(), dtype_of(x, kOp, "x"), shape);
+  const DType dtype = dtype_of(x, kOp, "x");
+  const cpu::Kernels& kernels = conv_kernels(dtype, shape);
+  Tensor panels = at::empty({kernels.conv3x3_panels_size(tile, shape)}, weight.options().dtype(at::kFloat));
+  kernels.conv3x3_pack(tile, panels.data_ptr<float>(), weight.const_data_ptr(), dtype, shape);
   return panels;
 }
 
@@ -44,12 +46,12 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
   RAN_CHECK_VALUE(x.dim() == 4 && bias.dim() == 1, kOp, "x must be (N, C, H, W) and bias a vector, got ", x.sizes(),
                   " and ", bias.sizes());
   const cpu::ConvShape shape = shape_of(x, bias.size(0));
-  RAN_CHECK_VALUE(cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape), kOp, "there is no kernel for x ",
-                  x.sizes(), " ", x.scalar_type());
+  const DType dtype = dtype_of(x, kOp, "x");
+  const cpu::Kernels& kernels = conv_kernels(dtype, shape);
+  RAN_CHECK_VALUE(kernels.conv3x3_supported(dtype, shape), kOp, "there is no kernel for x ", x.sizes(), " ",
+                  x.scalar_type());
   // The panels say which tile they are for: a weight that was packed serves other batches too.
-  const auto is_for = [&](cpu::Conv3x3 tile) {
-    return panels.numel() == cpu_kernels().conv3x3_panels_size(tile, shape);
-  };
+  const auto is_for = [&](cpu::Conv3x3 tile) { return panels.numel() == kernels.conv3x3_panels_size(tile, shape); };
   RAN_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast) && bias.is_contiguous() && panels.is_contiguous() &&
                       bias.scalar_type() == x.scalar_type() && panels.scalar_type() == at::kFloat &&
                       (is_for(cpu::Conv3x3::f4x4) || is_for(cpu::Conv3x3::f2x2)),
@@ -57,10 +59,9 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
                   panels.sizes(), ", ", bias.sizes(), " and ", x.sizes());
   const Tensor bias32 = bias.to(at::kFloat);
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
-  cpu_kernels().conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2, out.data_ptr(),
-                                nullptr, nullptr, x.const_data_ptr(), nullptr, panels.const_data_ptr<float>(),
-                                bias32.const_data_ptr<float>(), nullptr, with_relu, dtype_of(x, kOp, "x"), shape,
-                                nullptr);
+  kernels.conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2, out.data_ptr(), nullptr,
+                          nullptr, x.const_data_ptr(), nullptr, panels.const_data_ptr<float>(),
+                          bias32.const_data_ptr<float>(), nullptr, with_relu, dtype, shape, nullptr);
   return out;
 }
 
