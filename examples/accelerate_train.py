@@ -7,6 +7,7 @@ python examples/accelerate_train.py --tiny
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 
 import torch

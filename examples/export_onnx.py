@@ -6,6 +6,7 @@ python examples/export_onnx.py --tiny --out ran_compact.onnx
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch

@@ -6,6 +6,7 @@ python examples/lightning_cnn.py --tiny
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import lightning

@@ -6,6 +6,7 @@ python examples/own_block.py --tiny          the same on a small tensor
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch

@@ -6,6 +6,8 @@ python examples/own_loop.py --tiny           seconds, to see that it runs
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader

@@ -6,6 +6,8 @@ python examples/timm_train.py --tiny
 
 from __future__ import annotations
 
+import argparse
+
 import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy

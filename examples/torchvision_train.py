@@ -6,6 +6,7 @@ python examples/torchvision_train.py --tiny
 
 from __future__ import annotations
 
+import argparse
 import time
 
 import torch
