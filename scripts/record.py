@@ -9,9 +9,9 @@ python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal;
 Contenders: ran_ext; eager and compile, which are plain PyTorch, channels_last, with the same recipe, seeds, batches and
 dtype; and the reference as in the report: eager, float32, NCHW, its own recipe.
 
-Claims. Not measured yet: the first two commands, on a GPU, print what belongs here, and write it to --out.
-    0.893   ran_compact, 10 epochs: not measured yet. Predicted: 0.90, as 6 epochs gave 0.873 on a CPU (n = 1).
-            Seconds: not measured yet (the report: 1 hour). Hardware, versions, n: not measured yet.
+Claims. On a CPU one seed was measured (benchmarks/results/cpu_record.json); on a GPU nothing yet.
+    0.893   ran_compact, 10 epochs: 0.8972 (n = 1; predicted from 6 epochs: 0.90), in 5,107 s with --curve, on two cores
+            of an Intel Xeon with AVX512-BF16, torch 2.13 (the report: 1 hour, on a GPU).
     best    ran_compact without the stem's pooling, so with the same 6,810,570 parameters, 100 epochs: not measured yet.
             Aimed at: 0.955 (public best of the family: 0.954, with mixup 0.968). Hardware, versions, n: not measured
             yet.
@@ -55,8 +55,8 @@ from ran_ext.train.state import LAST
 from ran_ext.train.system import choose_device
 
 RECIPES = {
-    # A prediction: the error was 0.127 after 6 epochs; if it falls as epochs ** -0.4 to -0.5, it is 0.104 to 0.098
-    # after 10, and 0.107 is the target.
+    # Ten, since the error was 0.127 after 6 epochs and 0.107 is the target: if it falls as epochs ** -0.4 to -0.5, it is
+    # 0.104 to 0.098 (measured: 0.103).
     "0.893": dataclasses.replace(PRESETS["fast"], epochs=10, test_mirror=True),
     "best": dataclasses.replace(
         PRESETS["fast"],
