@@ -55,8 +55,8 @@ from ran_ext.train.state import LAST
 from ran_ext.train.system import choose_device
 
 RECIPES = {
-    # Ten, since the error was 0.127 after 6 epochs and 0.107 is the target: if it falls as epochs ** -0.4 to -0.5, it is
-    # 0.104 to 0.098 (measured: 0.103).
+    # Ten, since the error was 0.127 after 6 epochs and 0.107 is the target: if it falls as epochs ** -0.4 to -0.5, it
+    # is 0.104 to 0.098 (measured: 0.103).
     "0.893": dataclasses.replace(PRESETS["fast"], epochs=10, test_mirror=True),
     "best": dataclasses.replace(
         PRESETS["fast"],
