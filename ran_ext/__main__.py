@@ -18,11 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = Parser(prog="python -m ran_ext", description="Fused kernels for training in PyTorch.")
     parser.add_argument("--version", action="version", version=versions())
-    commands = parser.add_subparsers(dest="command", metavar="{info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info}")
     commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
-    if parser.parse_args(argv).command is None:
-        parser.print_help()
-        return 2
+    parser.parse_args(argv)
     info()
     return 0
 

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
         normalize = Normalize(mean, std, torch.channels_last)
         print(f"{card.name}: {card.recipe} {card.data}; {card.trained_on}")
-    network = fold_for_inference(model) if options.folded else model.to(memory_format=torch.channels_last)
+    network = fold_for_inference(model) if options.folded else model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for mirror, what in ((False, "accuracy"), (True, "accuracy_mirrored")):
         found = evaluate(network, test, normalize, mirror=mirror)
         said = f", its card says {getattr(card, what):.4f}" if card and len(test) == 10_000 else ""

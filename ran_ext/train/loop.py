@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import time
@@ -31,7 +30,7 @@ from .recipe import (
     set_lr,
     train_batches,
 )
-from .report import VALIDATION, Progress, epoch_line
+from .report import VALIDATION, WARNING, Progress, epoch_line
 from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, slow_dtype
 from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
 from .system import (
@@ -44,8 +43,6 @@ from .system import (
     require_memory,
     run_folder,
 )
-
-LOG = logging.getLogger(__name__)
 
 
 def fit(
@@ -104,8 +101,7 @@ def fit(
             ``ReduceLROnPlateau`` is told the validation loss, or with ``mode="max"`` the accuracy.
         scheduler_interval: whether the scheduler moves on after each ``epoch`` or each ``step``.
         checkpoint_every: epochs between two checkpoints; the last epoch and an interruption always write one.
-        quiet: show no progress and log nothing; otherwise progress goes to standard error, and a line an epoch to the
-            logger ``ran_ext``.
+        quiet: show no progress on standard error, and tell the logger ``ran_ext`` nothing.
 
     Raises:
         TrainingError: NaN, out of memory, full disk, another run in ``out_dir``, unreadable or foreign checkpoint, in
@@ -224,7 +220,7 @@ class Run:
             may_stop=self.config.patience > 0,
         )
         if slow := slow_dtype(self.config.dtype, self.ranks.device):
-            self.log(logging.WARNING, slow)
+            self.progress.log(slow, WARNING)
         self.step = self._new_step(kind, make_step)
         self.start = time.perf_counter() - state.seconds
         self.tell(lambda callback: callback.on_start(state, done))
@@ -258,12 +254,7 @@ class Run:
     def fall_back(self, reason: str) -> None:
         """Note that the step runs eagerly, and say why."""
         self.kind = "eager"
-        self.log(logging.WARNING, f"the training step runs eagerly: {reason}")
-
-    def log(self, level: int, text: str) -> None:
-        """Tell the package's logger, from the first process of a run that is not to be quiet."""
-        if self.progress.enabled:
-            LOG.log(level, text)
+        self.progress.log(f"the training step runs eagerly: {reason}", WARNING)
 
     def train(self, stop: StopRequest) -> bool:
         """Train to the end or until a stop is requested; whether it was. Either way a checkpoint is written."""
@@ -329,7 +320,7 @@ class Run:
             except OSError as error:
                 self.callbacks.remove(callback)
                 text = f"{type(callback).__name__} stopped, the training goes on: {one_line(error)}"
-                self.log(logging.WARNING, text)
+                self.progress.log(text, WARNING)
 
     def finish_epoch(self, images_per_second: float) -> None:
         """Validate, note the figures, and write the checkpoints."""
@@ -359,7 +350,7 @@ class Run:
         if state.just_selected and self.ranks.first:
             self.files.write_selected(state)  # after last.pt: no run ever has the weights of epochs that it lost
         self.progress.overhead = 0.0  # from here on it is in the time measured
-        self.log(logging.INFO, epoch_line(figures, config.epochs))
+        self.progress.log(epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
     def evaluate(self, dataset: CIFAR10) -> Evaluation:

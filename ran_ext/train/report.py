@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import sys
 import threading
 import time
@@ -12,18 +13,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from .._files import write_atomically, write_json
 from ..data import CLASSES, Normalize
-from .evaluation import EpochFigures, Result, attention_masks, has_attention, png
+from .evaluation import EpochFigures, Result, attention_masks, has_attention, mask_picture, png
 from .recipe import learning_rate
 from .state import Callback, TrainingState
 from .system import TrainingError, duration, write_failure
 
+LOG, WARNING = logging.getLogger(__name__), logging.WARNING
 #: What an image validated costs in images trained, its share of the checkpoint included: 0.48 to 0.59 in sample runs.
 VALIDATION = 0.5
 
@@ -139,6 +139,11 @@ class Progress:
             self.bar.write(text, file=self.file)
         elif self.enabled:
             say(text, self.file)
+
+    def log(self, text: str, level: int = logging.INFO) -> None:
+        """Tell the package's logger, unless the run is quiet or not the first process's."""
+        if self.enabled:
+            LOG.log(level, text)
 
     def _stop_waiting(self) -> None:
         if self.waiting is not None:
@@ -305,9 +310,8 @@ def _explained(path: Path) -> Iterator[None]:
 class TensorBoardLogger(Callback):
     """Writes TensorBoard's files; a run that is resumed continues them.
 
-    In the folder are four runs of TensorBoard, so that a card shows training, validation and test together:
-    ``training`` and ``validation``, one point an epoch; ``test``, the last; and ``steps``, one point a step. Settings
-    are in the tab HPARAMS, masks over a few test images in IMAGES.
+    A card shows four runs: ``training``, ``validation``, a point an epoch; ``test``; ``steps``, a point a step.
+    Settings are in the tab HPARAMS, masks over a few test images in IMAGES.
 
     Args:
         folder: of the event files.
@@ -369,11 +373,10 @@ class TensorBoardLogger(Callback):
     def on_end(self, result: Result) -> None:
         if result.test is not None and result.figures:
             epoch = result.selected_epoch or result.figures[-1].epoch
-            for part, value in (("loss", result.test.loss), ("accuracy", result.test.accuracy)):
-                self.writers["test"].add_scalar(f"by epoch/{part}", value, epoch)
+            self.writers["test"].add_scalar("by epoch/loss", result.test.loss, epoch)
+            self.writers["test"].add_scalar("by epoch/accuracy", result.test.accuracy, epoch)
             settings = {name: _as_hparam(value) for name, value in result.config.to_dict().items()}
-            figures = {"test accuracy": result.test.accuracy, "test loss": result.test.loss}
-            self.writers["test"].add_hparams(settings, figures, run_name=".")
+            self.writers["test"].add_hparams(settings, {"test accuracy": result.test.accuracy}, run_name=".")
         for writer in self.writers.values():
             writer.close()
 
@@ -394,21 +397,3 @@ def _silence_the_writer() -> None:
             before(failure)
 
     threading.excepthook = all_but_the_writer
-
-
-def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:
-    """Images above their masks, each mask stretched to black ... white, enlarged: float ``(3, 2 H s, N W s)`` in 0..1.
-
-    Args:
-        images: uint8 ``(N, 3, H, W)``.
-        masks: float ``(N, H, W)``.
-        scale: of the enlargement.
-
-    >>> mask_picture(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.rand(4, 8, 8)).shape
-    torch.Size([3, 48, 96])
-    """
-    low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
-    stretched = ((masks - low) / (high - low).clamp_min(1e-6)).unsqueeze(1).expand(-1, 3, -1, -1)
-    rows = torch.cat([images.cpu() / 255, stretched], dim=2)
-    rows = F.interpolate(rows, scale_factor=float(scale), mode="nearest")
-    return rows.permute(1, 2, 0, 3).flatten(2)
