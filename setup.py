@@ -124,7 +124,8 @@ class Plan:
             define_macros=macros,
             libraries=libraries,
             library_dirs=folders,
-            extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20"],
+            # GCC tells of signs that are compared in torch's headers once these are compiled apart
+            extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20", "-Wno-sign-compare"],
             extra_link_args=openmp,
             depends=[str(path) for path in sorted(native.CSRC.rglob("*.h"))],
         )
