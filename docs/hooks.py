@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Pages of the site that lie outside ``docs``, by their place in the repository.
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
-HELP = re.compile(r"^<!-- help: (\S+) -->$", re.M)
+HELP = re.compile(r"^<!-- help: (\S+)(?: (--\S+))? -->$", re.M)
 
 
 def place_in_repository(uri: str) -> str:
@@ -72,12 +72,11 @@ def on_page_markdown(text: str, page: Any, **_: Any) -> str:
         path = posixpath.normpath(posixpath.join(folder, link[1]))
         return posixpath.relpath(place_in_site(path), posixpath.dirname(uri) or ".")
 
-    return HELP.sub(lambda found: f"```text\n{help_of(found[1])}```", LINK.sub(moved, text))
+    return HELP.sub(lambda found: f"```text\n{help_of(found[1], found[2] or '--help')}```", LINK.sub(moved, text))
 
 
-def help_of(module: str) -> str:
-    """What ``python -m MODULE --help`` prints; of the trainer, ``--help-all``."""
-    flag = "--help-all" if module == "scripts.train_cifar10" else "--help"
+def help_of(module: str, flag: str) -> str:
+    """What ``python -m MODULE --help`` prints, or with another flag."""
     said = io.StringIO()
     before, sys.argv = sys.argv, [f"python -m {module}", flag]
     sys.path.insert(0, str(ROOT))

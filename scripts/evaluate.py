@@ -32,8 +32,7 @@ def run(options: argparse.Namespace) -> None:
     else:
         card = models.model_card(options.model)
         model = models.create_model(options.model, pretrained=True).eval()
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
-        normalize = Normalize(mean, std, torch.channels_last)
+        normalize = Normalize(card.mean, card.std, torch.channels_last)
         print(f"{card.name}: {card.recipe} {card.data}; {card.trained_on}")
     network = fold_for_inference(model) if options.folded else model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for mirror, what in ((False, "accuracy"), (True, "accuracy_mirrored")):

@@ -40,8 +40,7 @@ def run(options: argparse.Namespace) -> None:
     model.load_state_dict(halves)  # what is shipped is what is measured
 
     mean, std = (tuple(round(value, 6) for value in values.flatten().tolist()) for values in train.channel_stats())
-    offset, scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
-    taken = Normalize(offset, scale, torch.channels_last)
+    taken = Normalize(mean, std, torch.channels_last)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plain, mirrored = (evaluate(model, test, taken, mirror=mirror).accuracy for mirror in (False, True))
     card = ModelCard(

@@ -16,9 +16,8 @@ from scripts import evaluate as command
 @pytest.mark.parametrize("name", list_pretrained())
 def test_predicts_the_embedded_test_images_as_well_as_its_card_says_of_all(name):
     card, test = model_card(name), CIFAR10.sample("test")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (card.mean, card.std))
     model = create_model(name, pretrained=True).eval()
-    found = evaluate(fold_for_inference(model), test, Normalize(mean, std, torch.channels_last)).accuracy
+    found = evaluate(fold_for_inference(model), test, Normalize(card.mean, card.std, torch.channels_last)).accuracy
     spread = (card.accuracy * (1 - card.accuracy) / len(test)) ** 0.5
     assert abs(found - card.accuracy) < 4 * spread
     assert card.classes == test.classes

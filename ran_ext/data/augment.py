@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -19,7 +20,8 @@ class Normalize(nn.Module):
     """uint8 images to ``(image / 255 - mean) / std`` in float32.
 
     Args:
-        mean: of pixels in 0..1, of any shape that broadcasts to (C, H, W): a mean image, or (C, 1, 1) a channel.
+        mean: of pixels in 0..1, of any shape that broadcasts to (C, H, W): a mean image, or (C, 1, 1) a channel; or a
+            number a channel, as in :class:`ran_ext.models.ModelCard`.
         std: likewise; None leaves the scale.
         memory_format: of the result, ``torch.contiguous_format`` or ``torch.channels_last``.
 
@@ -31,13 +33,21 @@ class Normalize(nn.Module):
     >>> normalize = Normalize(torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5))
     >>> normalize(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).unique().round(decimals=6)
     tensor([1.])
+    >>> Normalize((0.5, 0.5, 0.5))(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)).unique()
+    tensor([0.5000])
     """
 
     scale: Tensor
     offset: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor | None = None, memory_format: torch.memory_format | None = None):
+    def __init__(
+        self,
+        mean: Tensor | Sequence[float],
+        std: Tensor | Sequence[float] | None = None,
+        memory_format: torch.memory_format | None = None,
+    ):
         super().__init__()
+        mean, std = _a_channel(mean), None if std is None else _a_channel(std)
         self.memory_format = memory_format or torch.contiguous_format
         std = torch.ones_like(mean) if std is None else std
         if not bool((std > 0).all()):
@@ -63,6 +73,10 @@ class Normalize(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """As ``forward``, in the input's own layout."""
         return torch.addcmul(self.offset, images.to(self.offset.dtype), self.scale)
+
+
+def _a_channel(values: Tensor | Sequence[float]) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.tensor(values).view(-1, 1, 1)
 
 
 class Augment(nn.Module):
