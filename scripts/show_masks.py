@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ran_ext._attention_maps import attention_maps, depths, draw_attention, png
 from ran_ext._command import Parser
 from ran_ext._files import write_atomically
 from ran_ext.data import CLASSES
 from ran_ext.data.pictures import PictureError, find_pictures, read_picture
 from ran_ext.train import CheckpointError, load_model, load_normalize
-from ran_ext.train.evaluation import attention_maps, depths, draw_attention, png
 
 #: Predictions printed for each picture.
 TOP = 3

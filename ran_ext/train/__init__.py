@@ -1,7 +1,7 @@
 """Training on CIFAR-10, in small pieces: :func:`fit` is made of the others, and each can be used alone.
 
 Each file may import those above it: ``system`` (device, processes, errors), ``config`` (the recipe as a value),
-``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy, attention maps), ``checkpoint``,
+``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy), ``checkpoint``,
 ``state`` (what a run remembers), ``report`` (what it shows), ``loop`` (:func:`fit`), ``arguments`` and ``cli``.
 
 >>> from ran_ext.data import sample

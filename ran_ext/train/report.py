@@ -16,9 +16,10 @@ from typing import Any, TextIO
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._attention_maps import attention_masks, has_attention, mask_picture, png
 from .._files import write_atomically, write_json
 from ..data import CLASSES, Normalize
-from .evaluation import EpochFigures, Result, attention_masks, has_attention, mask_picture, png
+from .evaluation import EpochFigures, Result
 from .recipe import learning_rate
 from .state import Callback, TrainingState
 from .system import TrainingError, duration, write_failure
@@ -375,15 +376,11 @@ class TensorBoardLogger(Callback):
             epoch = result.selected_epoch or result.figures[-1].epoch
             self.writers["test"].add_scalar("by epoch/loss", result.test.loss, epoch)
             self.writers["test"].add_scalar("by epoch/accuracy", result.test.accuracy, epoch)
-            settings = {name: _as_hparam(value) for name, value in result.config.to_dict().items()}
+            plain = (bool, int, float, str)  # what TensorBoard takes
+            settings = {key: v if isinstance(v, plain) else str(v) for key, v in result.config.to_dict().items()}
             self.writers["test"].add_hparams(settings, {"test accuracy": result.test.accuracy}, run_name=".")
         for writer in self.writers.values():
             writer.close()
-
-
-def _as_hparam(value: object) -> bool | int | float | str:
-    """A setting as TensorBoard takes it."""
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _silence_the_writer() -> None:
