@@ -14,20 +14,18 @@ Each file may import those above it: ``system`` (device, processes, errors), ``c
 1
 """
 
+from .._optimizers import load_optimizer, set_lr
 from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
-from .evaluation import EpochFigures, Evaluation, Result, evaluate
+from .evaluation import EarlyStopping, EpochFigures, Evaluation, Result, evaluate
 from .loop import fit
 from .recipe import (
-    EarlyStopping,
     ExponentialMovingAverage,
     build_augment,
     build_normalize,
     build_optimizer,
     learning_rate,
-    load_optimizer,
     mixup,
-    set_lr,
     train_batches,
 )
 from .report import Progress

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from .._attention_maps import attention_masks, has_attention, mask_picture, png
 from .._files import write_atomically, write_json
-from ..data import CLASSES, Normalize
-from .evaluation import EpochFigures, Result
+from ..data import Normalize
+from .evaluation import FEW_CLASSES, EpochFigures, Result, by_class
 from .recipe import learning_rate
 from .state import Callback, TrainingState
 from .system import TrainingError, duration, write_failure
@@ -279,9 +279,9 @@ def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path)
     if result.test:
         count = int(result.test.confusion.sum())
         rows.append(("test", f"loss {result.test.loss:.3f}, accuracy {result.test.accuracy:.4f} ({count:,} images)"))
-        if len(result.test.per_class) == len(CLASSES):
-            pairs = zip(CLASSES, result.test.per_class, strict=True)
-            rows.append(("by class", ", ".join(f"{name} {share:.2f}" for name, share in pairs)))
+        classes = data.get("classes", ())
+        if len(result.test.per_class) == len(classes) <= FEW_CLASSES:
+            rows.append(("by class", ", ".join(by_class(result.test, classes))))
     rate = max((row.images_per_second for row in result.figures), default=0.0)
     rows.append(("protocol", PROTOCOLS[result.config.protocol]))
     rows.append(("time", f"{duration(result.seconds)}, up to {rate:.0f} images/s in training, {result.step} step"))
