@@ -101,7 +101,7 @@ def build_parser(everything: bool = False) -> argparse.ArgumentParser:
     run.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help="the recipe to start from (default: sample or pictures, as the data are, else report)",
+        help="the recipe to start from (default: by the data: sample, pictures or report)",
     )
     run.add_argument(
         "--data",
@@ -131,7 +131,7 @@ def build_parser(everything: bool = False) -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="TOML or JSON file of settings, or another run's run.json; flags come before",
+        help="TOML or JSON file of settings, or a run's run.json; flags come before it",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
