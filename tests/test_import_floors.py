@@ -31,6 +31,7 @@ TRAIN = (
 UPWARDS = {
     ("ran_ext/__init__.py", "ran_ext.train"): "on first use, so that whoever only calls the ops imports no trainer",
     ("ran_ext/__main__.py", "ran_ext.predict"): "on first use, likewise",
+    ("ran_ext/__main__.py", "ran_ext.train.cli"): "on first use, likewise",
     ("ran_ext/_info.py", "ran_ext"): "the version, when it is printed; the package is imported by then",
 }
 PYTHON = [path for name in ("ran_ext", "benchmarks", "scripts") for path in sorted((ROOT / name).rglob("*.py"))]
