@@ -151,7 +151,7 @@ def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:
     """Images above their masks, each mask stretched to black ... white, enlarged: float ``(3, 2 H s, N W s)`` in 0..1.
 
     Args:
-        images: uint8 ``(N, 3, H, W)``.
+        images: uint8 ``(N, 3, H, W)``, or grey ones ``(N, 1, H, W)``.
         masks: float ``(N, H, W)``.
         scale: of the enlargement.
 
@@ -160,7 +160,7 @@ def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:
     """
     low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
     stretched = ((masks - low) / (high - low).clamp_min(1e-6)).unsqueeze(1).expand(-1, 3, -1, -1)
-    rows = torch.cat([images.cpu() / 255, stretched], dim=2)
+    rows = torch.cat([images.cpu().expand(-1, 3, -1, -1) / 255, stretched], dim=2)
     rows = F.interpolate(rows, scale_factor=float(scale), mode="nearest")
     return rows.permute(1, 2, 0, 3).flatten(2)
 

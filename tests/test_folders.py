@@ -3,7 +3,10 @@
 import csv
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -319,6 +322,44 @@ def test_the_command_refuses_in_one_sentence(trained, tmp_path, capsys):
     assert "--workers must be at least 0, got -1" in refused(capsys, *skip, "--workers", "-1")
     assert "count must be 0, or from 3" in refused(capsys, *skip, "--val-images", "2")
     assert "are for folders of pictures" in refused(capsys, "--data", "sample", "--image-size", "9", *run)
+
+
+def test_grey_pictures_train_with_tensorboard_too(tmp_path):
+    data = write(tmp_path / "data", 4, mode="L")
+    assert (
+        cli.main([*SMALL[:4], "--device", "cpu", "--data", str(data), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    )
+    assert load_shape(tmp_path / "run" / "model.pt") == [1, 24, 24]
+    assert (tmp_path / "run" / "tensorboard" / "test").is_dir()
+
+
+def test_ctrl_c_stops_a_run_whose_workers_read_pictures(tmp_path):
+    data, out = write(tmp_path / "data", 12, size=(80, 80)), tmp_path / "run"
+    flags = [
+        *SMALL[:2],
+        "--epochs",
+        "50",
+        "--augment",
+        "light",
+        "--workers",
+        "2",
+        "--no-tensorboard",
+        "--device",
+        "cpu",
+    ]
+    command = [sys.executable, "-m", "ran_ext", "train", "--data", str(data), "--out", str(out), *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               start_new_session=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # the workers too, as a terminal does
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, errors
+    assert errors.count("stopping after this step") == 1
+    assert "Traceback" not in errors
+    assert load_checkpoint(out / "last.pt")["epoch"] >= 1
 
 
 def evaluated(trained, *flags):

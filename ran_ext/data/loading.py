@@ -8,6 +8,7 @@ whatever the number of workers and processes, and a run that is resumed sees wha
 from __future__ import annotations
 
 import random
+import signal
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -195,6 +196,12 @@ class SeededItems(Dataset[Any]):
             return self.dataset[index]
 
 
+def leave_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the workers too: the run decides what it means, and reads on to the end of its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class EpochOrder(Sampler[list[tuple[int, int]]]):
     """The batches of one process in one epoch, as :class:`SeededItems` takes them; whole batches alone."""
 
@@ -271,6 +278,7 @@ class LoadedBatches:
                 pin_memory=self.device.type == "cuda",
                 persistent_workers=workers > 0,
                 generator=torch.Generator(),  # the default one is dropout's
+                worker_init_fn=leave_interrupts,
             )
         self.epoch = self.first_batch = 0
 
@@ -376,6 +384,7 @@ def evaluation_batches(
             num_workers=workers,
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),
+            worker_init_fn=leave_interrupts,
         )
     for given in told(iter(loader)):
         images, labels = require_batch(who, "the data set", given)

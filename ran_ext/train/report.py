@@ -174,7 +174,7 @@ def clock(seconds: float) -> str:
 
 
 PROTOCOLS = {
-    "holdout": "validated on images held out of the training set; the test set was read once, at the end",
+    "holdout": "validated on images that were not trained on; a test set, if there is one, was read once, at the end",
     "report": "validated and selected on the test set, as the report did: the figure is optimistic",
 }
 
