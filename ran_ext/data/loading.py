@@ -163,16 +163,16 @@ def seeded(seed: int) -> Iterator[None]:
     ...     bool(first == torch.rand(1))
     True
     """
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+    cpu, python, numpy = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds the GPUs too
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(cpu)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def mixed(*numbers: int) -> int:
