@@ -25,9 +25,9 @@ from ran_ext._files import write_atomically
 from ran_ext.data import Normalize, PictureFolder
 from ran_ext.data.folders import is_folder_of_classes, open_folder
 from ran_ext.data.images import Labelled
-from ran_ext.train import Evaluation, evaluate, load_model, load_normalize
+from ran_ext.train import Evaluation, evaluate, load_classes, load_model, load_normalize
 from ran_ext.train.arguments import SAMPLE
-from ran_ext.train.checkpoint import load_classes, load_shape
+from ran_ext.train.checkpoint import load_shape
 from ran_ext.train.cli import find_data
 from ran_ext.train.evaluation import confusion_csv, describe, predictions_csv
 from ran_ext.train.state import SELECTED

@@ -22,8 +22,7 @@ from ran_ext._command import Parser
 from ran_ext._files import write_atomically
 from ran_ext.data import CLASSES
 from ran_ext.data.pictures import PictureError, find_pictures, read_picture
-from ran_ext.train import CheckpointError, load_model, load_normalize
-from ran_ext.train.checkpoint import load_classes
+from ran_ext.train import CheckpointError, load_classes, load_model, load_normalize
 
 #: Predictions printed for each picture.
 TOP = 3

@@ -16,8 +16,8 @@ from PIL import Image
 from ran_ext.data import DatasetError, Images, PictureFolder, cifar100, open_data, sample
 from ran_ext.data.folders import is_folder_of_classes, open_folder
 from ran_ext.data.pictures import PictureError
-from ran_ext.train import Config, build_normalize, cli, fit, load_checkpoint
-from ran_ext.train.checkpoint import load_classes, load_shape
+from ran_ext.train import Config, build_normalize, cli, fit, load_checkpoint, load_classes
+from ran_ext.train.checkpoint import load_shape
 from ran_ext.train.recipe import fit_to_data, split
 from scripts import evaluate as evaluate_command
 

@@ -18,10 +18,10 @@ from ran_ext.train import (
     evaluate,
     fit,
     load_checkpoint,
+    load_classes,
     load_model,
     load_normalize,
 )
-from ran_ext.train.checkpoint import load_classes
 
 PLAIN = dataclasses.replace(CONFIG, augment="none", select="last")
 

@@ -15,7 +15,7 @@ Each file may import those above it: ``system`` (device, processes, errors), ``c
 """
 
 from .._optimizers import load_optimizer, set_lr
-from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
+from .checkpoint import load_checkpoint, load_classes, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
 from .evaluation import EarlyStopping, EpochFigures, Evaluation, Result, evaluate
 from .loop import fit
@@ -61,6 +61,7 @@ __all__ = [
     "fit",
     "learning_rate",
     "load_checkpoint",
+    "load_classes",
     "load_config",
     "load_model",
     "load_normalize",

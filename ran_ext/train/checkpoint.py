@@ -358,7 +358,7 @@ def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> Re
 
 
 def load_classes(checkpoint: str | Path) -> list[str] | None:
-    """The names of the classes in the order of the logits; None where the training set had none."""
+    """The names of a checkpoint's classes in the order of the logits; None where the training set had none."""
     return read_entries(checkpoint, ("classes",)).get("classes")
 
 
