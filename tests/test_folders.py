@@ -64,7 +64,7 @@ def test_small_pictures_are_held_in_memory_with_their_classes(tmp_path):
     assert torch.equal(found.train.images[8], torch.tensor(pixels))
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "Validation"])
 def test_parts_have_folders_of_their_own_and_one_numbering(tmp_path, name):
     write(tmp_path / "train")
     write(tmp_path / name, 2, classes={"ship": 8, "cat": 3})

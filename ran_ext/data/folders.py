@@ -224,57 +224,59 @@ def open_folder(
     folders = [folder.name for folder in _folders(parts["train"])]
     if classes is not None and (unknown := [name for name in folders if name not in classes]):
         raise PictureError(f"{root} has a class {unknown[0]}, and the network knows {', '.join(classes)}; rename it")
-    remarks, skipped = list[str](), list[str]()
-    listed: dict[str, list[tuple[Path, str]]] = {}
-    for part, place in parts.items():
-        listed[part] = []
-        for folder in _folders(place):
-            if folder.name not in folders:
-                raise PictureError(
-                    f"{place} has a class {folder.name}, which {parts['train']} has not; move or rename it"
-                )
-            found, others = pictures_in(folder)
-            listed[part] += [(path, folder.name) for path in found]
-            if others:
-                remarks.append(f"no pictures by their names, so left alone: {_some(others)}")
+    listed, others = _listed(parts, folders)
     facts = _look_at([path for pairs in listed.values() for path, _ in pairs], skip_broken)
     broken = {path: fact.fault for path, fact in facts.items() if fact.fault}
     if broken and not skip_broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise PictureError(f"{next(iter(broken.values()))}{more}, or leave broken ones out by --skip-broken")
-    skipped += broken.values()
     kept = {part: [pair for pair in pairs if pair[0] not in broken] for part, pairs in listed.items()}
-    empty = [name for name in folders if name not in {name for _, name in kept["train"]}]
+    there = {part: {name for _, name in pairs} for part, pairs in kept.items()}
+    empty = [name for name in folders if name not in there["train"]]
     if empty and not skip_broken:
         raise PictureError(f"class {empty[0]} has no pictures in {parts['train']}; add some, or use --skip-broken")
-    skipped += [f"class {name} has no pictures in {parts['train']}" for name in empty]
     kept = {part: [pair for pair in pairs if pair[1] not in empty] for part, pairs in kept.items()}
     full = [name for name in folders if name not in empty]
     if classes is None and len(full) < 2:
         raise PictureError(f"{root} has {len(full)} class ({', '.join(full)}); a network learns to tell two or more")
+    remarks = [f"no pictures by their names, so left alone: {_some(others)}"] if others else []
     for part in [part for part in ("val", "test") if part in parts]:
-        missing = [name for name in full if name not in {name for _, name in kept[part]}]
         if not kept[part]:
             raise PictureError(f"{parts[part]} holds no pictures; add some, or remove it")
-        if missing:
+        if missing := [name for name in full if name not in there[part]]:
             remarks.append(f"{parts[part]} has no pictures of {_some(missing)}: its figures say nothing of them")
-    seen = [facts[path] for pairs in kept.values() for path, _ in pairs]
-    side, own_channels, said = _form(seen, size)
-    for change, count in Counter(change for fact in seen for change in fact.changes).items():
-        named = [path for path, fact in facts.items() if change in fact.changes and not fact.fault]
+    seen = {path: facts[path] for pairs in kept.values() for path, _ in pairs}
+    for change, count in Counter(change for fact in seen.values() for change in fact.changes).items():
+        named = [path for path, fact in seen.items() if change in fact.changes]
         remarks.append(f"{count} {'picture' if count == 1 else 'pictures'}: {change}: {_some(named)}")
-    names, deep = list(classes or full), channels or own_channels
-    made = {part: _folder(pairs, names, side, deep) for part, pairs in kept.items()}
-    return Found(made["train"], made.get("val"), made.get("test"), (*said, *remarks), tuple(skipped), True)
+    side, own_channels, said = _form(list(seen.values()), size)
+    names, depth = list(classes or full), channels or own_channels
+    made = {part: _folder(pairs, names, side, depth) for part, pairs in kept.items()}
+    skipped = (*broken.values(), *(f"class {name} has no pictures in {parts['train']}" for name in empty))
+    return Found(made["train"], made.get("val"), made.get("test"), (*said, *remarks), skipped, True)
+
+
+def _listed(parts: dict[str, Path], classes: Sequence[str]) -> tuple[dict[str, list[tuple[Path, str]]], list[Path]]:
+    """The pictures of each part with their classes' names, and the files that are no pictures by theirs."""
+    listed: dict[str, list[tuple[Path, str]]] = {part: [] for part in parts}
+    others: list[Path] = []
+    for part, place in parts.items():
+        for folder in _folders(place):
+            if folder.name not in classes:
+                raise PictureError(f"{place} has a class {folder.name}, which {parts['train']} has not; rename it")
+            pictures, rest = pictures_in(folder)
+            listed[part] += [(path, folder.name) for path in pictures]
+            others += rest
+    return listed, others
 
 
 def _parts(root: Path) -> dict[str, Path]:
-    """The folder of each part; ``root`` itself where it has no parts."""
-    found = {}
-    for part, names in PARTS.items():
-        there = [root / name for name in names if _folders(root / name)]
-        if there:
-            found[part] = there[0]
+    """The folder of each part, in capitals or not; ``root`` itself where it has no parts."""
+    found: dict[str, Path] = {}
+    for folder in _folders(root):
+        for part, names in PARTS.items():
+            if folder.name.lower() in names and _folders(folder):
+                found.setdefault(part, folder)
     return found or {"train": root}
 
 

@@ -206,7 +206,7 @@ class EpochOrder(Sampler[list[tuple[int, int]]]):
     """The batches of one process in one epoch, as :class:`SeededItems` takes them; whole batches alone."""
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, seed: int, rank: int, world_size: int):
-        self.order = DistributedSampler[Any](dataset, world_size, rank, True, seed % 2**32, drop_last=True)
+        self.order = DistributedSampler[Any](dataset, world_size, rank, True, mixed(seed), drop_last=True)
         self.batch_size, self.seed, self.first_batch = batch_size, seed, 0
 
     def __len__(self) -> int:
