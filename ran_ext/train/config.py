@@ -177,14 +177,25 @@ class Config:
         Raises:
             ValueError: ``model_options`` do not fit the model, or it would not fit into the memory.
         """
-        options = dict(self.model_options) | ({} if self.dropout is None else {"dropout": self.dropout})
+        shapes = self.outline()
+        require_memory(sum(p.numel() for p in shapes.parameters()), 1, torch.device("cpu"))
+        return create_model(self.model, **self._options)
+
+    def outline(self) -> ResidualAttentionNetwork:
+        """The network on the meta device, without weights: its shapes alone.
+
+        Raises:
+            ValueError: ``model_options`` do not fit the model.
+        """
         try:
-            with torch.device("meta"):  # to count its parameters
-                shapes = create_model(self.model, **options)
+            with torch.device("meta"):
+                return create_model(self.model, **self._options)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise ValueError(f"Config: model_options do not fit {self.model}: {one_line(error)}") from error
-        require_memory(sum(p.numel() for p in shapes.parameters()), 1, torch.device("cpu"))
-        return create_model(self.model, **options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return dict(self.model_options) | ({} if self.dropout is None else {"dropout": self.dropout})
 
     def without_effect(self) -> dict[str, str]:
         """The settings that do nothing beside the others, and why.

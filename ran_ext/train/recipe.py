@@ -26,7 +26,6 @@ from ..data import Augment, Batches, Images, Normalize, PictureFolder, split_val
 from ..data.folders import Found
 from ..data.images import Labelled
 from ..data.loading import LoadedBatches, Source, count_batches, count_images, some_images
-from ..models import model_options
 from .config import Config
 from .system import Ranks
 
@@ -81,14 +80,14 @@ def fit_to_data(config: Config, found: Found, given: Collection[str], where: str
         ValueError: a setting contradicts the data.
     """
     train = found.train
-    defaults, network = model_options(config.model), dict(config.model_options)
-    for name, needed, what in (
-        ("num_classes", len(train.classes), "classes"),
-        ("in_channels", len(train[0][0]), "channels of the images"),
+    outline, network = config.outline(), dict(config.model_options)
+    for name, got, needed, what in (
+        ("num_classes", outline.fc.out_features, len(train.classes), "classes"),
+        ("in_channels", outline.in_channels, len(train[0][0]), "channels of the images"),
     ):
-        if (got := network.get(name, needed)) != needed:
+        if got != needed and name in network:
             raise ValueError(f"--model-option {name} must be {needed}, the {what} of {where}, got {got}")
-        if defaults.get(name, needed) != needed:
+        if got != needed:
             network[name] = needed
     changes: dict[str, Any] = {}
     if found.pictures:
