@@ -21,7 +21,6 @@ from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import _tracing, ops
-from .ops.bn_relu import settings_of, vectors_of
 from .ops.sync import sync_bn_relu, sync_bn_relu_conv2d
 
 #: Classes that are known, each with the forward that it is known by.
@@ -38,7 +37,17 @@ def bn_relu(bn: Any, x: Tensor) -> Tensor:
         return F.relu(bn(x))
     if isinstance(bn, SyncBatchNorm) and _synchronises(bn):
         return sync_bn_relu(x, bn)
-    return ops.bn_relu(x, *vectors_of(bn), **settings_of(bn))
+    return ops.bn_relu(  # name by name, here and below: to unpack bundles takes 1.2 us more, a twentieth of the call
+        x,
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
+        training=bn.training,
+        momentum=bn.momentum,
+        eps=bn.eps,
+        num_batches_tracked=bn.num_batches_tracked,
+    )
 
 
 def bn_relu_conv2d(bn: Any, conv: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -50,13 +59,19 @@ def bn_relu_conv2d(bn: Any, conv: Any, x: Tensor, residual: Tensor | None = None
         return sync_bn_relu_conv2d(x, bn, conv, residual)
     return ops.bn_relu_conv2d(
         x,
-        *vectors_of(bn),
+        bn.weight,
+        bn.bias,
+        bn.running_mean,
+        bn.running_var,
         conv.weight,
         conv.bias,
         stride=conv.stride,
         padding=conv.padding,
+        training=bn.training,
+        momentum=bn.momentum,
+        eps=bn.eps,
         residual=residual,
-        **settings_of(bn),
+        num_batches_tracked=bn.num_batches_tracked,
     )
 
 

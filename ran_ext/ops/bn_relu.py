@@ -33,7 +33,12 @@ def vectors_of(bn: Any) -> Vectors:
 
 def settings_of(bn: Any) -> Settings:
     """The other arguments of an ``nn.BatchNorm2d``."""
-    return Settings(training=bn.training, momentum=bn.momentum, eps=bn.eps, num_batches_tracked=bn.num_batches_tracked)
+    return {
+        "training": bn.training,
+        "momentum": bn.momentum,
+        "eps": bn.eps,
+        "num_batches_tracked": bn.num_batches_tracked,
+    }
 
 
 def bn_relu(
@@ -80,7 +85,12 @@ def bn_relu(
     tensor([0.0000, 1.0000])
     """
     vectors = weight, bias, running_mean, running_var
-    settings = Settings(training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked)
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
     if not _tracing.is_symbolic(x):
         check_batch_norm("bn_relu", x, vectors, settings)
     if not _backend.use_native(x, *vectors):

@@ -82,7 +82,12 @@ def bn_relu_conv2d(
     op = "bn_relu_conv2d"
     stride, padding = checks.pair(op, "stride", stride, 1), checks.pair(op, "padding", padding, 0)
     vectors = bn_weight, bn_bias, running_mean, running_var
-    settings = Settings(training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked)
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
     if not _tracing.is_symbolic(x):
         check_batch_norm(op, x, vectors, settings)
         _check_conv(x, weight, bias, stride, padding, residual)
@@ -198,7 +203,12 @@ def bn_relu_conv2d_ref(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """:func:`bn_relu_conv2d` in plain PyTorch: the fallback, and what the kernels are held to."""
-    settings = Settings(training=training, momentum=momentum, eps=eps, num_batches_tracked=num_batches_tracked)
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
     a = bn_relu_ref(x, bn_weight, bn_bias, running_mean, running_var, **settings)
     out = conv2d(a, weight, bias, stride, padding)
     return out if residual is None else out + residual
