@@ -16,7 +16,7 @@ from PIL import Image
 from ran_ext.data import DatasetError, Images, PictureFolder, cifar100, open_data, sample
 from ran_ext.data.folders import is_folder_of_classes, open_folder
 from ran_ext.data.pictures import PictureError
-from ran_ext.train import Config, build_normalize, cli, fit, load_checkpoint, load_classes
+from ran_ext.train import PRESETS, Config, build_normalize, cli, fit, load_checkpoint, load_classes
 from ran_ext.train.checkpoint import load_shape
 from ran_ext.train.recipe import fit_to_data, split
 from scripts import evaluate as evaluate_command
@@ -247,14 +247,16 @@ def test_the_command_trains_on_cifar100(hundred, tmp_path, capsys):
 
 def test_what_the_user_has_not_decided_follows_from_the_data(tmp_path):
     found = open_data(write(tmp_path, 20))
-    config = fit_to_data(Config(batch_size=32, normalize="per_channel"), found, (), "DIR")
+    pictures = PRESETS["pictures"]
+    config = fit_to_data(pictures, found, (), "DIR")
     assert config.model_options == {"num_classes": 3}
     assert (config.val_images, config.batch_size, config.augment) == (12, 8, "light")
     assert [len(part) for part in split(found, config)[:2]] == [48, 12]
     config = fit_to_data(Config(batch_size=32, augment="report"), found, ("batch_size", "augment"), "DIR")
     assert (config.val_images, config.batch_size, config.augment) == (12, 32, "report")
-    large = fit_to_data(Config(), open_data(tmp_path, size=96), (), "DIR")
-    assert large.augment == "crop"
+    large = open_data(tmp_path, size=96)
+    assert fit_to_data(pictures, large, (), "DIR").augment == "crop"
+    assert fit_to_data(Config(), large, (), "DIR").augment == "report"
     for wrong in ({"num_classes": 4}, {"in_channels": 1}):
         with pytest.raises(ValueError, match=r"--model-option (num_classes|in_channels) must be 3, the .* of DIR, got"):
             fit_to_data(Config(model_options=wrong), found, (), "DIR")

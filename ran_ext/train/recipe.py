@@ -68,7 +68,7 @@ def fit_to_data(config: Config, found: Found, given: Collection[str], where: str
     """The recipe with what follows from the data, where the user has not decided otherwise.
 
     That is the network's outputs and channels; for pictures in files also the batch, at most a quarter of them, how
-    many are held out where none are, a fifth, and the augmentation.
+    many are held out where none are, a fifth, and ``light`` for ``crop`` where they are held in memory.
 
     Args:
         config: of the run.
@@ -93,8 +93,9 @@ def fit_to_data(config: Config, found: Found, given: Collection[str], where: str
     if found.pictures:
         held_out = 0 if found.val else max(len(train.classes), round(HELD_OUT * len(train)))
         batch = 2 ** int(math.log2(max(1, (len(train) - held_out) // 4)))
-        augment = "crop" if isinstance(train, PictureFolder) else "light"
-        changes = {"val_images": held_out, "batch_size": min(config.batch_size, batch), "augment": augment}
+        changes = {"val_images": held_out, "batch_size": min(config.batch_size, batch)}
+        if config.augment == "crop" and not isinstance(train, PictureFolder):
+            changes["augment"] = "light"
     if found.val and "val_images" in given and config.val_images:
         raise ValueError(f"--val-images must be 0, got {config.val_images}: {where} has validation pictures of its own")
     if found.test is None and config.protocol == "report":
