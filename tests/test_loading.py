@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_run import CONFIG, images, network
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from ran_ext.data import Batches, Images, Normalize
 from ran_ext.data.loading import LoadedBatches, class_names, count_images, mixed, some_images
@@ -175,6 +175,15 @@ def test_a_loader_brings_its_own_batches_and_goes_on_where_it_was(tmp_path):
     done = fit(tiny(), loader, None, dataclasses.replace(PLAIN, ema=0.0), tmp_path / "b", quiet=True, resume=True)
     assert len(done.figures) == 2
     assert not done.interrupted
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_loader_that_gives_every_process_all_images_is_refused(shuffle):
+    loader = DataLoader(Shaken(), 4, shuffle=shuffle)
+    with pytest.raises(ValueError, match="must give each of 2 processes its own share, got a DataLoader without a"):
+        LoadedBatches(loader, 8, Normalize((0.5,) * 3), seed=0, world_size=2)
+    shared = DataLoader(Shaken(), 4, sampler=DistributedSampler(Shaken(), 2, 1))
+    assert len(list(LoadedBatches(shared, 8, Normalize((0.5,) * 3), seed=0, rank=1, world_size=2))) == 5
 
 
 class Stream(IterableDataset):

@@ -19,11 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
     Sampler,
+    SequentialSampler,
     TensorDataset,
     default_collate,
 )
@@ -63,7 +66,7 @@ def require_source(who: str, name: str, data: Any) -> Source:
         if not hasattr(data, "__len__"):
             raise TypeError(f"{who}: {name} must have a length, got a {type(data).__name__} without __len__")
         if len(data):
-            _require_item(who, name, data[0])
+            _require_item(who, name, first_item(data))
         return data
     kind = type(data).__name__
     if isinstance(data, IterableDataset):
@@ -100,7 +103,13 @@ def image_shape(data: Any) -> list[int] | None:
     """``(C, H, W)`` of a source's first image; None of a loader."""
     if isinstance(data, Images):
         return list(data.images.shape[1:])
-    return list(data[0][0].shape) if is_data_set(data) else None
+    return list(first_item(data)[0].shape) if is_data_set(data) else None
+
+
+def first_item(data: Dataset[Any]) -> Any:
+    """The first item of a data set, read without a change to the random generators."""
+    with seeded(0):
+        return data[0]
 
 
 def class_names(data: object) -> list[str] | None:
@@ -239,6 +248,7 @@ class LoadedBatches:
         memory_format: of floating images.
 
     Raises:
+        ValueError: a ``DataLoader`` would give every process the same images.
         ValueError (while iterating): a batch or a label does not fit, or the loader ends early.
         TypeError (while iterating): a batch is no pair of images and labels.
 
@@ -269,6 +279,11 @@ class LoadedBatches:
         #: Of the batches so far.
         self.highest_label = 0
         self.loader: Any = data
+        if world_size > 1 and _is_undivided(data):
+            raise ValueError(
+                f"fit: train_set must give each of {world_size} processes its own share, got a DataLoader without a "
+                "DistributedSampler; give the data set itself, or use one"
+            )
         if is_data_set(data):
             self.order = EpochOrder(self.loader, self.share, seed, rank, world_size)
             self.loader = DataLoader(
@@ -335,6 +350,12 @@ class LoadedBatches:
             return self.augment(images, draws=draws), labels
         assert self.augment is not None
         return self.augment(images), labels
+
+
+def _is_undivided(data: Any) -> bool:
+    """Whether a loader reads all of its data set in every process."""
+    batches = getattr(data, "batch_sampler", None)
+    return type(batches) is BatchSampler and isinstance(batches.sampler, (RandomSampler, SequentialSampler))
 
 
 def told(batches: Iterator[Any]) -> Iterator[Any]:
