@@ -246,6 +246,26 @@ def test_fit_by_graph_is_fit_eagerly(images, eager_run, stand_in, tmp_path):
     assert_same_state(load_checkpoint(tmp_path / "last.pt"), load_checkpoint(eager_run[1] / "last.pt"))
 
 
+class Read(torch.utils.data.Dataset):
+    """The same images, read one by one."""
+
+    def __init__(self, images):
+        self.images, self.labels = images.images, images.labels.tolist()
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return self.images[index] - torch.randint(2, ()).byte(), self.labels[index]
+
+
+def test_images_that_are_read_in_parts_of_a_batch_by_graph_too(images, stand_in, tmp_path):
+    config = dataclasses.replace(SHORT, accumulate=2)
+    for step in ("graph", "eager"):
+        assert run(Read(images), images, config, tmp_path / step, step=step, ranks=CPU).step == step
+    assert_same_state(load_checkpoint(tmp_path / "graph" / "last.pt"), load_checkpoint(tmp_path / "eager" / "last.pt"))
+
+
 @pytest.mark.parametrize(("first", "then", "at"), [("graph", "eager", 5), ("eager", "graph", 1)])
 def test_each_kind_resumes_the_others_checkpoints(images, eager_run, stand_in, monkeypatch, tmp_path, first, then, at):
     monkeypatch.setattr("ran_ext.train.report.Progress.due", True)  # so that the callback sees every step at once
