@@ -1,4 +1,6 @@
-"""CIFAR-10: verified files in memory, batches and augmentation on the device, and a sample that needs no download.
+"""Images in memory and in files: CIFAR-10 and CIFAR-100, folders of pictures, and a sample that needs no download.
+
+Batches and augmentation are on the device.
 
 >>> from ran_ext.data import Augment, Batches, Normalize, sample
 >>> train = sample("train")

@@ -1,4 +1,4 @@
-"""Training on CIFAR-10, in small pieces: :func:`fit` is made of the others, and each can be used alone.
+"""Training of image classifiers, in small pieces: :func:`fit` is made of the others, and each can be used alone.
 
 Each file may import those above it: ``system`` (device, processes, errors), ``config`` (the recipe as a value),
 ``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy), ``checkpoint``,
