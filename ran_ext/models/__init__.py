@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from .cifar import ResidualAttentionNetwork, ran_base, ran_compact, ran_paper
@@ -47,6 +48,20 @@ def create_model(name: str, *, pretrained: bool = False, **options: Any) -> Resi
     return model
 
 
+def model_options(name: str) -> dict[str, Any]:
+    """The options of a network's builder, with their defaults.
+
+    Raises:
+        ValueError: there is no such network.
+
+    >>> model_options("ran_compact")["num_classes"]
+    10
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"model_options: no model named {name!r}; there are {', '.join(list_models())}")
+    return {option.name: option.default for option in inspect.signature(_REGISTRY[name]).parameters.values()}
+
+
 __all__ = [
     "ModelCard",
     "ResidualAttentionNetwork",
@@ -54,6 +69,7 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "model_card",
+    "model_options",
     "ran_base",
     "ran_compact",
     "ran_paper",
