@@ -44,12 +44,11 @@ def upsample_add(
     """
     if _tracing.is_symbolic(lower):
         return _plain(lower, skip, size, interpolation)
-    checks.choice("upsample_add", "interpolation", interpolation, checks.INTERPOLATIONS)
     if skip is None:
         checks.tensor("upsample_add", "lower", lower)
     else:
         lower, skip = checks.alike("upsample_add", ("lower", "skip"), lower, skip)
-    height, width = _check(lower, skip, size)
+    height, width = _check(lower, skip, size, interpolation)
     # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if interpolation == "bilinear" or torch.compiler.is_compiling() or not _backend.use_native(lower, skip):
         return _plain(lower, skip, (height, width), interpolation)
@@ -60,7 +59,7 @@ def upsample_add_ref(
     lower: Tensor, skip: Tensor | None = None, size: Sequence[int] | None = None, interpolation: str = "nearest"
 ) -> Tensor:
     """:func:`upsample_add` in plain PyTorch: the fallback, and what the kernels are held to."""
-    return _plain(lower, skip, _check(lower, skip, size), interpolation)
+    return _plain(lower, skip, _check(lower, skip, size, interpolation), interpolation)
 
 
 def _plain(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None, interpolation: str) -> Tensor:
@@ -76,8 +75,9 @@ def _plain(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None, inter
     return wide if skip is None else wide + skip
 
 
-def _check(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None) -> tuple[int, int]:
-    """Height and width of the result; raises where ``size`` or a shape does not fit."""
+def _check(lower: Tensor, skip: Tensor | None, size: Sequence[int] | None, interpolation: str) -> tuple[int, int]:
+    """Height and width of the result; raises where an argument does not fit."""
+    checks.choice("upsample_add", "interpolation", interpolation, checks.INTERPOLATIONS)
     if lower.dim() != 4 or 0 in lower.shape[1:]:
         raise ValueError(
             f"upsample_add: lower must be (N, C, H, W) with at least one channel and pixel, got {list(lower.shape)}"
