@@ -34,7 +34,9 @@ def attach_attention(
 
     The module is a child of the layer, ``attached_attention``. So all keys of the ``state_dict`` stay what they were,
     and a checkpoint from before loads with ``strict=False``; one from after loads after the same call. In an
-    ``nn.Sequential`` the child is one member more, the last; elsewhere a forward hook on the layer calls it.
+    ``nn.Sequential`` the child is one member more, the last; elsewhere a forward hook on the layer calls it. A layer
+    that ran in one op with its neighbours (a converted network, this package's modules) runs by itself then, and may
+    round otherwise.
 
     Args:
         model: any network. Make the optimizer afterwards, or give it the new parameters.
@@ -113,9 +115,9 @@ class AttachedAttention(nn.Module):
         self.gain = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.gain.view(1, -1, 1, 1)
+        gain = self.gain.to(x.dtype).view(1, -1, 1, 1)  # under autocast x may be narrower
         off = gain == 0
-        change = self.module(x) - x
+        change = self.module(x).to(x.dtype) - x
         step = gain * torch.where(off & ~change.isfinite(), torch.zeros_like(change), change)
         # Where off, -0.0 with the gradient of step: x + -0.0 is x to the bit, of either sign.
         return x + torch.where(off, -(step.detach() - step), step)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ran_ext import AttachedAttention, attach_attention, convert
+from ran_ext import AttachedAttention, attach_attention, convert, explain, fold_for_inference
 from ran_ext.models import ran_compact
 from ran_ext.nn import AttentionModule
 
@@ -159,10 +159,37 @@ def test_dtype_and_device_are_the_networks():
     assert attach_attention(shapes, ["stem"], channels=[16]).stem.attached_attention.gain.is_meta
 
 
-def test_behind_layers_of_converted_networks_and_of_this_packages_own():
-    model = attached().eval()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_dtypes_and_bits_stay(dtype):
+    model = Residual().eval()
+    twin, outs = attached(copy.deepcopy(model), depth=2), []
+    for network in (model, twin):
+        network.block.register_forward_hook(lambda _layer, _args, out: outs.append(out))
+        with torch.autocast("cpu", dtype):
+            outs.append(network(IMAGES))
+    assert {out.dtype for out in outs} == {dtype}
+    assert torch.equal(outs[0].view(torch.int16), outs[2].view(torch.int16))
+    assert torch.equal(outs[1], outs[3])
+
+
+def test_folds_for_inference_and_explains(capsys):
+    torch.manual_seed(0)
+    model, images = ran_compact(width=0.125).eval(), torch.randn(2, 3, 32, 32)
+    attach_attention(model, ["conv1", "stage1.0.conv2", "stage2", "stage3.1"], images)
     with torch.no_grad():
-        for name in WHERE:
+        for name, p in model.named_parameters():
+            if name.endswith("attached_attention.gain"):
+                p.normal_()
+        torch.testing.assert_close(fold_for_inference(model)(images), model(images), rtol=1e-4, atol=1e-4)
+    explain(model, images)
+    assert "stage2.attached_attention.module.gate" in capsys.readouterr().out
+
+
+def test_behind_layers_of_converted_networks_and_of_this_packages_own():
+    where = [*WHERE, "bn"]
+    model = attach_attention(Residual(), where, IMAGES).eval()
+    with torch.no_grad():
+        for name in where:
             model.get_parameter(f"{name}.attached_attention.gain").normal_()
         expected = model(IMAGES)
         torch.testing.assert_close(convert(copy.deepcopy(model))(IMAGES), expected, rtol=1e-4, atol=1e-5)

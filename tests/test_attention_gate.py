@@ -83,9 +83,7 @@ def test_bilinear_masks(scale, dtype, layout, backend):
 
 def test_interpolation_is_a_choice():
     trunk, mask = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)
-    with pytest.raises(
-        ValueError, match="attention_gate: interpolation must be one of 'nearest', 'bilinear'"
-    ):
+    with pytest.raises(ValueError, match="attention_gate: interpolation must be one of 'nearest', 'bilinear'"):
         ops.attention_gate(trunk, mask, 2, "bi")
     with pytest.raises(ValueError, match=r"attention_gate: mask must be \[1, 2, 2, 2\]"):
         ops.attention_gate(trunk, trunk, 2, "bilinear")
