@@ -59,7 +59,7 @@ def test_with_units_across_the_masks_parameters_are_those_of_the_authors_caffe_n
 )
 def test_cifar_parameters(name, modules, parameters, paper):
     model = made(name)
-    found, _ = figures(model, 32)
+    found = sum(p.numel() for p in model.parameters())
     assert found == parameters
     assert found == pytest.approx(paper, rel=0.12)
     assert depth_of_trunk(model) == 36 * modules + 20 == int(name.removeprefix("attention").removesuffix("_cifar"))
@@ -230,8 +230,7 @@ def test_masks_pool_deeper_where_the_resolution_is_larger():
     assert set(depths(attention92_cifar(width=0.125)).values()) == {3, 2, 1}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "layout"), [("default", "channels_last"), *((form, "contiguous") for form in FORMS)])
 def test_folds_for_inference(form, layout):
     model, x = attention56(width=0.125, **FORMS[form]), torch.randn(2, 3, 33, 40).to(memory_format=LAYOUTS[layout])
     with torch.no_grad():
@@ -242,11 +241,11 @@ def test_folds_for_inference(form, layout):
 
 @pytest.mark.parametrize("options", [{}, {"attention": "channel"}, {"attention": "spatial", "residual": False}])
 def test_maps_and_explanation_know_the_form(options, capsys):
-    model, x = attention92_cifar(width=0.125, **options), torch.randn(2, 3, 16, 16)
+    model, x = attention56(width=0.125, **options), torch.randn(2, 3, 33, 33)
     maps = attention_maps(model, x)
-    assert len(maps) == 6
+    assert len(maps) == 3
     for found in maps.values():
-        assert found.mask.shape == (2, 16, 16)
+        assert found.mask.shape == (2, 33, 33)
     if options.get("attention") == "channel":  # L2-normalised: not a sigmoid's (0, 1)
         assert min(found.mask.min() for found in maps.values()) < 0
     explain(model, x)

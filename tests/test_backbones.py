@@ -1,5 +1,7 @@
 """Attention in other backbones and along time: values of plain PyTorch, and training as without attention."""
 
+import doctest
+
 import pytest
 import torch
 from torch import nn
@@ -134,6 +136,10 @@ def test_the_loss_falls_on_real_data_as_without_attention(case):
     for row in found:
         assert row["loss_last"] < row["loss_first"]
     assert found[0]["loss_last"] < found[1]["loss_last"] + 0.1
+
+
+def test_examples_of_the_command():
+    assert doctest.testmod(attention_gain).failed == 0
 
 
 def test_the_command_measures_what_is_missing(tmp_path, capsys, monkeypatch):
