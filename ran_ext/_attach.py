@@ -88,7 +88,7 @@ def attach_attention(
         like = next((p for p in (*layer.parameters(), *inner.parameters()) if p.is_floating_point()), torch.empty(0))
         attached = AttachedAttention(module, width).to(device=like.device, dtype=like.dtype)
         layer.add_module(NAME, attached.train(layer.training))
-        if type(layer).forward is not nn.Sequential.forward:
+        if not _runs_members(layer):
             layer.register_forward_hook(_attended)
     return model
 
@@ -145,8 +145,18 @@ def _layers(model: nn.Module, where: Sequence[str]) -> dict[str, nn.Module]:
                 f"attach_attention: {name} is a {type(layer).__name__}, whose members the network calls one by one: "
                 "name one of them"
             )
+        if isinstance(layer, nn.Sequential) and not _runs_members(layer):
+            raise ValueError(
+                f"attach_attention: {name} is a {type(layer).__name__}, an nn.Sequential with a forward of its own, "
+                "which may run its members as it likes: name one of them"
+            )
         found[name] = layer
     return found
+
+
+def _runs_members(layer: nn.Module) -> bool:
+    """Whether ``layer`` runs its members one after the other, and so what is added as the last."""
+    return type(layer).forward is nn.Sequential.forward and "forward" not in vars(layer)
 
 
 def _each(name: str, value: Any, where: Sequence[str]) -> list[int]:

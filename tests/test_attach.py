@@ -235,6 +235,17 @@ def test_errors(call, text):
         call()
 
 
+def test_a_sequential_that_runs_its_members_in_its_own_way_is_refused():
+    class Twice(nn.Sequential):
+        def forward(self, x):
+            return super().forward(super().forward(x))
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Twice(nn.Conv2d(8, 8, 1)))
+    with pytest.raises(ValueError, match=r"1 is a Twice, an nn\.Sequential with a forward of its own"):
+        attach_attention(model, ["1"], IMAGES)
+    assert attach_attention(model, ["0"], IMAGES)(IMAGES).shape == (4, 8, 14, 11)
+
+
 def test_no_module_is_an_error():
     with pytest.raises(TypeError, match=r"attach_attention: model must be an nn\.Module, got list"):
         attach_attention([], ["0"], IMAGES)
