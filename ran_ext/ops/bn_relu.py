@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _backend, _tracing
+from .._paths import gpu_paths
 from . import _checks as checks
 
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
@@ -73,7 +74,7 @@ def bn_relu(
             num_batches_tracked=num_batches_tracked,
         )
     mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
-    out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, False, running, momentum, eps)[0]
+    out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, False, running, momentum, eps, gpu_paths(x))[0]
     return out
 
 
