@@ -148,8 +148,8 @@ ran_ext.info()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: {info}; --help explains every flag"),
-        (["inf"], "argument {info}: invalid choice: 'inf'"),
+        ([], "the following arguments are required: {info,tune}; --help explains every flag"),
+        (["inf"], "argument {info,tune}: invalid choice: 'inf'"),
         (["info", "--brief"], "unrecognized arguments: --brief; --help explains every flag"),
     ],
 )
