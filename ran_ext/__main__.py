@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
     tuning = commands.add_parser(
         "tune",
-        help="measure which paths of a network are fastest on this machine, and keep them: see tune --help",
-        description="Measure every path that the passes of a network's training step can take, and keep the times in "
-        "the user's cache folder: later processes on this machine take the fastest.",
+        help="measure which paths of a network are fastest on this machine, and keep them",
+        description="Measure every path that the passes of a network's training step can take, and keep\n"
+        "the times in the user's cache folder: later processes on this machine take the fastest.",
     )
     tuning.add_argument("--model", choices=models.list_models(), default="ran_compact", help="(default: ran_compact)")
     tuning.add_argument("--batch", type=whole_number, default=128, help="images of a step (default: 128)")
@@ -42,7 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuning.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
     tuning.add_argument("--threads", type=whole_number, default=None, help="of the CPU (default: torch's)")
     tuning.add_argument("--rounds", type=whole_number, default=ROUNDS, help=f"timings of a path (default: {ROUNDS})")
-    options = parser.parse_args(argv)
+    parser.epilog = tuning.format_help()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:  # the subcommand's own parser knows which flag is near
+        (tuning if options.command == "tune" else parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "info":
         info()
     else:
