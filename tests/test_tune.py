@@ -231,6 +231,27 @@ def test_other_threads_keep_their_paths_while_one_tries():
     assert torch.equal(found[0], by_rule)
 
 
+@pytest.mark.gpu
+def test_a_gpu_tunes_what_it_meets_under_cudnn_benchmark(monkeypatch):
+    """Once, outside of capture; explain says so."""
+    if not _backend.cuda_built():
+        pytest.skip(f"no CUDA kernels: {_backend.why_not_native('cuda')}")
+    module = layer(1).to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+    x = images().to("cuda", torch.bfloat16).requires_grad_()
+    _measured.load(0)
+    module(x).sum().backward()
+    assert _measured._tuned[0] == {}
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module(x).sum().backward()
+    held = dict(_measured._tuned[0])
+    assert {"forward", "dgrad", "wgrad"} <= {shape[2] for shape in held}
+    assert all({"library", "product"} == times.keys() for shape, times in held.items() if shape[2] == "forward")
+    module(x).sum().backward()
+    assert _measured._tuned[0] == held
+    [row] = _explain.layers(module, x)
+    assert all(why.endswith("tuned here") for _, why in row.paths.values())
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
