@@ -145,7 +145,7 @@ def test_the_number_of_threads_is_part_of_a_shape():
 def test_each_convolution_s_paths_agree(name, dtype, recwarn):
     _measured.load(CPU)
     allowed = ["library", "f2x2", *(["product"] if name == "wgrad" else [])]
-    times = _candidates.measure(shape_of(name, dtype), allowed, rounds=1)
+    times = _candidates.measure(shape_of(name, dtype), allowed, "library", rounds=1)
     assert list(times) == allowed
     assert not recwarn.list
 
@@ -175,7 +175,7 @@ def test_a_wrong_path_is_left_out_with_a_warning(monkeypatch):
 
     monkeypatch.setattr(_candidates, "_run", wrong)
     with pytest.warns(RuntimeWarning, match="f2x2 of forward in float32 .* left out: its relative error is 0.001"):
-        times = _candidates.measure(shape_of(), ["library", "f2x2"], rounds=1)
+        times = _candidates.measure(shape_of(), ["library", "f2x2"], "library", rounds=1)
     assert list(times) == ["library"]
 
 
@@ -191,7 +191,7 @@ def test_a_path_that_runs_out_of_memory_is_left_out(monkeypatch, fails):
 
     monkeypatch.setattr(_candidates, "_run", scarce)
     with pytest.warns(RuntimeWarning, match=r"left out: CUDA out of memory. Tried to allocate 2.00 GiB") as said:
-        times = _candidates.measure(shape_of(), ["library", "f2x2"], rounds=1)
+        times = _candidates.measure(shape_of(), ["library", "f2x2"], "library", rounds=1)
     assert list(times) == (["library"] if fails == "f2x2" else [])
     assert len(said) == 1
 
@@ -200,7 +200,7 @@ def test_a_path_that_runs_out_of_memory_is_left_out(monkeypatch, fails):
 def test_a_shape_too_large_for_memory_is_left_out(monkeypatch):
     huge = (2**15, 2**10, 2**10, 32, 32, 3, 3, 1, 1, 1, 1)
     with pytest.warns(RuntimeWarning, match="all paths of forward in float32 at x .* left out: .*memory"):
-        assert _candidates.measure(shape_of(sizes=huge), ["library", "f2x2"], rounds=1) == {}
+        assert _candidates.measure(shape_of(sizes=huge), ["library", "f2x2"], "library", rounds=1) == {}
 
 
 @has_winograd
