@@ -35,8 +35,8 @@ def rows(batches: list[int], dtypes: list[torch.dtype], device: torch.device, ro
         for dtype in dtypes:
             with torch.autocast(device.type, dtype):
                 asked = passes(model, (images,))
-            for shape, allowed, _ in asked:
-                row = _measured.as_row(shape, measure(shape, allowed, rounds))
+            for shape, allowed, rule in asked:
+                row = _measured.as_row(shape, measure(shape, allowed, rule, rounds))
                 print(json.dumps(row), file=sys.stderr, flush=True)
                 found += [row] if row["us"] else []
     return found

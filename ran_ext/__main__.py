@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
     tuning = commands.add_parser(
         "tune",
-        help="measure which paths of a network are fastest on this machine, and keep them: see tune --help",
-        description="Measure every path that the passes of a network's training step can take, and keep the times in "
-        "the user's cache folder: later processes on this machine take the fastest.",
+        help="measure which paths of a network are fastest on this machine, and keep them",
+        description="Measure every path that the passes of a network's training step can take, and keep\n"
+        "the times in the user's cache folder: later processes on this machine take the fastest.",
     )
     tuning.add_argument("--model", choices=models.list_models(), default="ran_compact", help="(default: ran_compact)")
     tuning.add_argument("--batch", type=whole_number, default=128, help="images of a step (default: 128)")
@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuning.add_argument("--rounds", type=whole_number, default=ROUNDS, help=f"timings of a path (default: {ROUNDS})")
     commands.add_parser("train", help="train a network: see train --help")
     commands.add_parser("predict", help="what a network sees in pictures: see predict --help")
-    options = parser.parse_args(argv)
+    parser.epilog = tuning.format_help()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:  # the subcommand's own parser knows which flag is near
+        (tuning if options.command == "tune" else parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "info":
         info()
     else:

@@ -34,15 +34,17 @@ FLOOR = {torch.float64: 1e-14, torch.float32: 5e-7, torch.float16: 6e-4, torch.b
 Call = Callable[[], Tensor]
 
 
-def measure(shape: Shape, allowed: Sequence[str], rounds: int = ROUNDS) -> Times:
-    """Microseconds of a pass on each of the paths ``allowed``: the least of the rounds.
+def measure(shape: Shape, allowed: Sequence[str], rule: str, rounds: int = ROUNDS) -> Times:
+    """Microseconds of a pass on each of the paths ``allowed``: medians of the rounds, but of ``rule`` the least.
+
+    So a path that replaces the one of the rule is faster beyond doubt, also on a machine where other programs run.
 
     Results come first: against float64, each may be off by at most twice the library's own error (of BN-ReLU: that of
     the kernels which stream). A path that is off by more, fails, or runs out of memory is left out, with a warning; all
     are, where the library's is.
 
     >>> shape = (CPU, torch.get_num_threads(), "conv2d_forward", "float32", (1, 8, 8, 16, 16, 3, 3, 1, 1, 1, 1))
-    >>> list(measure(shape, ["library"], rounds=1)) if _backend._C else ["library"]
+    >>> list(measure(shape, ["library"], "library", rounds=1)) if _backend._C else ["library"]
     ['library']
     """
     device = torch.device("cpu") if shape[0] == CPU else torch.device("cuda", shape[0])
@@ -54,7 +56,7 @@ def measure(shape: Shape, allowed: Sequence[str], rounds: int = ROUNDS) -> Times
             most = max(2 * _error(_run(base, call), exact), FLOOR[getattr(torch, shape[3])])
             right = [path for path in allowed if path == base or _is_right(shape, path, call, exact, most)]
             del exact
-            return _timed({path: functools.partial(_run, path, call) for path in right}, rounds, device)
+            return _timed({path: functools.partial(_run, path, call) for path in right}, rule, rounds, device)
         except RuntimeError as error:  # out of memory, too
             _warn(shape, "all paths", one_line(error))
             return {}
@@ -222,11 +224,8 @@ def _gradient(out: Tensor, of: Tensor, dout: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ the clock
 
 
-def _timed(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> Times:
-    """Paths take turns, in random order, lest one always falls on the time slices of other programs.
-
-    The least time of each counts, as in ``timeit``: other programs only ever add to a time.
-    """
+def _timed(calls: dict[str, Callable[[], object]], rule: str, rounds: int, device: torch.device) -> Times:
+    """Paths take turns, in random order, lest one always falls on the time slices of other programs."""
     seconds = _seconds_on(device)
     once = min(seconds(call, 1) for call in calls.values())
     repeats = min(MOST_REPEATS, max(1, round(LEAST / max(once, 1e-9))))
@@ -237,7 +236,8 @@ def _timed(calls: dict[str, Callable[[], object]], rounds: int, device: torch.de
             break
         for path in order.sample(list(calls), len(calls)):
             times[path].append(seconds(calls[path], repeats))
-    return {path: round(1e6 * min(row), 2) for path, row in times.items()}
+    found = {path: min(row) if path == rule else statistics.median(row) for path, row in times.items()}
+    return {path: round(1e6 * seconds, 2) for path, seconds in found.items()}
 
 
 def _are_apart(times: Sequence[Sequence[float]]) -> bool:
@@ -251,13 +251,14 @@ def _are_apart(times: Sequence[Sequence[float]]) -> bool:
 
 
 def _seconds_on(device: torch.device) -> Callable[[Callable[[], object], int], float]:
-    """The clock of a device: seconds of one of so many calls."""
+    """The clock of a device: seconds of one of so many calls; of one thread, while it runs and not while it waits."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
     def cpu(call: Callable[[], object], repeats: int) -> float:
-        begin = time.perf_counter()
+        begin = clock()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - begin) / repeats
+        return (clock() - begin) / repeats
 
     if device.type == "cpu":
         return cpu
@@ -278,7 +279,7 @@ def _seconds_on(device: torch.device) -> Callable[[Callable[[], object], int], f
 
 def tune_unknown(shape: Shape, allowed: Sequence[str], rule: str) -> None:
     """Tune a shape where a pass first meets it; the kernels call this under ``torch.backends.cudnn.benchmark``."""
-    rows = [(shape, measure(shape, allowed))]
+    rows = [(shape, measure(shape, allowed, rule))]
     _measured.add(shape[0], rows)
     if rows[0][1]:
         _measured.save(shape[0], rows)

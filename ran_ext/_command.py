@@ -47,9 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one line, with the nearest flag where there is one, and exit with status 2."""
-        commands = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        parsers = [self, *(parser for named in commands for parser in named.values())]
-        flags = [flag for parser in parsers for action in parser._actions for flag in action.option_strings]
+        flags = [flag for action in self._actions for flag in action.option_strings]
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         near = difflib.get_close_matches(unknown[1], flags, 1) if unknown else []
         hint = f"; did you mean {near[0]}?" if near else ""

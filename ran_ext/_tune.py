@@ -67,9 +67,10 @@ def tune(model: nn.Module, *inputs: Tensor, rounds: int = _candidates.ROUNDS) ->
     rule chooses that was made on other machines. A training step of a copy of ``model`` (in evaluation: a forward pass)
     tells which passes there are, under the autocast that is on; ``model`` and torch's random numbers are left as they
     are. Then each pass runs on random tensors of the same shape: the library's convolution, products, Winograd's tiles;
-    on a GPU fused kernels and the library's, tensors held in shared memory and streamed. Paths take turns; the least
-    time of each counts. A path that is off by more than twice PyTorch's own error is left out, with a warning, and what
-    :func:`ran_ext.set_conv3x3` forbids is never taken, however fast it is.
+    on a GPU fused kernels and the library's, tensors held in shared memory and streamed. Paths take turns; a path
+    replaces the one of the rule where its median time is less than the least time of that, by 3 % or more. A path that
+    is off by more than twice PyTorch's own error is left out, with a warning, and what :func:`ran_ext.set_conv3x3`
+    forbids is never taken, however fast it is.
 
     The measurements hold from now on in this process, and are kept in ``$XDG_CACHE_HOME/ran_ext/tuning.json``
     (``~/.cache/ran_ext/tuning.json``), where later processes find them: for the same processor or GPU, number of
@@ -92,9 +93,11 @@ def tune(model: nn.Module, *inputs: Tensor, rounds: int = _candidates.ROUNDS) ->
 
     Source: as ``torch.backends.cudnn.benchmark``; for a network as a whole, Ansel et al. 2014, OpenTuner.
 
-    >>> unit = nn.Sequential(ran_ext.nn.BNReLUConv2d(32, 32, 3, padding=1)).to(memory_format=torch.channels_last)
+    >>> from ran_ext.nn import BNReLUConv2d
+    >>> unit = BNReLUConv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     >>> images = torch.randn(2, 32, 8, 8).to(memory_format=torch.channels_last)
-    >>> tuning = ran_ext.tune(unit, images, rounds=1)  # doctest: +SKIP
+    >>> sorted(one.shape[2] for one in tune(unit, images, rounds=1).passes)
+    ['dgrad', 'forward', 'wgrad']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"tune: model must be an nn.Module, got {type(model).__name__}")
@@ -112,7 +115,7 @@ def tune(model: nn.Module, *inputs: Tensor, rounds: int = _candidates.ROUNDS) ->
     kernels: Any = _backend._C
     found: dict[int, list[TunedPass]] = collections.defaultdict(list)
     for shape, allowed, rule in tqdm(asked, desc="tune", unit="pass", leave=False, disable=None):
-        if times := _candidates.measure(shape, allowed, rounds):
+        if times := _candidates.measure(shape, allowed, rule, rounds):
             _measured.add(shape[0], [(shape, times)])
             found[shape[0]].append(TunedPass(shape, kernels.chosen_path(shape, allowed, rule), rule, times))
     path: Path | None = None

@@ -77,7 +77,7 @@ int main() {
   // A path is tried by one thread, where it is allowed.
   try_path(Path::f2x2);
   EXPECT(is(wgrad({Path::library, Path::f2x2, Path::f4x4}), Path::f2x2, Source::tried));
-  EXPECT(is(wgrad({Path::library, Path::f4x4}), Path::library, Source::rule));
+  EXPECT(is(wgrad({Path::library, Path::f4x4}), Path::f4x4, Source::tuned));
   std::thread([&] { EXPECT(is(wgrad({Path::library, Path::f4x4}), Path::f4x4, Source::tuned)); }).join();
   try_path(std::nullopt);
   // An unknown shape is tuned where it is met, once, if that is asked for, whatever comes of it.

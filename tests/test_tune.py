@@ -145,7 +145,7 @@ def test_the_number_of_threads_is_part_of_a_shape():
 def test_each_convolution_s_paths_agree(name, dtype, recwarn):
     _measured.load(CPU)
     allowed = ["library", "f2x2", *(["product"] if name == "wgrad" else [])]
-    times = _candidates.measure(shape_of(name, dtype), allowed, rounds=1)
+    times = _candidates.measure(shape_of(name, dtype), allowed, "library", rounds=1)
     assert list(times) == allowed
     assert not recwarn.list
 
@@ -175,7 +175,7 @@ def test_a_wrong_path_is_left_out_with_a_warning(monkeypatch):
 
     monkeypatch.setattr(_candidates, "_run", wrong)
     with pytest.warns(RuntimeWarning, match="f2x2 of forward in float32 .* left out: its relative error is 0.001"):
-        times = _candidates.measure(shape_of(), ["library", "f2x2"], rounds=1)
+        times = _candidates.measure(shape_of(), ["library", "f2x2"], "library", rounds=1)
     assert list(times) == ["library"]
 
 
@@ -191,7 +191,7 @@ def test_a_path_that_runs_out_of_memory_is_left_out(monkeypatch, fails):
 
     monkeypatch.setattr(_candidates, "_run", scarce)
     with pytest.warns(RuntimeWarning, match=r"left out: CUDA out of memory. Tried to allocate 2.00 GiB") as said:
-        times = _candidates.measure(shape_of(), ["library", "f2x2"], rounds=1)
+        times = _candidates.measure(shape_of(), ["library", "f2x2"], "library", rounds=1)
     assert list(times) == (["library"] if fails == "f2x2" else [])
     assert len(said) == 1
 
@@ -200,7 +200,7 @@ def test_a_path_that_runs_out_of_memory_is_left_out(monkeypatch, fails):
 def test_a_shape_too_large_for_memory_is_left_out(monkeypatch):
     huge = (2**15, 2**10, 2**10, 32, 32, 3, 3, 1, 1, 1, 1)
     with pytest.warns(RuntimeWarning, match="all paths of forward in float32 at x .* left out: .*memory"):
-        assert _candidates.measure(shape_of(sizes=huge), ["library", "f2x2"], rounds=1) == {}
+        assert _candidates.measure(shape_of(sizes=huge), ["library", "f2x2"], "library", rounds=1) == {}
 
 
 @has_winograd
@@ -229,6 +229,27 @@ def test_other_threads_keep_their_paths_while_one_tries():
 
     assert not torch.equal(_candidates._run("library", call), by_rule)
     assert torch.equal(found[0], by_rule)
+
+
+@pytest.mark.gpu
+def test_a_gpu_tunes_what_it_meets_under_cudnn_benchmark(monkeypatch):
+    """Once, outside of capture; explain says so."""
+    if not _backend.cuda_built():
+        pytest.skip(f"no CUDA kernels: {_backend.why_not_native('cuda')}")
+    module = layer(1).to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
+    x = images().to("cuda", torch.bfloat16).requires_grad_()
+    _measured.load(0)
+    module(x).sum().backward()
+    assert _measured._tuned[0] == {}
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    module(x).sum().backward()
+    held = dict(_measured._tuned[0])
+    assert {"forward", "dgrad", "wgrad"} <= {shape[2] for shape in held}
+    assert all({"library", "product"} == times.keys() for shape, times in held.items() if shape[2] == "forward")
+    module(x).sum().backward()
+    assert _measured._tuned[0] == held
+    [row] = _explain.layers(module, x)
+    assert all(why.endswith("tuned here") for _, why in row.paths.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

@@ -116,13 +116,13 @@ void set_measuring(std::function<void(int64_t)> load, Tune tune) {
 
 Choice choose_measured(const PassShape& shape, Paths allowed, Path rule, bool tunes_now) {
   if (allowed.one_at_most()) return {rule, Source::only};
-  if (tried) return allowed.has(*tried) ? Choice{*tried, Source::tried} : Choice{rule, Source::rule};
+  if (tried && allowed.has(*tried)) return {*tried, Source::tried};
   if (state().records) {
     const std::unique_lock lock(state().mutex);
     state().recorded[shape] = {shape, allowed, rule};
   }
   auto found = find_loaded(shape, allowed, rule);
-  if (const Tune tune = tunes_now && !state().records ? tuner_of_unknown(shape) : Tune()) {
+  if (const Tune tune = tunes_now && !tried && !state().records ? tuner_of_unknown(shape) : Tune()) {
     tune(shape, allowed, rule);
     found = find_loaded(shape, allowed, rule);
   }
