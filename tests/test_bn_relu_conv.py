@@ -158,9 +158,7 @@ def test_opcheck(case, layout):
         )
     for options in ({"bn_weight": g_, "bn_bias": b_}, {"mean": mean, "var": var, "residual": r_}):
         geometry = {"stride": stride, "padding": padding}
-        torch.library.opcheck(
-            torch.ops.ran_ext.bn_relu_conv2d, (x_, w_, bias_), {"running": [], **options, **geometry}
-        )
+        torch.library.opcheck(torch.ops.ran_ext.bn_relu_conv2d, (x_, w_, bias_), {"running": [], **options, **geometry})
     dout = torch.randn_like(r)
     for wanted, fork in (([True] * 3, None), ([True, False, False], x.clone()), ([False, True, True], None)):
         torch.library.opcheck(

@@ -1,5 +1,6 @@
 """2x2 max-pooling against plain PyTorch: values, gradients, layouts, NaN and ties, derivatives, compile, errors."""
 
+import large
 import pytest
 import torch
 from accuracy import DTYPES, LAYOUTS, strided_views
@@ -157,7 +158,7 @@ def test_compiled_op_checks_for_itself(args, kind, text):
 
 @pytest.mark.slow
 def test_more_than_two_to_the_31_elements():
-    x = torch.zeros(1, 1, 2**16, 2**15 + 1, dtype=torch.bfloat16)  # 4 GiB
+    x = large.zeros(*large.MORE_THAN_INT32)
     x[0, 0, -1, -1] = 3
     out = ops.max_pool2d(x)
     assert out[0, 0, -1, -1] == 3

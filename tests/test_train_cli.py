@@ -309,7 +309,7 @@ def test_environment_says_which_backend_runs():
 
 
 def test_settings_come_from_a_file_and_flags_come_before_them(few_images, tmp_path):
-    (tmp_path / "mine.toml").write_text('epochs = 3\nlr = 0.5\nmodel_options = {width = 0.25, conv_bias = false}\n')
+    (tmp_path / "mine.toml").write_text("epochs = 3\nlr = 0.5\nmodel_options = {width = 0.25, conv_bias = false}\n")
     flags = ["--data", "sample", "--out", str(tmp_path / "run"), "--config", str(tmp_path / "mine.toml")]
     options = parse([*flags, "--lr", "0.25", "--model-option", "width=0.125"])
     assert (options.config.epochs, options.config.lr) == (3, 0.25)

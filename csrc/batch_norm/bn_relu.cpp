@@ -40,6 +40,11 @@ Tensor dense_activation(const char* op, const Tensor& x) {
   return dense(x);
 }
 
+Asked asked_of(const char* op, int64_t paths) {
+  RAN_CHECK_VALUE(0 <= paths && paths <= Asked::kMost, op, "paths must be from 0 to ", Asked::kMost, ", got ", paths);
+  return Asked::of(paths);
+}
+
 void check_statistics(const char* op, const OptTensor& mean, const OptTensor& var) {
   RAN_CHECK_VALUE(present(mean) == present(var), op, "mean and var must be given both or neither");
 }
@@ -75,9 +80,10 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x, const OptTensor& weight,
-                                                 const OptTensor& bias, double eps, const Running& running) {
+                                                 const OptTensor& bias, double eps, const Running& running,
+                                                 [[maybe_unused]] const Asked& asked) {
 #ifdef RAN_WITH_CUDA
-  if (auto found = cuda_bn_relu_resident(op, x, weight, bias, eps, running)) return *found;
+  if (auto found = cuda_bn_relu_resident(op, x, weight, bias, eps, running, asked.bn_relu)) return *found;
 #endif
   const auto [mean, var] = batch_norm_stats(x, running);
   return {bn_relu_apply(x, {op, x, weight, bias, mean, var, eps}), mean, var};
@@ -127,10 +133,10 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 }
 
 BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,
-                               const BatchNormArgs& bn, bool batch_stats) {
+                               const BatchNormArgs& bn, bool batch_stats, [[maybe_unused]] const Asked& asked) {
 #ifdef RAN_WITH_CUDA
   if (batch_stats)
-    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, residual, bn)) return *sums;
+    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, residual, bn, asked.bn_relu)) return *sums;
 #endif
   const BackwardSums sums = bn_relu_sums(dout, x, bn);
   bn_relu_dx(dx, dout, x, residual, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));

@@ -7,7 +7,6 @@
 
 #include "../batch_norm/cuda.h"
 #include "../common/cuda_launch.h"
-#include "../common/measured.h"
 #include "../cuda/conv1x1.h"
 
 namespace ran {
@@ -32,14 +31,6 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
 
 Tensor aligned(const Tensor& t) { return on_16_bytes(t) ? t : t.clone(at::MemoryFormat::Preserve); }
 Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
-
-constexpr TwoPaths kPaths{"RAN_EXT_CONV1X1", "fused", "library"};
-
-Measured measured_pass(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  constexpr const char* kNames[] = {"forward", "dgrad", "wgrad", "gate"};  // in the order of ConvPass
-  const cuda::Conv1x1Shape shape = shape_of(x, weight, conv.stride[0]);
-  return {architecture(kOp), dtype_of(x, kOp, "x"), kNames[int(pass)], shape.rows(), shape.c_in, shape.c_out};
-}
 
 ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
   return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kOp};
@@ -72,23 +63,38 @@ struct ForwardInputs {
 
 }  // namespace
 
-ConvPath choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (weight.size(2) != 1 || weight.size(3) != 1 || conv.padding[0] != 0 || conv.padding[1] != 0 ||
-      conv.stride[0] != conv.stride[1])
-    return ConvPath::library_shape;
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
+namespace {
+
+// Of a pass that there are kernels for, unless they refuse the shape.
+ConvChoice fused_or_library(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                            int64_t scale = 1) {
   const c10::cuda::CUDAGuard guard(x.device());
   if (!cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), nullptr))
-    return ConvPath::library_refused;
-  const Decision decision = decide(measured_pass(pass, x, weight, conv), kPaths);
-  return decision == Decision::fused_asked || decision == Decision::fused_faster ? ConvPath::product
-                                                                                 : ConvPath::library_decided;
+    return {ConvPath::library_refused};
+  if (conv.asked.conv1x1 == Conv1x1Asked::fused) return {ConvPath::product, Source::asked};
+  if (conv.asked.conv1x1 == Conv1x1Asked::library) return {ConvPath::library_decided, Source::asked};
+  PassShape shape = pass_shape(Pass(int(pass)), x, weight, conv);
+  if (pass == ConvPass::gate) shape.sizes[7] = shape.sizes[8] = scale;
+  const Choice choice = choose_measured(shape, {Path::library, Path::product}, Path::library, tunes_at_first_call());
+  return {choice.path == Path::product ? ConvPath::product : ConvPath::library_decided, choice.source};
 }
 
-ConvPath choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
-  if (scale > 2) return ConvPath::library_apart;
-  if (!trunk.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
-  return choose_cuda_conv1x1(ConvPass::gate, x, weight, {{1, 1}, {0, 0}});
+}  // namespace
+
+ConvChoice choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (weight.size(2) != 1 || weight.size(3) != 1 || conv.padding[0] != 0 || conv.padding[1] != 0 ||
+      conv.stride[0] != conv.stride[1])
+    return {ConvPath::library_shape};
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {ConvPath::library_layout};
+  return fused_or_library(pass, x, weight, conv);
+}
+
+ConvChoice choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale,
+                                    const Asked& asked) {
+  if (scale > 2) return {ConvPath::library_apart};
+  if (!trunk.is_contiguous(at::MemoryFormat::ChannelsLast) || !x.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return {ConvPath::library_layout};
+  return fused_or_library(ConvPass::gate, x, weight, {{1, 1}, {0, 0}, asked}, scale);
 }
 
 std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
@@ -97,11 +103,8 @@ std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x,
     return "only 1x1 convolutions without padding, of one stride in height and width, have fused kernels";
   const c10::cuda::CUDAGuard guard(x.device());
   std::string why;
-  if (path == ConvPath::library_refused)
-    cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), &why);
-  else
-    why = describe(measured_pass(pass, x, weight, conv), kPaths);
-  return why.empty() ? "no measurement of these channels on this architecture (RAN_EXT_CONV1X1=fused tries it)" : why;
+  cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), &why);
+  return why;
 }
 
 void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,

@@ -15,13 +15,13 @@ cpu::ConvShape shape_of(const Tensor& x, int64_t co) {
 }
 
 // The tile's m of the Winograd kernel that x and a weight of this shape at stride 1 and padding 1 take; 0 for none.
-int64_t conv3x3_tile(const Tensor& x, const Tensor& weight, int64_t mode) {
+int64_t conv3x3_tile(const Tensor& x, const Tensor& weight, int64_t paths) {
   const bool fits = x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast) && weight.dim() == 4 &&
                     weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
                     weight.scalar_type() == x.scalar_type();
   if (!fits) return 0;
-  return int64_t(
-      choose_conv3x3(ConvPass::forward, dtype_of(x, kOp, "x"), shape_of(x, weight.size(0)), conv3x3_mode(kOp, mode)));
+  return int64_t(choose_conv3x3(ConvPass::forward, dtype_of(x, kOp, "x"), shape_of(x, weight.size(0)),
+                                asked_of(kOp, paths).conv3x3));
 }
 
 // The panels of a weight for a kernel of tiles of m x m outputs, as conv3x3_tile says.
@@ -68,7 +68,7 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
-  m.def("conv3x3_tile(Tensor x, Tensor weight, int mode) -> int");
+  m.def("conv3x3_tile(Tensor x, Tensor weight, int paths) -> int");
   m.def("conv3x3_pack(Tensor weight, Tensor x, int tile) -> Tensor");
   m.def("conv3x3_packed(Tensor x, Tensor panels, Tensor bias, bool with_relu) -> Tensor");
 }

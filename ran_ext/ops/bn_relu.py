@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any, TypedDict
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _backend, _tracing
+from .._paths import gpu_paths
 from . import _checks as checks
 
+#: What a batch normalisation has for each channel: weight, bias, running_mean, running_var.
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _CONV_VECTORS = ("bn_weight", "bn_bias", "running_mean", "running_var")
+
+
+class Settings(TypedDict):
+    """The other arguments of a batch normalisation, as :func:`bn_relu` names them."""
+
+    training: bool
+    momentum: float | None
+    eps: float
+    num_batches_tracked: Tensor | None
+
+
+def vectors_of(bn: Any) -> Vectors:
+    """The arguments for each channel of an ``nn.BatchNorm2d``."""
+    return bn.weight, bn.bias, bn.running_mean, bn.running_var
+
+
+def settings_of(bn: Any) -> Settings:
+    """The other arguments of an ``nn.BatchNorm2d``."""
+    return {
+        "training": bn.training,
+        "momentum": bn.momentum,
+        "eps": bn.eps,
+        "num_batches_tracked": bn.num_batches_tracked,
+    }
 
 
 def bn_relu(
@@ -56,24 +85,21 @@ def bn_relu(
     >>> bn_relu(x, None, None, None, None, training=True).flatten()
     tensor([0.0000, 1.0000])
     """
+    vectors = weight, bias, running_mean, running_var
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
     if not _tracing.is_symbolic(x):
-        training, momentum, eps = check_batch_norm(
-            "bn_relu", x, weight, bias, running_mean, running_var, training, momentum, eps, num_batches_tracked
-        )
-    if not _backend.use_native(x, weight, bias, running_mean, running_var):
-        return bn_relu_ref(
-            x,
-            weight,
-            bias,
-            running_mean,
-            running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            num_batches_tracked=num_batches_tracked,
-        )
-    mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
-    out: Tensor = torch.ops.ran_ext.bn_relu(x, weight, bias, mean, var, False, running, momentum, eps)[0]
+        check_batch_norm("bn_relu", x, vectors, settings)
+    if not _backend.use_native(x, *vectors):
+        return bn_relu_ref(x, *vectors, **settings)
+    mean, var, running = split_statistics(vectors, settings)
+    out: Tensor = torch.ops.ran_ext.bn_relu(
+        x, weight, bias, mean, var, False, running, settings["momentum"], settings["eps"], gpu_paths(x)
+    )[0]
     return out
 
 
@@ -106,15 +132,14 @@ def bn_relu_ref(
     return F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, batch_stats, factor, eps))
 
 
-def split_statistics(
-    training: bool, running_mean: Tensor | None, running_var: Tensor | None, num_batches_tracked: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+def split_statistics(vectors: Vectors, settings: Settings) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Mean and variance to normalise with, or None for the batch's own; and what the batch's are blended into."""
+    _, _, running_mean, running_var = vectors
     if running_mean is None or running_var is None:
         return None, None, []
-    if not training:
+    if not settings["training"]:
         return running_mean, running_var, []
-    return None, None, [t for t in (running_mean, running_var, num_batches_tracked) if t is not None]
+    return None, None, [t for t in (running_mean, running_var, settings["num_batches_tracked"]) if t is not None]
 
 
 def in_backward() -> bool:
@@ -124,28 +149,19 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def check_batch_norm(
-    op: str,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    num_batches_tracked: Tensor | None,
-) -> tuple[bool, float | None, float]:
-    """Raise what :func:`bn_relu` documents, in the name of ``op``; ``training``, ``momentum``, ``eps`` as Python's."""
+def check_batch_norm(op: str, x: Tensor, vectors: Vectors, settings: Settings) -> None:
+    """Raise what :func:`bn_relu` documents, in the name of ``op``; makes Python's numbers of those in ``settings``."""
     checks.activation(op, "x", x)
-    names = _CONV_VECTORS if op.endswith("conv2d") else _VECTORS
-    checks.vectors(op, x, names, (weight, bias, running_mean, running_var))
+    checks.vectors(op, x, _CONV_VECTORS if op.endswith("conv2d") else _VECTORS, vectors)
+    _, _, running_mean, running_var = vectors
+    training, momentum, eps = settings["training"], settings["momentum"], settings["eps"]
+    num_batches_tracked = settings["num_batches_tracked"]
     if training is not True and training is not False:
-        training = checks.flag(op, "training", training)
+        settings["training"] = training = checks.flag(op, "training", training)
     if momentum is not None and type(momentum) is not float:
-        momentum = checks.number(op, "momentum", momentum)
+        settings["momentum"] = momentum = checks.number(op, "momentum", momentum)
     if type(eps) is not float:
-        eps = checks.number(op, "eps", eps)
+        settings["eps"] = eps = checks.number(op, "eps", eps)
     if running_mean is None or running_var is None:
         if running_mean is not running_var:
             raise ValueError(f"{op}: running_mean and running_var must be given both or neither")
@@ -175,4 +191,3 @@ def check_batch_norm(
         n, _, h, w = x.shape
         if n * h * w == 1:
             raise ValueError(f"{op}: expected more than 1 value per channel when training, got x {list(x.shape)}")
-    return training, momentum, eps

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _backend, _tracing
+from .. import _backend, _paths, _tracing
 from . import _checks as checks
 from ._convolution import conv2d
-from .bn_relu import bn_relu_ref, check_batch_norm, split_statistics
+from .bn_relu import Settings, bn_relu_ref, check_batch_norm, settings_of, split_statistics, vectors_of
 
 
 class BatchStatistics(NamedTuple):
@@ -81,29 +81,21 @@ def bn_relu_conv2d(
     """
     op = "bn_relu_conv2d"
     stride, padding = checks.pair(op, "stride", stride, 1), checks.pair(op, "padding", padding, 0)
+    vectors = bn_weight, bn_bias, running_mean, running_var
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
     if not _tracing.is_symbolic(x):
-        training, momentum, eps = check_batch_norm(
-            op, x, bn_weight, bn_bias, running_mean, running_var, training, momentum, eps, num_batches_tracked
-        )
+        check_batch_norm(op, x, vectors, settings)
         _check_conv(x, weight, bias, stride, padding, residual)
-    if not _backend.use_native(x, bn_weight, bn_bias, running_mean, running_var, weight, bias, residual):
+    if not _backend.use_native(x, *vectors, weight, bias, residual):
         return bn_relu_conv2d_ref(
-            x,
-            bn_weight,
-            bn_bias,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            stride=stride,
-            padding=padding,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            residual=residual,
-            num_batches_tracked=num_batches_tracked,
+            x, *vectors, weight, bias, stride=stride, padding=padding, residual=residual, **settings
         )
-    mean, var, running = split_statistics(training, running_mean, running_var, num_batches_tracked)
+    mean, var, running = split_statistics(vectors, settings)
     out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
         x,
         weight,
@@ -113,12 +105,12 @@ def bn_relu_conv2d(
         bn_bias=bn_bias,
         mean=mean,
         var=var,
-        momentum=momentum,
-        eps=eps,
+        momentum=settings["momentum"],
+        eps=settings["eps"],
         residual=residual,
         stride=stride,
         padding=padding,
-        conv3x3=_backend.conv3x3_mode(),
+        paths=_paths.paths(x),
     )[0]
     return out
 
@@ -159,44 +151,36 @@ def chained_bn_relu_conv2d(
     torch.Size([2, 8, 4, 4])
     """
     op = "bn_relu_conv2d"
-    running_mean, running_var = (None, None) if statistics else (bn.running_mean, bn.running_var)
-    momentum, eps = bn.momentum, bn.eps
+    vectors, settings = vectors_of(bn), settings_of(bn)
+    settings["training"] = True
+    if statistics:
+        vectors = *vectors[:2], None, None
+    stride, padding = conv.stride, conv.padding
     if not _tracing.is_symbolic(x):
-        _, momentum, eps = check_batch_norm(
-            op, x, bn.weight, bn.bias, running_mean, running_var, True, momentum, eps, bn.num_batches_tracked
-        )
-        _check_conv(x, conv.weight, conv.bias, conv.stride, conv.padding, residual)  # type: ignore[arg-type]
-    if not _backend.use_native(x, bn.weight, bn.bias, running_mean, running_var, conv.weight, conv.bias, residual):
+        check_batch_norm(op, x, vectors, settings)
+        _check_conv(x, conv.weight, conv.bias, stride, padding, residual)  # type: ignore[arg-type]
+    if not _backend.use_native(x, *vectors, conv.weight, conv.bias, residual):
         out = bn_relu_conv2d_ref(
             x,
-            bn.weight,
-            bn.bias,
-            running_mean,
-            running_var,
+            *vectors,
             conv.weight,
             conv.bias,
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            training=True,
-            momentum=momentum,
-            eps=eps,
+            stride=stride,  # type: ignore[arg-type]
+            padding=padding,  # type: ignore[arg-type]
             residual=residual,
-            num_batches_tracked=bn.num_batches_tracked,
+            **settings,
         )
         return Chained(out, None, x)
     mean, var = statistics or (None, None)
-    _, _, running = split_statistics(True, running_mean, running_var, bn.num_batches_tracked)
-    _, _, next_running = (
-        split_statistics(True, next_bn.running_mean, next_bn.running_var, next_bn.num_batches_tracked)
-        if next_bn
-        else (None, None, [])
-    )
-    norm = (bn.weight, bn.bias, mean, var, True, running, momentum, eps)
+    running, next_running = split_statistics(vectors, settings)[2], []
+    if next_bn:
+        next_running = split_statistics(vectors_of(next_bn), {**settings_of(next_bn), "training": True})[2]
+    norm = (bn.weight, bn.bias, mean, var, True, running, settings["momentum"], settings["eps"])
     of_next = (next_bn is not None, next_running, next_bn.momentum if next_bn else None)
     # An output that is the input is autograd's alone: a traced graph could not say so.
     fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     out, _, _, next_mean, next_var, identity = torch.ops.ran_ext._chained_bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, conv.stride, conv.padding, *of_next, fork, _backend.conv3x3_mode()
+        x, *norm, conv.weight, conv.bias, residual, stride, padding, *of_next, fork, _paths.paths(x)
     )
     return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 
@@ -219,17 +203,13 @@ def bn_relu_conv2d_ref(
     num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """:func:`bn_relu_conv2d` in plain PyTorch: the fallback, and what the kernels are held to."""
-    a = bn_relu_ref(
-        x,
-        bn_weight,
-        bn_bias,
-        running_mean,
-        running_var,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        num_batches_tracked=num_batches_tracked,
-    )
+    settings: Settings = {
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "num_batches_tracked": num_batches_tracked,
+    }
+    a = bn_relu_ref(x, bn_weight, bn_bias, running_mean, running_var, **settings)
     out = conv2d(a, weight, bias, stride, padding)
     return out if residual is None else out + residual
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .. import _backend
 from ._convolution import bounded, conv2d, is_faulty
-from .bn_relu import check_batch_norm, in_backward
+from .bn_relu import check_batch_norm, in_backward, settings_of, vectors_of
 
 
 def sync_bn_relu(x: Tensor, bn: nn.SyncBatchNorm) -> Tensor:
@@ -58,9 +58,7 @@ def sync_bn_relu_conv2d(x: Tensor, bn: nn.SyncBatchNorm, conv: nn.Conv2d, residu
 
 def _merged_stats(op: str, x: Tensor, bn: nn.SyncBatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count of each channel over all processes; the running statistics are updated."""
-    check_batch_norm(
-        op, x, bn.weight, bn.bias, bn.running_mean, bn.running_var, False, bn.momentum, bn.eps, bn.num_batches_tracked
-    )
+    check_batch_norm(op, x, vectors_of(bn), {**settings_of(bn), "training": False})
     with torch.no_grad():
         count = x.numel() // max(1, x.shape[1])
         mean, var = _stats(x)
