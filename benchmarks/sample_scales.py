@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from ran_ext import get_conv3x3, set_conv3x3
-from ran_ext._backend import CONV3X3_MODES
 from ran_ext._command import Parser
+from ran_ext._paths import CONV3X3_MODES
 from ran_ext.train import PRESETS, Config, Ranks, fit
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ran_ext import _backend
+from ran_ext import _backend, _measured
 from ran_ext.train import Ranks
 from ran_ext.train.system import environment as versions
 
@@ -160,5 +160,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         **versions(Ranks(0, 1, device)),
         "cores": os.cpu_count(),
         "compiler": built.COMPILER if built else None,
+        "tuned_passes": _measured.in_use(_measured.CPU if device.type == "cpu" else device.index or 0),
         "load_average": os.getloadavg(),
     }

@@ -3,10 +3,10 @@
 
 #include "common/kernels.h"
 #include "conv/choose.h"
+#include "measuring.h"
 #include "ops/deferred.h"
 #ifdef RAN_WITH_CUDA
 #include "batch_norm/cuda.h"
-#include "common/measured.h"
 #endif
 
 namespace {
@@ -24,53 +24,49 @@ py::dict build_info() {
   return info;
 }
 
-// What a pass runs on: whether that is a fused kernel, and why; for ran_ext.explain.
-using Explained = std::pair<bool, std::string>;
+std::string name_of(ran::Source source) { return ran::kSourceNames[int(source)]; }
 
+// What a pass runs on: whether that is a fused kernel, why, and from where the choice comes; for ran_ext.explain.
+using Explained = std::tuple<bool, std::string, std::string>;
+
+// `with_norm`: with BN-ReLU before it.
 std::vector<Explained> explain_conv(const at::Tensor& x_, const at::Tensor& weight, std::vector<int64_t> stride,
-                                    std::vector<int64_t> padding, int64_t conv3x3) {
+                                    std::vector<int64_t> padding, int64_t paths, bool with_norm) {
   constexpr const char* kOp = "explain_conv";
-  const ran::Convolution conv{stride, padding, ran::conv3x3_mode(kOp, conv3x3)};
+  const ran::Convolution conv{stride, padding, ran::asked_of(kOp, paths)};
   ran::check_convolution(kOp, x_, weight, conv);
   const at::Tensor x = ran::dense(x_);
   std::vector<Explained> passes;
   for (const auto pass : {ran::ConvPass::forward, ran::ConvPass::dgrad, ran::ConvPass::wgrad}) {
-    const ran::ConvPath path = ran::choose_conv(pass, x, weight, conv);
-    passes.emplace_back(ran::is_fused(path), ran::describe(path, pass, x, weight, conv));
+    const ran::ConvChoice choice =
+        with_norm ? ran::choose_conv(pass, x, weight, conv) : ran::choose_plain_conv(pass, x, weight, conv);
+    passes.emplace_back(ran::is_fused(choice), ran::describe(choice, pass, x, weight, conv), name_of(choice.source));
   }
   return passes;
 }
 
 // Of a 1x1 convolution and the gate behind it: whether one kernel does both.
-Explained explain_conv_gate(const at::Tensor& trunk_, const at::Tensor& x_, const at::Tensor& weight, int64_t scale) {
+Explained explain_conv_gate(const at::Tensor& trunk_, const at::Tensor& x_, const at::Tensor& weight, int64_t scale,
+                            int64_t paths) {
   const at::Tensor trunk = ran::dense(trunk_), x = ran::dense(x_);
-  const ran::ConvPath path = ran::choose_conv_gate(trunk, x, weight, scale);
-  return {ran::is_fused(path), ran::describe(path, ran::ConvPass::gate, x, weight, {{1, 1}, {0, 0}})};
+  const ran::ConvChoice choice =
+      ran::choose_conv_gate(trunk, x, weight, scale, ran::asked_of("explain_conv_gate", paths));
+  const std::string why = ran::describe(choice, ran::ConvPass::gate, x, weight, {{1, 1}, {0, 0}});
+  return {ran::is_fused(choice), why, name_of(choice.source)};
 }
 
 #ifdef RAN_WITH_CUDA
 
 // Forward and backward of BN-ReLU: whether one kernel holds x (and its gradient) in shared memory.
-std::vector<Explained> explain_bn_relu(const at::Tensor& x_) {
+std::vector<Explained> explain_bn_relu(const at::Tensor& x_, int64_t paths) {
   const at::Tensor x = ran::dense(x_);
   const c10::DeviceGuard guard(x.device());
   std::vector<Explained> passes;
   for (const bool backward : {false, true}) {
-    const ran::BnReluPath path = ran::choose_bn_relu(x, backward);
-    passes.emplace_back(path == ran::BnReluPath::resident, ran::describe(path, x, backward));
+    const ran::BnReluChoice choice = ran::choose_bn_relu(x, backward, ran::asked_of("explain_bn_relu", paths).bn_relu);
+    passes.emplace_back(choice.path == ran::BnReluPath::resident, ran::describe(choice), name_of(choice.source));
   }
   return passes;
-}
-
-using Entry = std::tuple<int, std::string, std::string, int64_t, int64_t, int64_t, double, double>;
-
-// arch, dtype, pass, rows, c_in, c_out, fused_us, library_us.
-void set_dispatch_table(const std::vector<Entry>& entries) {
-  std::vector<ran::Measured> table;
-  for (const auto& [arch, dtype, pass, rows, c_in, c_out, fused, library] : entries)
-    table.push_back(
-        {arch, dtype == "bfloat16" ? ran::DType::bf16 : ran::DType::f16, pass, rows, c_in, c_out, fused, library});
-  ran::set_measured(std::move(table));
 }
 
 #endif
@@ -82,8 +78,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_conv", &explain_conv);
   m.def("explain_conv_gate", &explain_conv_gate);
   m.def("set_deferred_history", &ran::set_deferred_history);
+  ran::bind_measuring(m);
 #ifdef RAN_WITH_CUDA
   m.def("explain_bn_relu", &explain_bn_relu);
-  m.def("set_dispatch_table", &set_dispatch_table);
 #endif
 }

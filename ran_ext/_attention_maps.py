@@ -56,9 +56,9 @@ def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]
     maps: dict[str, AttentionMaps] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             trunk, mask = inputs
-            parts = (trunk.float().abs(), mask.float().sigmoid(), output.float().abs())
+            parts = (trunk.float().abs(), module.weights(trunk, mask.float()), output.float().abs())
             means = (part.mean(1, keepdim=True) for part in parts)
             maps[name] = AttentionMaps(
                 *(F.interpolate(mean, size=images.shape[-2:], mode="nearest").squeeze(1) for mean in means)

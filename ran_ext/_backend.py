@@ -21,7 +21,6 @@ from ._choice import Choose, Setting
 from ._tracing import why_watched
 
 BACKENDS = ("auto", "native", "reference")
-CONV3X3_MODES = ("fast", "strict", "library")  # as in csrc/conv/convolution.h
 
 
 def _is_beside(name: str) -> bool:
@@ -112,21 +111,9 @@ _C: ModuleType | None
 #: Why the native backend is missing: "" where it is loaded.
 why_missing: str
 _C, why_missing = _load()
-#: What the choice between fused and library convolutions on a GPU rests on.
-DISPATCH_FILE = Path(__file__).with_name("dispatch.json")
-
-
-def dispatch_table() -> list[tuple[int, str, str, int, int, int, float, float]]:
-    """The measurements of ``dispatch.json``: arch, dtype, pass, rows, c_in, c_out, fused_us, library_us."""
-    keys = ("arch", "dtype", "pass", "rows", "c_in", "c_out", "fused_us", "library_us")
-    rows = json.loads(DISPATCH_FILE.read_text())["measured"]
-    return [tuple(row[key] for key in keys) for row in rows]
-
 
 #: Whether the compiled module holds CUDA kernels, and why not; kept, since torch.compile cannot trace the question.
 _cuda_built = _C is not None and _C.build_info()["cuda"] is not None
-if _C is not None and _cuda_built:
-    _C.set_dispatch_table(dispatch_table())
 _why_no_cuda = getattr(built_for(), "WHY_NO_CUDA", "") or "built without CUDA"
 
 
@@ -210,49 +197,6 @@ def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for ``x``'s device; torch raises an error for a device without autocast, such as meta."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
-_conv3x3 = Setting("conv3x3", "fast")
-
-
-class set_conv3x3(Choose):
-    """Choose how accurate, and how fast, 3x3 convolutions in float32 are on the CPU; as a context manager, inside it.
-
-    It concerns stride 1 and padding 1 on channels_last tensors, forward and backward, both as chosen at the forward
-    call. Error below is the root of the mean square against float64, on dense inputs; ``explain`` prints what each pass
-    of a layer takes. A block holds in its own thread (or asyncio task); a call outside of blocks for the process.
-
-    Args:
-        mode: ``"fast"`` (the default: Winograd's F(4x4, 3x3) or F(2x2, 3x3), whichever is fastest at no more than twice
-            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times) or ``"library"``
-            (PyTorch's convolution).
-
-    Raises:
-        ValueError: ``mode`` is none of these.
-
-    Source: Lavin and Gray 2016, arXiv:1509.09308.
-
-    >>> with set_conv3x3("strict"):
-    ...     get_conv3x3()
-    'strict'
-    """
-
-    setting = _conv3x3
-
-    def __init__(self, mode: str):
-        if mode not in CONV3X3_MODES:
-            raise ValueError(f"set_conv3x3: mode must be one of {', '.join(CONV3X3_MODES)}, got {mode!r}")
-        super().__init__(mode)
-
-
-def get_conv3x3() -> str:
-    """The mode of 3x3 convolutions chosen here: ``"fast"``, ``"strict"`` or ``"library"``."""
-    return _conv3x3.chosen()
-
-
-def conv3x3_mode() -> int:
-    """The same as the ops take it: its place in ``CONV3X3_MODES``."""
-    return CONV3X3_MODES.index(_conv3x3.chosen())
 
 
 _initial = os.environ.get("RAN_EXT_BACKEND") or "auto"

@@ -19,10 +19,12 @@ from ._explain_converted import (
     fused_paths,
     is_converted,
     is_taken,
+    joined,
     norm_paths,
     plain_paths,
     taken_paths,
 )
+from ._paths import gpu_paths
 from ._wrappers import copied, eagerly, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
@@ -197,6 +199,8 @@ def _paths(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) 
         return plain_paths(module, x)
     if missing := _why_plain(x):
         return dict.fromkeys(PASSES, (PLAIN, missing))
+    if call.op == "attention_gate" and module.why_plain:
+        return dict.fromkeys(("forward", "dgrad"), (PLAIN, f"{module.why_plain}: runs as written"))
     if call.op == "attention_gate":
         if call.conv is not None and not _fusion.why_watched(x):
             return {"forward": _gate_path(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}
@@ -208,8 +212,8 @@ def _paths(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) 
         return _conv_paths(module, x)
     kernels: Any = _backend._C
     if x.is_cuda:
-        paths = zip(("forward", "dgrad"), kernels.explain_bn_relu(x), strict=True)
-        return {one: (FUSED, "" if held else f"streamed: {why}") for one, (held, why) in paths}
+        passes = zip(("forward", "dgrad"), kernels.explain_bn_relu(x, gpu_paths(x)), strict=True)
+        return {one: (FUSED, joined("" if held else f"streamed: {why}", source)) for one, (held, why, source) in passes}
     return {"forward": (FUSED, ""), "dgrad": (FUSED, "")}
 
 
@@ -227,8 +231,10 @@ def _gate_path(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[st
     if trunk.dtype != dtype:
         return FUSED, "the convolution before it apart: trunk is wider"
     kernels: Any = _backend._C
-    both, why = kernels.explain_conv_gate(trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor)
-    return FUSED, f"{'with' if both else 'without'} the convolution before it: {why}"
+    both, why, source = kernels.explain_conv_gate(
+        trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor, gpu_paths(x)
+    )
+    return FUSED, joined(f"{'with' if both else 'without'} the convolution before it: {why}", source)
 
 
 def _why_plain(x: Tensor) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import _backend
 from ._converted import Converted, Convolving
 from ._deferred import FUSED, RECOMPUTED, Deferred
+from ._paths import paths
 
 PASSES = ("forward", "dgrad", "wgrad")
 LIBRARY = "library"
@@ -22,35 +23,39 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(module, Converted) for module in model.modules())
 
 
-def kernel_paths(conv: Any, x: Tensor) -> list[tuple[bool, str]]:
-    """Whether each pass of a convolution (with or without BN-ReLU) takes a kernel, and why."""
+def kernel_paths(conv: Any, x: Tensor, with_norm: bool) -> list[tuple[bool, str, str]]:
+    """Whether each pass of a convolution (with or without BN-ReLU) takes a kernel, why, and who chose."""
     weight, kernels = conv.weight.to(x.dtype), _backend._C
     assert kernels is not None
-    found: list[tuple[bool, str]] = kernels.explain_conv(x, weight, conv.stride, conv.padding, _backend.conv3x3_mode())
-    return found
+    return kernels.explain_conv(x, weight, conv.stride, conv.padding, paths(x), with_norm)  # type: ignore[no-any-return]
 
 
 def fused_paths(conv: Any, x: Tensor, remark: str = "") -> Paths:
     """Of a convolution with BN-ReLU before it."""
-    paths: Paths = {}
-    for one, (fused, why) in zip(PASSES, kernel_paths(conv, x), strict=True):
+    found: Paths = {}
+    for one, (fused, why, source) in zip(PASSES, kernel_paths(conv, x, True), strict=True):
         # Winograd's kernels differ in accuracy; of the others there is one.
         why = why if not fused or why.startswith("Winograd") else ""
-        paths[one] = FUSED if fused else LIBRARY, "; ".join(part for part in (why, remark) if part)
-    return paths
+        found[one] = FUSED if fused else LIBRARY, joined(why, source, remark)
+    return found
 
 
 def plain_paths(conv: Any, x: Tensor) -> Paths:
     """Of a convolution that takes a tensor as it is: the library's but for 3x3 kernels."""
-    paths: Paths = dict.fromkeys(PASSES, (LIBRARY, ""))
+    found: Paths = dict.fromkeys(PASSES, (LIBRARY, ""))
     if Convolving not in type(conv).__mro__ or not x.is_cpu or not _backend.use_native(x):
-        return paths
+        return found
     if conv.weight.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous(memory_format=torch.channels_last)
-    for one, (_, why) in zip(PASSES, kernel_paths(conv, x), strict=True):
-        if why.startswith("Winograd"):
-            paths[one] = "fast", why
-    return paths
+    for one, (fused, why, source) in zip(PASSES, kernel_paths(conv, x, False), strict=True):
+        if fused or source:
+            found[one] = "fast" if fused else LIBRARY, joined(why, source)
+    return found
+
+
+def joined(*parts: str) -> str:
+    """What there is to say."""
+    return "; ".join(part for part in parts if part)
 
 
 def taken_paths(conv: Any, x: Deferred, outcome: str) -> tuple[str, Paths]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import _backend, _tracing
+from . import _backend, _paths, _tracing
 from ._kept import Kept
 
 
@@ -64,7 +64,7 @@ class FoldedConv2d(Evaluation):
     def _tile(self, x: Tensor) -> int:
         """m of the Winograd kernel F(m x m, 3x3) that the convolution takes (3x3, float32), or 0."""
         same = self.stride == (1, 1) and self.padding == (1, 1) and _backend.use_native(x, self.weight)
-        return int(torch.ops.ran_ext.conv3x3_tile(x, self.weight, _backend.conv3x3_mode())) if same else 0
+        return int(torch.ops.ran_ext.conv3x3_tile(x, self.weight, _paths.paths(x))) if same else 0
 
     def _by_tiles(self, x: Tensor, tile: int) -> Tensor:
         panels = self._panels[tile](self.weight, lambda: torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x, tile))

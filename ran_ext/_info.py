@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-from . import _backend
+from . import _backend, _measured
 from ._hardware import multiplies_bfloat16
+from ._paths import get_conv3x3
 
 
 def _built() -> list[tuple[str, str]]:
@@ -60,6 +61,15 @@ def _taken(device: str) -> tuple[str, str]:
     return f"{device} calls take", f"{'an error' if _backend.get_backend() == 'native' else 'reference'}: {missing}"
 
 
+def _tuned() -> str:
+    """The file of measurements, and how many passes of it hold here."""
+    devices = [("cpu", _measured.CPU), *((f"cuda:{i}", i) for i in range(torch.cuda.device_count()))]
+    counts = ", ".join(f"{name} {count}" for name, device in devices if (count := _measured.in_use(device)))
+    if not counts:
+        return "nothing here: python -m ran_ext tune measures what is fastest"
+    return f"passes at their shapes: {counts} ({_measured.file()})"
+
+
 def versions() -> str:
     """Of ran_ext and torch, in one line."""
     return f"ran_ext {_version()}, torch {torch.__version__}"
@@ -74,7 +84,9 @@ def _version() -> str:
 def report() -> str:
     """The text that :func:`info` prints."""
     rows = [("ran_ext", _version()), *_built(), *_running(), ("backend", _backend.get_backend())]
-    rows.append(("3x3 on the CPU", f"{_backend.get_conv3x3()} (set_conv3x3)"))
+    rows.append(("3x3 on the CPU", f"{get_conv3x3()} (set_conv3x3)"))
+    if _backend._C is not None:
+        rows.append(("tuned", _tuned()))
     devices = ["cpu", *(["cuda"] if torch.version.cuda else [])]
     rows += [_taken(device) for device in devices]
     if any(_backend.why_not_native(device) for device in devices):

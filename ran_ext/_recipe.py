@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _backend
+from ._paths import gpu_paths, paths
 from .ops.conv2d import conv2d
 
 Activation = Callable[[Tensor], Tensor]
@@ -61,14 +62,23 @@ class Recipe(NamedTuple):
         """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
         out: Tensor = torch.ops.ran_ext.bn_relu_conv2d(
             x, weight, bias, running=[], bn_weight=self.weight, bn_bias=self.bias, mean=self.mean, var=self.var,
-            batch_stats=self.batch_stats, eps=self.eps, stride=stride, padding=padding, conv3x3=_backend.conv3x3_mode(),
+            batch_stats=self.batch_stats, eps=self.eps, stride=stride, padding=padding, paths=paths(x),
         )[0]  # fmt: skip
         return out
 
     def relu(self) -> Tensor:
         """``relu(value)`` in one op, of one piece."""
         out: Tensor = torch.ops.ran_ext.bn_relu(
-            self.pieces[0], self.weight, self.bias, self.mean, self.var, self.batch_stats, [], None, self.eps
+            self.pieces[0],
+            self.weight,
+            self.bias,
+            self.mean,
+            self.var,
+            self.batch_stats,
+            [],
+            None,
+            self.eps,
+            gpu_paths(self.pieces[0]),
         )[0]
         return out
 
@@ -210,7 +220,7 @@ class Convolution(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         ctx.norm, ctx.act, ctx.geometry = (recipe.batch_stats, recipe.eps), act, geometry
-        ctx.fast = _backend.conv3x3_mode() if recipe.native and geometry[2:] == ((1, 1), 1) else None
+        ctx.fast = paths(recipe.pieces[0]) if recipe.native and geometry[2:] == ((1, 1), 1) else None
         ctx.save_for_backward(weight, bias, *tensors)
         with torch.no_grad():
             value = act(_normalised(*ctx.norm, *tensors)[1])
@@ -254,7 +264,7 @@ class JoinedConvolution(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.norm, ctx.geometry, ctx.mode = (recipe.batch_stats, recipe.eps), (stride, padding), _backend.conv3x3_mode()
+        ctx.norm, ctx.geometry, ctx.paths = (recipe.batch_stats, recipe.eps), (stride, padding), paths(recipe.pieces[0])
         ctx.save_for_backward(weight, bias, *tensors)
         return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
 
@@ -270,7 +280,7 @@ class JoinedConvolution(torch.autograd.Function):
         batch_stats, eps = ctx.norm
         dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
             dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, eps, batch_stats,
-            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.mode,
+            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.paths,
         )  # fmt: skip
         found = [dweight, dbias, None, None, dbn_weight, dbn_bias]
         found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)

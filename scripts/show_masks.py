@@ -57,8 +57,8 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
         raise PictureError(f"--size must be from {model.min_size} to {MOST_PIXELS}, got {size}")
     if not (depth := depths(model)):
         raise PictureError(f"the network of {checkpoint} has no attention, so there are no masks to show")
-    if model.conv1.in_channels != 3:
-        raise PictureError(f"the network of {checkpoint} takes {model.conv1.in_channels} channels, not colour pictures")
+    if model.in_channels != 3:
+        raise PictureError(f"the network of {checkpoint} takes {model.in_channels} channels, not colour pictures")
     if len(pictures) > MOST_PICTURES:
         raise PictureError(f"{len(pictures)} pictures do not fit into one figure; name at most {MOST_PICTURES}")
     read = [read_picture(path, size) for path in pictures]

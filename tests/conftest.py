@@ -5,11 +5,17 @@ import os
 import pytest
 import torch
 
-from ran_ext import _backend, _files
+from ran_ext import _backend, _files, _measured
 
 # Threads that wait for one another on cores taken by other workers are many times slower than one thread.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(1 if WORKERS > 1 else min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What was tuned on this machine chooses no path in a test."""
+    _measured.file = lambda: tmp_path_factory.getbasetemp() / "no_tuning.json"
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from fuzz_wrong import direct, make_wrong
 from torch import Tensor
 
 from ran_ext import _backend
+from ran_ext._paths import paths
 
 #: torch's own words for a result that no memory holds; and of its up-sampling on the meta device where N is 0.
 NO_MEMORY = (
@@ -125,8 +126,9 @@ def spreads(case: Case) -> bool:
         return True
     pair = [[v, v] if isinstance(v, int) else list(v) for v in (case.arguments["stride"], case.arguments["padding"])]
     assert _backend._C is not None
-    passes = _backend._C.explain_conv(case.arguments["x"], case.arguments["weight"], *pair, _backend.conv3x3_mode())
-    return any(fused and "Winograd" in why for fused, why in passes)
+    x, weight = case.arguments["x"], case.arguments["weight"]
+    passes = _backend._C.explain_conv(x, weight, *pair, paths(x), True)
+    return any(fused and "Winograd" in why for fused, why, _ in passes)
 
 
 def judge(case: Case, d: Draw) -> None:

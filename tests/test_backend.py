@@ -22,20 +22,10 @@ native = pytest.mark.skipif(_backend._C is None, reason=f"no compiled module: {_
 
 @pytest.fixture
 def package(tmp_path):
-    """A copy of the package's files that choose the backend; given a module's bytes and notes, it imports."""
+    """A copy of the package that imports what chooses the backend; given a module's bytes and notes, it imports."""
     folder = tmp_path / "ran_ext"
-    folder.mkdir()
-    for name in (
-        "_backend.py",
-        "_choice.py",
-        "_hardware.py",
-        "_tracing.py",
-        "_info.py",
-        "info.py",
-        "__main__.py",
-        "_command.py",
-    ):
-        shutil.copy(PACKAGE / name, folder)
+    apart = shutil.ignore_patterns("_C*", "_built_for.py", "__pycache__", "sample", "weights", "train")
+    shutil.copytree(PACKAGE, folder, ignore=apart)
     (folder / "__init__.py").write_text("from . import _backend\nfrom ._info import info\n__version__ = '1'\n")
 
     def run(code: str | list[str], module: bytes | None = None, environment: dict[str, str] | None = None, **fields):
@@ -148,8 +138,8 @@ ran_ext.info()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: {info}; --help explains every flag"),
-        (["inf"], "argument {info}: invalid choice: 'inf'"),
+        ([], "the following arguments are required: {info,tune}; --help explains every flag"),
+        (["inf"], "argument {info,tune}: invalid choice: 'inf'"),
         (["info", "--brief"], "unrecognized arguments: --brief; --help explains every flag"),
     ],
 )

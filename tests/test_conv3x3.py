@@ -41,7 +41,8 @@ def paths(case, mode: str = "fast") -> dict[str, str]:
     x = torch.empty(n, ci, h, w).to(memory_format=torch.channels_last)
     with set_conv3x3(mode):
         [row] = layers(BNReLUConv2d(ci, co, 3, padding=1, bias=False), x)
-    return {name: why if path == FUSED else LIBRARY for name, (path, why) in row.paths.items()}
+    kernels = {name: why.removesuffix("by rule").removesuffix("; ") for name, (_, why) in row.paths.items()}
+    return {name: kernels[name] if path == FUSED else LIBRARY for name, (path, _) in row.paths.items()}
 
 
 def gradients(x: Tensor, weight: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from accuracy import DTYPES, LAYOUTS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext import _backend, ops, set_backend
+from ran_ext import _backend, ops, set_backend, set_bn_relu, set_conv1x1
 from ran_ext._explain import layers
 from ran_ext.nn import AttentionModule, BNReLUConv2d
 
@@ -34,10 +34,7 @@ CASES = [
     (4, 1024, 4, 4, 64, 1, 1, 0),
 ]
 #: Library convolutions and streamed normalisation; every fused and resident kernel that takes the shape.
-CHOICES = {
-    "library": {"RAN_EXT_CONV1X1": "library", "RAN_EXT_BN_RELU": "streaming"},
-    "fused": {"RAN_EXT_CONV1X1": "fused", "RAN_EXT_BN_RELU": "resident"},
-}
+CHOICES = {"library": ("library", "streaming"), "fused": ("fused", "resident")}
 
 
 @pytest.fixture
@@ -52,10 +49,10 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(params=CHOICES)
-def choice(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in CHOICES[request.param].items():
-        monkeypatch.setenv(name, value)
-    return request.param
+def choice(request: pytest.FixtureRequest) -> Iterator[str]:
+    conv1x1, bn_relu = CHOICES[request.param]
+    with set_conv1x1(conv1x1), set_bn_relu(bn_relu):
+        yield request.param
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -184,12 +181,13 @@ def test_running_statistics_of_any_dtype(choice):
         torch.testing.assert_close(variances, results[0][1], rtol=0.02, atol=0.01)
 
 
-def test_explain_says_what_the_environment_chose(choice):
+def test_explain_says_what_was_asked_for(choice):
     module = AttentionModule(64, 1).bfloat16().to(memory_format=torch.channels_last)
     x = torch.randn(2, 64, 4, 4).bfloat16().to(memory_format=torch.channels_last)
     gate = {layer.name: layer for layer in layers(module, x)}["gate"].paths["forward"]
     inside = "with" if choice == "fused" else "without"
-    assert gate == ("fused", f"{inside} the convolution before it: RAN_EXT_CONV1X1={choice}")
+    why = "a matrix product in channels_last" if choice == "fused" else "set_conv1x1('library') was chosen"
+    assert gate == ("fused", f"{inside} the convolution before it: {why}; asked for")
     [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), torch.randn(2, 64, 4, 4).bfloat16())
     assert "channels_last" in row.paths["forward"][1]
     x = torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -401,16 +399,3 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint(self.inner, x, use_reentrant=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "choices"),
-    [("RAN_EXT_CONV1X1", "auto, fused, library"), ("RAN_EXT_BN_RELU", "auto, resident, streaming")],
-)
-def test_environment_variables_are_checked(monkeypatch, name, choices):
-    monkeypatch.setenv(name, "fast")
-    module = conv.unit(k=1).bfloat16()
-    module.bn.float()
-    x = torch.randn(2, 32, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
-    with pytest.raises((ValueError, RuntimeError), match=f"{name} must be one of {choices}, got 'fast'"):
-        module(x)

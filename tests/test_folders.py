@@ -1,6 +1,7 @@
 """Folders of class folders: what is found in them, what is said of odd pictures, and the commands on them."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 from ran_ext.data import DatasetError, Images, PictureFolder, cifar100, open_data, sample
 from ran_ext.data.folders import is_folder_of_classes, open_folder
 from ran_ext.data.pictures import PictureError
+from ran_ext.models import list_models
 from ran_ext.train import PRESETS, Config, build_normalize, cli, fit, load_checkpoint, load_classes
 from ran_ext.train.checkpoint import load_shape
 from ran_ext.train.recipe import fit_to_data, split
@@ -268,6 +270,13 @@ def test_what_the_user_has_not_decided_follows_from_the_data(tmp_path):
     assert fit_to_data(Config(), parts, (), "DIR").val_images == 0
     with pytest.raises(ValueError, match=r"--val-images must be 0, got 5: DIR has validation pictures"):
         fit_to_data(Config(val_images=5), parts, ("val_images",), "DIR")
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_every_network_gets_the_classes_and_channels_of_the_data(tmp_path, model):
+    found = open_data(write(tmp_path, 4, mode="L"))
+    outline = fit_to_data(dataclasses.replace(PRESETS["pictures"], model=model), found, (), "DIR").outline()
+    assert (outline.fc.out_features, outline.in_channels) == (3, 1)
 
 
 def test_crop_needs_torchvision_and_pictures_in_files(tmp_path, monkeypatch):

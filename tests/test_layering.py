@@ -12,7 +12,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 OF_TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 CSRC = ROOT / "csrc"
 #: Of csrc/common, what knows no torch.
-PLAIN = {"types.h", "formulas.h", "environment.h", "measured.h", "measured.cpp"}
+PLAIN = {"types.h", "formulas.h", "asked.h", "measured.h", "measured.cpp"}
 #: What the kernels may include of csrc/common.
 SHARED = {"types.h", "formulas.h"}
 #: The folders of the torch side, from the lowest floor up; the kernels are below them all.

@@ -11,8 +11,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu";
-
 const void* pointer(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
 }  // namespace
@@ -40,6 +38,11 @@ Tensor dense_activation(const char* op, const Tensor& x) {
   return dense(x);
 }
 
+Asked asked_of(const char* op, int64_t paths) {
+  RAN_CHECK_VALUE(0 <= paths && paths <= Asked::kMost, op, "paths must be from 0 to ", Asked::kMost, ", got ", paths);
+  return Asked::of(paths);
+}
+
 void check_statistics(const char* op, const OptTensor& mean, const OptTensor& var) {
   RAN_CHECK_VALUE(present(mean) == present(var), op, "mean and var must be given both or neither");
 }
@@ -59,7 +62,7 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
   if (x.is_cpu()) {
     std::vector<double> exact(running.kept() ? size_t(2 * view.channels) : 0);
     cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), running.kept() ? exact.data() : nullptr,
-                                   x.const_data_ptr(), dtype_of(x, kOp, "x"), view);
+                                   x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view);
     if (running.kept()) running.update(exact.data(), view.count());
     return {mean, var};
   }
@@ -75,9 +78,10 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x, const OptTensor& weight,
-                                                 const OptTensor& bias, double eps, const Running& running) {
+                                                 const OptTensor& bias, double eps, const Running& running,
+                                                 [[maybe_unused]] const Asked& asked) {
 #ifdef RAN_WITH_CUDA
-  if (auto found = cuda_bn_relu_resident(op, x, weight, bias, eps, running)) return *found;
+  if (auto found = cuda_bn_relu_resident(op, x, weight, bias, eps, running, asked.bn_relu)) return *found;
 #endif
   const auto [mean, var] = batch_norm_stats(x, running);
   return {bn_relu_apply(x, {op, x, weight, bias, mean, var, eps}), mean, var};
@@ -94,7 +98,7 @@ Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn) {
     return out;
   }
 #endif
-  cpu_kernels().bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+  cpu_kernels().bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
   return out;
 }
 
@@ -106,7 +110,7 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
 #endif
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   cpu_kernels().bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
-                                        x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+                                        x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
   return sums;
 }
 
@@ -123,14 +127,14 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 #endif
   cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(), pointer(residual),
                                        sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
-                                       count, dtype_of(x, kOp, "x"), view_of(x), bn.kernel);
+                                       count, dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
 }
 
 BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,
-                               const BatchNormArgs& bn, bool batch_stats) {
+                               const BatchNormArgs& bn, bool batch_stats, [[maybe_unused]] const Asked& asked) {
 #ifdef RAN_WITH_CUDA
   if (batch_stats)
-    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, residual, bn)) return *sums;
+    if (auto sums = cuda_bn_relu_resident_backward(dx, dout, x, residual, bn, asked.bn_relu)) return *sums;
 #endif
   const BackwardSums sums = bn_relu_sums(dout, x, bn);
   bn_relu_dx(dx, dout, x, residual, bn, batch_stats ? &sums : nullptr, double(view_of(x).count()));

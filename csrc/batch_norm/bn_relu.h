@@ -3,9 +3,12 @@
 
 #include <tuple>
 
+#include "../common/asked.h"
 #include "running_stats.h"
 
 namespace ran {
+
+inline constexpr const char* kBnRelu = "bn_relu";  // the op, in what the checks say
 
 // The per-channel vectors of one call in the kernels' precision, kept alive; `kernel` points into them.
 struct BatchNormArgs {
@@ -21,6 +24,9 @@ Tensor channel_vector(const char* op, const Tensor& x, const OptTensor& t, const
 // Raises unless x is (N, C, H, W) of a dtype that the kernels take; else x, dense.
 Tensor dense_activation(const char* op, const Tensor& x);
 
+// What an op's argument `paths` asks for; raises where it is none of theirs.
+Asked asked_of(const char* op, int64_t paths);
+
 // Raises where one of the two was given without the other.
 void check_statistics(const char* op, const OptTensor& mean, const OptTensor& var);
 
@@ -32,7 +38,8 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
 
 // relu(bn(x)), x dense, with the batch's own statistics, and these; the running ones are updated.
 std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x, const OptTensor& weight,
-                                                 const OptTensor& bias, double eps, const Running& running);
+                                                 const OptTensor& bias, double eps, const Running& running,
+                                                 const Asked& asked);
 // The same with statistics that are known.
 Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn);
 
@@ -48,13 +55,14 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 
 // Both at once.
 BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,
-                               const BatchNormArgs& bn, bool batch_stats);
+                               const BatchNormArgs& bn, bool batch_stats, const Asked& asked);
 
 // The ops' signatures, for calls through the dispatcher.
 using BatchNormStatsOp = std::tuple<Tensor, Tensor>(const Tensor& x, at::TensorList running,
                                                     std::optional<double> momentum);
 using BnReluOp = std::tuple<Tensor, Tensor, Tensor>(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                                     const OptTensor& mean, const OptTensor& var, bool batch_stats,
-                                                    at::TensorList running, std::optional<double> momentum, double eps);
+                                                    at::TensorList running, std::optional<double> momentum, double eps,
+                                                    int64_t paths);
 
 }  // namespace ran

@@ -5,17 +5,14 @@
 #include <ATen/Functions.h>
 
 #include "../common/cuda_launch.h"
-#include "../common/measured.h"
 
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu";
-
 cuda::Device device_of() {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, kOp);
-  return {device_attribute(cudaDevAttrMultiProcessorCount, kOp),
-          size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)), major >= 9 ? 8 : 1};
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, kBnRelu);
+  return {device_attribute(cudaDevAttrMultiProcessorCount, kBnRelu),
+          size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kBnRelu)), major >= 9 ? 8 : 1};
 }
 
 bool is_float_vector(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_contiguous(); }
@@ -39,11 +36,11 @@ std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
 bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
-  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_statistics(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), x.const_data_ptr(),
-                               dtype_of(x, kOp, "x"), view, kept.value_or(cuda::RunningStatistics{}),
+                               dtype_of(x, kBnRelu, "x"), view, kept.value_or(cuda::RunningStatistics{}),
                                scratch.workspace(), scratch.counters(), current_stream()),
       "batch_norm_stats");
   return kept.has_value();
@@ -51,18 +48,18 @@ bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Run
 
 void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn) {
   const c10::DeviceGuard guard(x.device());
-  check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x),
+  check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x),
                                      norm_of(bn), current_stream()),
-               kOp);
+               kBnRelu);
 }
 
 BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
-  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
   check_launch(cuda::bn_relu_backward_reduce(sums.dz.mutable_data_ptr<float>(), sums.dz_xhat.mutable_data_ptr<float>(),
-                                             dout.const_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view,
+                                             dout.const_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view,
                                              norm_of(bn), scratch.workspace(), scratch.counters(), current_stream()),
                "bn_relu (backward, sums)");
   return sums;
@@ -74,38 +71,34 @@ void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tens
   check_launch(cuda::bn_relu_backward_apply(dx.mutable_data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
                                             sums ? floats(sums->dz) : nullptr, sums ? floats(sums->dz_xhat) : nullptr,
                                             residual.defined() ? residual.const_data_ptr() : nullptr, count,
-                                            dtype_of(x, kOp, "x"), view_of(x), norm_of(bn), current_stream()),
+                                            dtype_of(x, kBnRelu, "x"), view_of(x), norm_of(bn), current_stream()),
                "bn_relu (backward, dx)");
 }
 
 // ------------------------------------------------------------------------------------------------------- the choice
 
-namespace {
-
-constexpr TwoPaths kPaths{"RAN_EXT_BN_RELU", "resident", "streaming"};
-
-Measured measured_pass(const Tensor& x, bool backward) {
-  const ChannelView view = view_of(x);
-  return {architecture(kOp), dtype_of(x, kOp, "x"), backward ? "bn_relu_backward" : "bn_relu",
-          view.count(),      view.channels,         view.channels};
+BnReluChoice choose_bn_relu(const Tensor& x, bool backward, BnReluAsked asked) {
+  if (x.numel() == 0 || x.scalar_type() == at::kDouble) return {BnReluPath::streaming_dtype};
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {BnReluPath::streaming_layout};
+  if (!on_16_bytes(x)) return {BnReluPath::streaming_alignment};
+  const DType dtype = dtype_of(x, kBnRelu, "x");
+  const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view_of(x), dtype, device_of(), backward ? 2 : 1);
+  if (!plan.group) return {BnReluPath::streaming_size};
+  if (asked == BnReluAsked::resident) return {BnReluPath::resident, Source::asked, plan};
+  if (asked == BnReluAsked::streaming) return {BnReluPath::streaming_decided, Source::asked};
+  const PassShape shape{x.get_device(),
+                        0,
+                        backward ? Pass::bn_relu_backward : Pass::bn_relu,
+                        dtype,
+                        {x.size(0), x.size(2), x.size(3), x.size(1), x.size(1), 0, 0, 0, 0, 0, 0}};
+  const Choice choice =
+      choose_measured(shape, {Path::resident, Path::streaming}, Path::resident, tunes_at_first_call());
+  if (choice.path == Path::streaming) return {BnReluPath::streaming_decided, choice.source};
+  return {BnReluPath::resident, choice.source, plan};
 }
 
-}  // namespace
-
-BnReluPath choose_bn_relu(const Tensor& x, bool backward, cuda::ResidentPlan* plan) {
-  if (x.numel() == 0 || x.scalar_type() == at::kDouble) return BnReluPath::streaming_dtype;
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return BnReluPath::streaming_layout;
-  if (!on_16_bytes(x)) return BnReluPath::streaming_alignment;
-  const Decision decision = decide(measured_pass(x, backward), kPaths);
-  if (decision == Decision::other_asked || decision == Decision::other_faster) return BnReluPath::streaming_decided;
-  const cuda::ResidentPlan found =
-      cuda::bn_relu_resident_plan(view_of(x), dtype_of(x, kOp, "x"), device_of(), backward ? 2 : 1);
-  if (plan) *plan = found;
-  return found.group ? BnReluPath::resident : BnReluPath::streaming_size;
-}
-
-std::string describe(BnReluPath path, const Tensor& x, bool backward) {
-  switch (path) {
+std::string describe(const BnReluChoice& choice) {
+  switch (choice.path) {
     case BnReluPath::streaming_dtype:
       return "there is no kernel for this dtype or an empty x";
     case BnReluPath::streaming_layout:
@@ -115,23 +108,24 @@ std::string describe(BnReluPath path, const Tensor& x, bool backward) {
     case BnReluPath::streaming_size:
       return "x is too large for the blocks' shared memory, or its channels are no multiple of 8";
     case BnReluPath::streaming_decided:
-      return describe(measured_pass(x, backward), kPaths);
+      return choice.source == Source::asked ? "set_bn_relu('streaming') was chosen" : "streaming is faster";
     case BnReluPath::resident:
       break;
   }
-  const std::string why = describe(measured_pass(x, backward), kPaths);
-  return "one kernel, " + (why.empty() ? "held in shared memory" : why);
+  return "one kernel, held in shared memory";
 }
 
 // ----------------------------------------------------------------------------------------------------- shared memory
 
 std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,
                                                                         const OptTensor& weight, const OptTensor& bias,
-                                                                        double eps, const Running& running) {
+                                                                        double eps, const Running& running,
+                                                                        BnReluAsked asked) {
   if (!x.is_cuda()) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
-  cuda::ResidentPlan plan;
-  if (choose_bn_relu(x, false, &plan) != BnReluPath::resident) return std::nullopt;
+  const BnReluChoice choice = choose_bn_relu(x, false, asked);
+  if (choice.path != BnReluPath::resident) return std::nullopt;
+  const cuda::ResidentPlan& plan = choice.plan;
   const ChannelView view = view_of(x);
   const DType dtype = dtype_of(x, op, "x");
   Tensor out = at::empty_like(x), mean = at::empty({view.channels}, x.options().dtype(at::kFloat));
@@ -151,14 +145,16 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const ch
 }
 
 std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
-                                                           const Tensor& residual, const BatchNormArgs& bn) {
+                                                           const Tensor& residual, const BatchNormArgs& bn,
+                                                           BnReluAsked asked) {
   if (!x.is_cuda() || !dout.is_contiguous(at::MemoryFormat::ChannelsLast) || !on_16_bytes(dout)) return std::nullopt;
   if (residual.defined() && !on_16_bytes(residual)) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
-  cuda::ResidentPlan plan;
-  if (choose_bn_relu(x, true, &plan) != BnReluPath::resident) return std::nullopt;
+  const BnReluChoice choice = choose_bn_relu(x, true, asked);
+  if (choice.path != BnReluPath::resident) return std::nullopt;
+  const cuda::ResidentPlan& plan = choice.plan;
   const ChannelView view = view_of(x);
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnRelu, "x");
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
   check_launch(cuda::bn_relu_resident_backward(

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "../common/measured.h"
 #include "../cuda/kernels.h"
 #include "bn_relu.h"
 
@@ -30,9 +31,11 @@ void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tens
 // As bn_relu_batch() and bn_relu_gradients(), or nothing where x is not on a GPU or is streamed.
 std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,
                                                                         const OptTensor& weight, const OptTensor& bias,
-                                                                        double eps, const Running& running);
+                                                                        double eps, const Running& running,
+                                                                        BnReluAsked asked);
 std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Tensor& dout, const Tensor& x,
-                                                           const Tensor& residual, const BatchNormArgs& bn);
+                                                           const Tensor& residual, const BatchNormArgs& bn,
+                                                           BnReluAsked asked);
 
 // What BN-ReLU's forward pass, or its backward, runs on. Resident: one kernel that holds x (and its gradient) in shared
 // memory; streaming: kernels for any size, with the reason.
@@ -41,13 +44,18 @@ enum class BnReluPath {
   streaming_dtype,  // or x is empty
   streaming_layout,
   streaming_alignment,
-  streaming_decided,  // as faster, or by RAN_EXT_BN_RELU
+  streaming_decided,  // as faster, or by set_bn_relu
   streaming_size,
 };
-// `plan`, if given, becomes the resident kernel's.
-BnReluPath choose_bn_relu(const Tensor& x, bool backward, cuda::ResidentPlan* plan = nullptr);
-// The path in words, for ran_ext.explain.
-std::string describe(BnReluPath path, const Tensor& x, bool backward);
+// A path, from where the choice comes, and the resident kernel's plan where it is that.
+struct BnReluChoice {
+  BnReluPath path;
+  Source source = Source::only;
+  cuda::ResidentPlan plan = {};
+};
+BnReluChoice choose_bn_relu(const Tensor& x, bool backward, BnReluAsked asked);
+// The choice in words, for ran_ext.explain.
+std::string describe(const BnReluChoice& choice);
 
 }  // namespace ran
 

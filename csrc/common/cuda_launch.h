@@ -3,9 +3,11 @@
 // cuSOLVER's.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
@@ -52,10 +54,11 @@ inline int device_attribute(cudaDeviceAttr name, const char* op) {
   return value;
 }
 
-// Of the current device: 90 for compute capability 9.0.
-inline int architecture(const char* op) {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, op) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor, op);
+// Whether an unknown shape is to be tuned where it is first met: under torch.backends.cudnn.benchmark, and while no
+// graph is being captured.
+inline bool tunes_at_first_call() {
+  return at::globalContext().benchmarkCuDNN() && !at::globalContext().deterministicAlgorithms() &&
+         c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None;
 }
 
 }  // namespace ran

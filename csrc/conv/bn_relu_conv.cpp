@@ -9,24 +9,23 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 // After one pass of BN-ReLU, which writes the activation out.
 void library_forward(ConvOutput& y, const Tensor& x, const PreActivation& norm, const Tensor& weight,
                      const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
                      const NextStatistics& next) {
   Tensor a;
   if (present(norm.mean))
-    a = bn_relu_apply(x, {kOp, x, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps});
+    a = bn_relu_apply(x, {kBnReluConv2d, x, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps});
   else
-    std::tie(a, y.mean, y.var) = bn_relu_batch(kOp, x, norm.weight, norm.bias, norm.eps, norm.running);
+    std::tie(a, y.mean, y.var) =
+        bn_relu_batch(kBnReluConv2d, x, norm.weight, norm.bias, norm.eps, norm.running, conv.asked);
   y.out = library::conv2d(a, weight, bias, conv.stride, conv.padding);
   if (present(residual)) y.out.add_(*residual);
   if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(dense(y.out), next.running);
 }
 
 // Which of (dgrad, wgrad) take kernels of ours.
-struct Paths {
+struct BackwardPaths {
   ConvPath dgrad = ConvPath::library_empty, wgrad = ConvPath::library_empty;
 
   // Our kernels read channels_last.
@@ -36,8 +35,8 @@ struct Paths {
 };
 
 // What our kernels compute of dz and the weight's gradients; `bn` null: of the convolution alone.
-Tensor fused_backward(ConvGradients& g, const Paths& paths, const Tensor& dy, const Tensor& x, const BatchNormArgs* bn,
-                      const Tensor& weight, const Convolution& conv, bool want_bias) {
+Tensor fused_backward(ConvGradients& g, const BackwardPaths& paths, const Tensor& dy, const Tensor& x,
+                      const BatchNormArgs* bn, const Tensor& weight, const Convolution& conv, bool want_bias) {
   Tensor dz;
   const bool dgrad = is_fused(paths.dgrad), wgrad = is_fused(paths.wgrad);
 #ifdef RAN_WITH_CUDA
@@ -53,7 +52,7 @@ Tensor fused_backward(ConvGradients& g, const Paths& paths, const Tensor& dy, co
 }
 
 // What is left of `wanted` for the library.
-std::array<bool, 3> left_of(std::array<bool, 3> wanted, const Paths& paths) {
+std::array<bool, 3> left_of(std::array<bool, 3> wanted, const BackwardPaths& paths) {
   const bool dgrad = is_fused(paths.dgrad), wgrad = is_fused(paths.wgrad);
   return {wanted[0] && !dgrad, wanted[1] && !wgrad, wanted[2] && !wgrad};
 }
@@ -79,8 +78,8 @@ ConvOutput bn_relu_conv_forward(const Tensor& x, const PreActivation& norm, cons
   }
   const bool given = present(norm.mean);
   if (!given) std::tie(y.mean, y.var) = batch_norm_stats(x, norm.running);
-  const BatchNormArgs bn(kOp, x, norm.weight, norm.bias, given ? *norm.mean : y.mean, given ? *norm.var : y.var,
-                         norm.eps);
+  const BatchNormArgs bn(kBnReluConv2d, x, norm.weight, norm.bias, given ? *norm.mean : y.mean,
+                         given ? *norm.var : y.var, norm.eps);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
     cuda_conv1x1_forward(y, x, bn, weight, bias, residual, conv, next);
@@ -95,7 +94,7 @@ ConvGradients bn_relu_conv_backward(const Tensor& dout, const Tensor& x, const T
                                     const BatchNormArgs& bn, bool batch_stats, const Tensor& weight,
                                     const Convolution& conv, std::array<bool, 3> wanted) {
   ConvGradients g;
-  Paths paths;
+  BackwardPaths paths;
   if (wanted[0]) paths.dgrad = choose_conv(ConvPass::dgrad, x, weight, conv);
   if (wanted[1]) paths.wgrad = choose_conv(ConvPass::wgrad, x, weight, conv);
   const Tensor dy = paths.laid_out(dout);
@@ -112,7 +111,7 @@ ConvGradients bn_relu_conv_backward(const Tensor& dout, const Tensor& x, const T
   if (is_fused(paths.dgrad))
     bn_relu_dx(g.dx, dz, x, residual, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
   else
-    g.sums = bn_relu_gradients(g.dx, dz, x, residual, bn, batch_stats);
+    g.sums = bn_relu_gradients(g.dx, dz, x, residual, bn, batch_stats, conv.asked);
   return g;
 }
 
@@ -127,7 +126,7 @@ Tensor conv_forward(const Tensor& x, const Tensor& weight, const OptTensor& bias
 ConvGradients conv_backward(const Tensor& dout, const Tensor& x, const Tensor& weight, const Convolution& conv,
                             std::array<bool, 3> wanted) {
   ConvGradients g;
-  Paths paths;
+  BackwardPaths paths;
   if (wanted[0]) paths.dgrad = choose_plain_conv(ConvPass::dgrad, x, weight, conv);
   if (wanted[1]) paths.wgrad = choose_plain_conv(ConvPass::wgrad, x, weight, conv);
   const Tensor dy = paths.laid_out(dout);

@@ -1,53 +1,98 @@
 #include "choose.h"
 
 #include "../common/kernels.h"
+#include "../cpu/parallel.h"
 #include "cuda.h"
 
 namespace ran {
 namespace {
 
-ConvPath winograd(cpu::Conv3x3 tile) {
-  return tile == cpu::Conv3x3::f4x4 ? ConvPath::winograd_f4x4 : ConvPath::winograd_f2x2;
+Path path_of(cpu::Conv3x3 tile) {
+  return tile == cpu::Conv3x3::f4x4 ? Path::f4x4 : tile == cpu::Conv3x3::f2x2 ? Path::f2x2 : Path::library;
 }
 
-ConvPath choose_on_cpu(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
-  const cpu::ConvShape shape = conv.shape(x, weight);
-  const DType dtype = dtype_of(x, "conv", "x");
-  const cpu::Conv3x3 tile = choose_conv3x3(pass, dtype, shape, conv.mode);
-  if (tile != cpu::Conv3x3::library) return winograd(tile);
-  const bool multiplies = conv_kernels(dtype, shape).conv_supported(dtype, shape);
-  if (conv_kernels(dtype, shape).conv3x3_supported(dtype, shape)) {
-    if (conv.mode == Conv3x3Mode::library) return ConvPath::library_asked;
-    if (pass != ConvPass::wgrad || conv.mode == Conv3x3Mode::strict || !multiplies) return ConvPath::library_better;
+// What the CPU's kernels are allowed of a channels_last convolution, what the rule says, and why where that is the
+// library.
+struct OnCpu {
+  Paths allowed{Path::library};
+  Path rule = Path::library;
+  ConvPath why_library = ConvPath::library_asked;
+};
+
+OnCpu on_cpu(ConvPass pass, DType dtype, const cpu::ConvShape& shape, Conv3x3Mode mode, bool with_norm) {
+  OnCpu found;
+  const cpu::Kernels& kernels = conv_kernels(dtype, shape);
+  const bool is_3x3 = kernels.conv3x3_supported(dtype, shape), strict = mode == Conv3x3Mode::strict;
+  if (is_3x3 && mode == Conv3x3Mode::library) return found;
+  if (is_3x3) {
+    for (const cpu::Conv3x3 tile : {cpu::Conv3x3::f4x4, cpu::Conv3x3::f2x2})
+      if (kernels.conv3x3_allowed(tile, pass, dtype, shape, strict)) found.allowed.add(path_of(tile));
+    found.rule = path_of(kernels.conv3x3_choice(pass, dtype, shape, strict));
   }
-  if (!multiplies) return ConvPath::library_minimum;
-  return pass == ConvPass::wgrad || shape.is_pointwise() ? ConvPath::product : ConvPath::library_shape;
+  const bool multiplies = kernels.conv_supported(dtype, shape);
+  found.why_library = is_3x3       ? ConvPath::library_better
+                      : multiplies ? ConvPath::library_shape
+                                   : ConvPath::library_minimum;
+  const bool is_product = pass == ConvPass::wgrad || shape.is_pointwise();
+  if (!with_norm || !multiplies || !is_product || (is_3x3 && strict)) return found;
+  found.allowed.add(Path::product);
+  if (found.rule == Path::library) found.rule = Path::product;
+  return found;
+}
+
+ConvChoice choose_on_cpu(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                         bool with_norm) {
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {ConvPath::library_layout};
+  const OnCpu found = on_cpu(pass, dtype_of(x, "conv", "x"), conv.shape(x, weight), conv.asked.conv3x3, with_norm);
+  constexpr int kToConv2d = int(Pass::conv2d_forward);
+  const auto measured_pass = Pass(int(pass) + (with_norm ? 0 : kToConv2d));
+  const Choice choice = choose_measured(pass_shape(measured_pass, x, weight, conv), found.allowed, found.rule);
+  switch (choice.path) {
+    case Path::f4x4:
+      return {ConvPath::winograd_f4x4, choice.source};
+    case Path::f2x2:
+      return {ConvPath::winograd_f2x2, choice.source};
+    case Path::product:
+      return {ConvPath::product, choice.source};
+    default:
+      break;
+  }
+  const bool measured = choice.source == Source::tuned || choice.source == Source::shipped;
+  return {measured ? ConvPath::library_decided : found.why_library, choice.source};
 }
 
 }  // namespace
 
-ConvPath choose_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (x.numel() == 0) return ConvPath::library_empty;
+PassShape pass_shape(Pass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  return {x.is_cpu() ? kCpu : x.get_device(),
+          x.is_cpu() ? max_threads() : 0,
+          pass,
+          dtype_of(x, "conv", "x"),
+          {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), weight.size(2), weight.size(3), conv.stride[0],
+           conv.stride[1], conv.padding[0], conv.padding[1]}};
+}
+
+ConvChoice choose_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (x.numel() == 0) return {ConvPath::library_empty};
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) return choose_cuda_conv1x1(pass, x, weight, conv);
 #endif
-  return choose_on_cpu(pass, x, weight, conv);
+  return choose_on_cpu(pass, x, weight, conv, /*with_norm=*/true);
 }
 
-ConvPath choose_conv_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
-  if (trunk.numel() == 0) return ConvPath::library_empty;
+ConvChoice choose_conv_gate(const Tensor& trunk, [[maybe_unused]] const Tensor& x,
+                            [[maybe_unused]] const Tensor& weight, [[maybe_unused]] int64_t scale,
+                            [[maybe_unused]] const Asked& asked) {
+  if (trunk.numel() == 0) return {ConvPath::library_empty};
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return choose_cuda_conv1x1_gate(trunk, x, weight, scale);
+  if (x.is_cuda()) return choose_cuda_conv1x1_gate(trunk, x, weight, scale, asked);
 #endif
-  return ConvPath::library_apart;
+  return {ConvPath::library_apart};
 }
 
-ConvPath choose_plain_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  if (!x.is_cpu() || x.numel() == 0) return ConvPath::library_empty;
-  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return ConvPath::library_layout;
-  const cpu::Conv3x3 tile = choose_conv3x3(pass, dtype_of(x, "conv2d", "x"), conv.shape(x, weight), conv.mode);
-  return tile == cpu::Conv3x3::library ? ConvPath::library_better : winograd(tile);
+ConvChoice choose_plain_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
+  if (!x.is_cpu() || x.numel() == 0) return {ConvPath::library_empty};
+  return choose_on_cpu(pass, x, weight, conv, /*with_norm=*/false);
 }
 
 cpu::Conv3x3 choose_conv3x3(ConvPass pass, DType dtype, const cpu::ConvShape& shape, Conv3x3Mode mode) {
@@ -56,8 +101,9 @@ cpu::Conv3x3 choose_conv3x3(ConvPass pass, DType dtype, const cpu::ConvShape& sh
   return conv_kernels(dtype, shape).conv3x3_choice(pass, dtype, shape, mode == Conv3x3Mode::strict);
 }
 
-std::string describe(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
-  switch (path) {
+std::string describe(const ConvChoice& choice, ConvPass pass, const Tensor& x, const Tensor& weight,
+                     const Convolution& conv) {
+  switch (choice.path) {
     case ConvPath::winograd_f4x4:
       return "Winograd F(4x4, 3x3)";
     case ConvPath::winograd_f2x2:
@@ -74,18 +120,20 @@ std::string describe(ConvPath path, ConvPass pass, const Tensor& x, const Tensor
       return "the kernels need AVX2 or NEON, 16 channels or more on either side, and no float64";
     case ConvPath::library_apart:
       return x.is_cuda() ? "the kernel for both up-samples by 1 or 2 only" : "the CPU has no kernel for both";
-    case ConvPath::product:
-    case ConvPath::library_shape:
     case ConvPath::library_decided:
+      if (choice.source == Source::asked) return "set_conv1x1('library') was chosen";
+      if (choice.source != Source::rule) return "PyTorch's is faster";
+      return "not measured at these channels on this GPU: ran_ext.tune measures, set_conv1x1('fused') takes the kernel";
+    case ConvPath::product:
+      return "a matrix product in channels_last";
+    case ConvPath::library_shape:
     case ConvPath::library_refused:
       break;
   }
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return describe_cuda_conv1x1(path, pass, x, weight, conv);
+  if (x.is_cuda()) return describe_cuda_conv1x1(choice.path, pass, x, weight, conv);
 #endif
-  return path == ConvPath::product
-             ? "a matrix product in channels_last"
-             : "only 1x1 at stride 1, most 3x3 at stride 1 and padding 1, and weight gradients have kernels";
+  return "only 1x1 at stride 1, most 3x3 at stride 1 and padding 1, and weight gradients have kernels";
 }
 
 }  // namespace ran

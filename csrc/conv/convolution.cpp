@@ -4,11 +4,6 @@
 
 namespace ran {
 
-Conv3x3Mode conv3x3_mode(const char* op, int64_t mode) {
-  RAN_CHECK_VALUE(0 <= mode && mode <= 2, op, "conv3x3 must be 0, 1 or 2 (fast, strict, library), got ", mode);
-  return Conv3x3Mode(mode);
-}
-
 cpu::ConvShape Convolution::shape(const Tensor& x, const Tensor& weight) const {
   return {x.size(0),
           x.size(2),

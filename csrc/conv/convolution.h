@@ -4,17 +4,16 @@
 #include <array>
 
 #include "../batch_norm/bn_relu.h"
+#include "../common/asked.h"
 #include "../cpu/kernels.h"
 
 namespace ran {
 
-// The user's choice for 3x3 convolutions on the CPU, in the order of ran_ext.set_conv3x3's names.
-enum class Conv3x3Mode : int64_t { fast, strict, library };
-Conv3x3Mode conv3x3_mode(const char* op, int64_t mode);
+inline constexpr const char* kBnReluConv2d = "bn_relu_conv2d";  // the op, in what the checks say
 
 struct Convolution {
   at::IntArrayRef stride, padding;
-  Conv3x3Mode mode = Conv3x3Mode::fast;
+  Asked asked;
 
   int64_t out_size(const Tensor& x, const Tensor& weight, int i) const {
     return (x.size(2 + i) + 2 * padding[i] - weight.size(2 + i)) / stride[i] + 1;

@@ -11,10 +11,11 @@ namespace ran {
 
 // `product` for a channels_last 1x1 convolution without padding, of a shape that the kernel takes, where it is the
 // faster one by measurement.
-ConvPath choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
+ConvChoice choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
 // The same of the gate in the forward kernel's epilogue.
-ConvPath choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale);
-// Of the paths that only a GPU has, in words.
+ConvChoice choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale,
+                                    const Asked& asked);
+// Why there is no kernel, in words.
 std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
                                   const Convolution& conv);
 

@@ -1,6 +1,7 @@
-// Which 3x3 convolutions the Winograd kernels take, and with which tile. Accuracy comes first: against float64 "fast"
-// is off by at most twice what PyTorch's own is, "strict" by at most 1.2 times, on dense inputs (measured for 8 to 512
-// channels, 1 to 57 pixels and batches of 1 to 64, float32; the tests repeat it). Then speed, measured on the same.
+// Which 3x3 convolutions the Winograd kernels may take, and with which tile. Accuracy comes first, and says what is
+// allowed: against float64 "fast" is off by at most twice what PyTorch's own is, "strict" by at most 1.2 times, on
+// dense inputs (measured for 8 to 512 channels, 1 to 57 pixels and batches of 1 to 64, float32; the tests repeat it).
+// Then speed: what is fastest of the allowed, by a rule for shapes that nobody has measured on the machine at hand.
 #include "kernels.h"
 #include "winograd_tiles.h"
 
@@ -50,15 +51,17 @@ bool conv3x3_supported(DType dtype, ConvShape s) {
 #endif
 }
 
+bool conv3x3_allowed(Conv3x3 tile, ConvPass pass, DType dtype, ConvShape s, bool strict) {
+  if (std::min(s.ci, s.co) < 16 || (strict && tile == Conv3x3::f4x4)) return false;
+  if (dtype != DType::f32) return true;  // rounded to 16 bits, beside which the transforms' error is nothing
+  return tile == Conv3x3::f4x4 ? f4x4_is_accurate(pass, s) : f2x2_is_accurate(pass, s, strict);
+}
+
 Conv3x3 conv3x3_choice(ConvPass pass, DType dtype, ConvShape s, bool strict) {
-  const int64_t channels = std::min(s.ci, s.co);
-  if (channels < 16) return Conv3x3::library;
   // With fewer tiles the weight's transform takes longer than the multiplications that it saves.
-  const bool f4x4_is_fast = TileGrid<4>(s).count >= 4, f2x2_is_fast = TileGrid<2>(s).count >= 16;
-  const bool rounds = dtype != DType::f32;  // to 16 bits, beside which the transforms' error is nothing
-  const bool f4x4 = !strict && f4x4_is_fast && (rounds || f4x4_is_accurate(pass, s));
-  const bool f2x2 = f2x2_is_fast && (rounds || f2x2_is_accurate(pass, s, strict)) &&
-                    (channels >= 32 || (s.ci % kLanes == 0 && s.co % kLanes == 0));
+  const bool f4x4 = TileGrid<4>(s).count >= 4 && conv3x3_allowed(Conv3x3::f4x4, pass, dtype, s, strict);
+  const bool fills = std::min(s.ci, s.co) >= 32 || (s.ci % kLanes == 0 && s.co % kLanes == 0);
+  const bool f2x2 = TileGrid<2>(s).count >= 16 && fills && conv3x3_allowed(Conv3x3::f2x2, pass, dtype, s, strict);
   if (f4x4 && (!f2x2 || cost<4>(s) < cost<2>(s))) return Conv3x3::f4x4;
   return f2x2 ? Conv3x3::f2x2 : Conv3x3::library;
 }

@@ -9,7 +9,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu";
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList running,
@@ -21,20 +20,23 @@ std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList 
 // out, and the batch's mean and biased variance; those two are empty where the statistics were given. `batch_stats`
 // says of given ones whether they are the batch's own, which the derivative must know.
 Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
-                 const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps) {
-  const Tensor x = dense_activation(kOp, x_);
-  check_statistics(kOp, mean, var);
-  if (!present(mean)) return bn_relu_batch(kOp, x, weight, bias, eps, Running(kOp, x, running, momentum));
+                 const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
+                 int64_t paths) {
+  const Tensor x = dense_activation(kBnRelu, x_);
+  check_statistics(kBnRelu, mean, var);
+  const Asked asked = asked_of(kBnRelu, paths);
+  if (!present(mean))
+    return bn_relu_batch(kBnRelu, x, weight, bias, eps, Running(kBnRelu, x, running, momentum), asked);
   const auto none = [&] { return at::empty({0}, x.options().dtype(acc_type(x))); };
-  return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), none(), none()};
+  return {bn_relu_apply(x, {kBnRelu, x, weight, bias, *mean, *var, eps}), none(), none()};
 }
 
 Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
-                          const Tensor& mean, const Tensor& var, double eps, bool batch_stats) {
-  const Tensor x = dense_activation(kOp, x_), dout = gradient_like(kOp, dout_, x);
+                          const Tensor& mean, const Tensor& var, double eps, bool batch_stats, int64_t paths) {
+  const Tensor x = dense_activation(kBnRelu, x_), dout = gradient_like(kBnRelu, dout_, x);
   Tensor dx = at::empty_like(x);
-  const BackwardSums sums =
-      bn_relu_gradients(dx, dout, x, Tensor(), {kOp, x, weight, bias, mean, var, eps}, batch_stats);
+  const BackwardSums sums = bn_relu_gradients(dx, dout, x, Tensor(), {kBnRelu, x, weight, bias, mean, var, eps},
+                                              batch_stats, asked_of(kBnRelu, paths));
   return {dx, sums.dz_xhat, sums.dz};
 }
 
@@ -42,42 +44,46 @@ Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& dout, const Tensor& x_, const OptTensor& weight,
                                                    const OptTensor& bias, const Tensor& mean, const Tensor& var,
                                                    double eps) {
-  const Tensor x = dense_activation(kOp, x_);
-  const BackwardSums sums = bn_relu_sums(gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps});
+  const Tensor x = dense_activation(kBnRelu, x_);
+  const BackwardSums sums =
+      bn_relu_sums(gradient_like(kBnRelu, dout, x), x, {kBnRelu, x, weight, bias, mean, var, eps});
   return {sums.dz, sums.dz_xhat};
 }
 
 Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
                               const Tensor& mean, const Tensor& var, double eps, const Tensor& sum_dz,
                               const Tensor& sum_dz_xhat, double count) {
-  const Tensor x = dense_activation(kOp, x_);
-  const BackwardSums sums{channel_vector(kOp, x, sum_dz, "sum_dz"), channel_vector(kOp, x, sum_dz_xhat, "sum_dz_xhat")};
+  const Tensor x = dense_activation(kBnRelu, x_);
+  const BackwardSums sums{channel_vector(kBnRelu, x, sum_dz, "sum_dz"),
+                          channel_vector(kBnRelu, x, sum_dz_xhat, "sum_dz_xhat")};
   Tensor dx = at::empty_like(x);
-  bn_relu_dx(dx, gradient_like(kOp, dout, x), x, Tensor(), {kOp, x, weight, bias, mean, var, eps}, &sums, count);
+  bn_relu_dx(dx, gradient_like(kBnRelu, dout, x), x, Tensor(), {kBnRelu, x, weight, bias, mean, var, eps}, &sums,
+             count);
   return dx;
 }
 
 struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                const OptTensor& mean, const OptTensor& var, bool batch_stats, const Kept& running,
-                               double eps) {
+                               double eps, int64_t paths) {
     static const auto op = find_op<BnReluOp>("ran_ext::bn_relu");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var] =
-        op.call(x, weight, bias, mean, var, batch_stats, running.tensors, running.momentum, eps);
+        op.call(x, weight, bias, mean, var, batch_stats, running.tensors, running.momentum, eps, paths);
     running.mark_changed();
     const bool given = present(mean);
     ctx->save_for_backward(
         {x, weight.value_or(Tensor()), bias.value_or(Tensor()), given ? *mean : batch_mean, given ? *var : batch_var});
     ctx->saved_data["batch_stats"] = !given || batch_stats;
     ctx->saved_data["eps"] = eps;
+    ctx->saved_data["paths"] = paths;
     ctx->mark_non_differentiable({batch_mean, batch_var});
     return {out, batch_mean, batch_var};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto op = find_op<decltype(bn_relu_backward)>("ran_ext::bn_relu_backward");
-    variable_list result(8);
+    variable_list result(9);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const bool batch_stats = ctx->saved_data["batch_stats"].toBool();
@@ -89,7 +95,8 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
       std::copy(found.begin(), found.end(), result.begin());
       return result;
     }
-    auto [dx, dweight, dbias] = op.call(grads[0], x, weight, bias, mean, var, eps, batch_stats);
+    auto [dx, dweight, dbias] =
+        op.call(grads[0], x, weight, bias, mean, var, eps, batch_stats, ctx->saved_data["paths"].toInt());
     result[0] = dx;
     if (weight.defined()) result[1] = dweight.to(weight.scalar_type());
     if (bias.defined()) result[2] = dbias.to(bias.scalar_type());
@@ -99,9 +106,9 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
 
 Tensors3 bn_relu_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
                           const OptTensor& var, bool batch_stats, at::TensorList running,
-                          std::optional<double> momentum, double eps) {
+                          std::optional<double> momentum, double eps, int64_t paths) {
   const variable_list out =
-      BnReluFunction::apply(x, weight, bias, mean, var, batch_stats, Kept{running, momentum}, eps);
+      BnReluFunction::apply(x, weight, bias, mean, var, batch_stats, Kept{running, momentum}, eps, paths);
   return {out[0], out[1], out[2]};
 }
 
@@ -121,10 +128,10 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def("batch_norm_stats(Tensor x, Tensor(a!)[] running, float? momentum) -> (Tensor mean, Tensor var)");
   m.def(
       "bn_relu(Tensor x, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? var, bool batch_stats, Tensor(a!)[] "
-      "running, float? momentum, float eps) -> (Tensor out, Tensor mean, Tensor var)");
+      "running, float? momentum, float eps, int paths=0) -> (Tensor out, Tensor mean, Tensor var)");
   m.def(
       "bn_relu_backward(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float eps, "
-      "bool batch_stats) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "bool batch_stats, int paths=0) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def(
       "bn_relu_backward_reduce(Tensor dout, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, float "
       "eps) -> "

@@ -13,8 +13,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -26,17 +24,18 @@ Tensors6 chained(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& 
                  const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
                  const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
-                 std::optional<double> next_momentum, bool, int64_t conv3x3) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
-  check_convolution(kOp, x, weight, conv);
-  check_bias(kOp, bias, weight);
-  check_statistics(kOp, mean, var);
-  if (present(residual)) check_as(kOp, "residual", *residual, conv.out_sizes(x, weight), x);
+                 std::optional<double> next_momentum, bool, int64_t paths) {
+  const Tensor x = dense_activation(kBnReluConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_bias(kBnReluConv2d, bias, weight);
+  check_statistics(kBnReluConv2d, mean, var);
+  if (present(residual)) check_as(kBnReluConv2d, "residual", *residual, conv.out_sizes(x, weight), x);
   // The next normalisation's channels are the weight's rows.
-  const NextStatistics next{next_stats, Running(kOp, weight.transpose(0, 1), next_running, next_momentum)};
-  const ConvOutput y = bn_relu_conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kOp, x, running, momentum), eps},
-                                            weight, bias, residual, conv, next);
+  const NextStatistics next{next_stats, Running(kBnReluConv2d, weight.transpose(0, 1), next_running, next_momentum)};
+  const ConvOutput y =
+      bn_relu_conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kBnReluConv2d, x, running, momentum), eps},
+                           weight, bias, residual, conv, next);
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t : at::empty({0}, x.options().dtype(acc_type(x)));
   };
@@ -53,14 +52,14 @@ Tensors6 chained(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& 
 Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
                                  const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
-                                 std::array<bool, 3> wanted, const OptTensor& dfork, int64_t conv3x3) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, conv3x3_mode(kOp, conv3x3)};
-  check_convolution(kOp, x, weight, conv);
-  check_as(kOp, "dout", dout, conv.out_sizes(x, weight), x);
+                                 std::array<bool, 3> wanted, const OptTensor& dfork, int64_t paths) {
+  const Tensor x = dense_activation(kBnReluConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_as(kBnReluConv2d, "dout", dout, conv.out_sizes(x, weight), x);
   const ConvGradients g =
-      bn_relu_conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),
-                            {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
+      bn_relu_conv_backward(dout, x, present(dfork) ? gradient_like(kBnReluConv2d, *dfork, x) : Tensor(),
+                            {kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
   return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
 }
@@ -82,13 +81,13 @@ struct ChainedFunction : torch::autograd::Function<ChainedFunction> {
                                const OptTensor& bn_bias, const OptTensor& mean, const OptTensor& var,
                                const Statistics& stats, double eps, const Tensor& weight, const OptTensor& bias,
                                const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding,
-                               int64_t conv3x3) {
+                               int64_t paths) {
     static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
     at::AutoDispatchBelowADInplaceOrView below;
     auto [out, batch_mean, batch_var, next_mean, next_var, none] =
         op.call(x, bn_weight, bn_bias, mean, var, stats.batch_stats, stats.running.tensors, stats.running.momentum, eps,
                 weight, bias, residual, stride, padding, stats.next_stats, stats.next_running.tensors,
-                stats.next_running.momentum, stats.fork, conv3x3);
+                stats.next_running.momentum, stats.fork, paths);
     stats.running.mark_changed();
     stats.next_running.mark_changed();
     const bool given = present(mean);
@@ -99,7 +98,7 @@ struct ChainedFunction : torch::autograd::Function<ChainedFunction> {
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
     ctx->saved_data["eps"] = eps;
-    ctx->saved_data["conv3x3"] = conv3x3;
+    ctx->saved_data["paths"] = paths;
     variable_list flat{batch_mean, batch_var, next_mean, next_var};
     if (!stats.fork) flat.push_back(none);
     ctx->mark_non_differentiable(flat);
@@ -134,7 +133,7 @@ struct ChainedFunction : torch::autograd::Function<ChainedFunction> {
                                      weight.requires_grad(), bias.defined() && bias.requires_grad()};
     auto [dx, dbn_weight, dbn_bias, dweight, dbias] =
         op.call(grads[0], x, bn_weight, bn_bias, saved[3], saved[4], weight, stride, padding, eps, batch_stats, wanted,
-                dfork.defined() ? OptTensor(dfork) : std::nullopt, ctx->saved_data["conv3x3"].toInt());
+                dfork.defined() ? OptTensor(dfork) : std::nullopt, ctx->saved_data["paths"].toInt());
     if (wanted[0]) {
       result[kX] = dx;
       if (bn_weight.defined()) result[kBnWeight] = dbn_weight.to(bn_weight.scalar_type());
@@ -150,11 +149,10 @@ Tensors6 chained_autograd(const Tensor& x, const OptTensor& bn_weight, const Opt
                           const OptTensor& var, bool batch_stats, at::TensorList running,
                           std::optional<double> momentum, double eps, const Tensor& weight, const OptTensor& bias,
                           const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, bool next_stats,
-                          at::TensorList next_running, std::optional<double> next_momentum, bool fork,
-                          int64_t conv3x3) {
+                          at::TensorList next_running, std::optional<double> next_momentum, bool fork, int64_t paths) {
   const Statistics stats{batch_stats, {running, momentum}, next_stats, {next_running, next_momentum}, fork};
   const variable_list out = ChainedFunction::apply(x, bn_weight, bn_bias, mean, var, stats, eps, weight, bias, residual,
-                                                   stride, padding, conv3x3);
+                                                   stride, padding, paths);
   return {out[0], out[1], out[2], out[3], out[4], out[5]};
 }
 
@@ -166,8 +164,7 @@ Tensors6 chained_autocast(const Tensor& x, const OptTensor& bn_weight, const Opt
                           const OptTensor& var, bool batch_stats, at::TensorList running,
                           std::optional<double> momentum, double eps, const Tensor& weight, const OptTensor& bias,
                           const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, bool next_stats,
-                          at::TensorList next_running, std::optional<double> next_momentum, bool fork,
-                          int64_t conv3x3) {
+                          at::TensorList next_running, std::optional<double> next_momentum, bool fork, int64_t paths) {
   static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
   const at::ScalarType lower = at::autocast::get_autocast_dtype(device);
   const bool wide_x = x.scalar_type() != lower && x.scalar_type() != at::kDouble;
@@ -180,18 +177,18 @@ Tensors6 chained_autocast(const Tensor& x, const OptTensor& bn_weight, const Opt
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
   if (!wide_x && !wide_residual)
     return op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                   residual, stride, padding, next_stats, next_running, next_momentum, fork, conv3x3);
+                   residual, stride, padding, next_stats, next_running, next_momentum, fork, paths);
   Tensor out, batch_mean, batch_var, next_mean, next_var, identity = x;
   if (wide_x) {
     static const auto norm = find_op<BnReluOp>("ran_ext::bn_relu");
     Tensor a;
     std::tie(a, batch_mean, batch_var) =
-        norm.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps);
+        norm.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, paths);
     out = library::conv2d(cast(a), cast(weight), bias_cast, stride, padding);
   } else {
     std::tie(out, batch_mean, batch_var, next_mean, next_var, identity) =
         op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, cast(weight), bias_cast,
-                std::nullopt, stride, padding, false, {}, std::nullopt, fork, conv3x3);
+                std::nullopt, stride, padding, false, {}, std::nullopt, fork, paths);
   }
   if (present(residual)) out = out + *residual;
   static const auto take = find_op<BatchNormStatsOp>("ran_ext::batch_norm_stats");
@@ -206,10 +203,10 @@ Tensors6 chained_autocast(const Tensor& x, const OptTensor& bn_weight, const Opt
 Tensors3 bn_relu_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::TensorList running,
                         const OptTensor& bn_weight, const OptTensor& bn_bias, const OptTensor& mean,
                         const OptTensor& var, bool batch_stats, std::optional<double> momentum, double eps,
-                        const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, int64_t conv3x3) {
+                        const OptTensor& residual, at::IntArrayRef stride, at::IntArrayRef padding, int64_t paths) {
   static const auto op = find_op<decltype(chained)>("ran_ext::_chained_bn_relu_conv2d");
   const auto result = op.call(x, bn_weight, bn_bias, mean, var, batch_stats, running, momentum, eps, weight, bias,
-                              residual, stride, padding, false, {}, std::nullopt, false, conv3x3);
+                              residual, stride, padding, false, {}, std::nullopt, false, paths);
   return {std::get<0>(result), std::get<1>(result), std::get<2>(result)};
 }
 
@@ -219,19 +216,19 @@ TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
       "bn_relu_conv2d(Tensor x, Tensor weight, Tensor? bias=None, *, Tensor(a!)[] running, Tensor? bn_weight=None, "
       "Tensor? bn_bias=None, Tensor? mean=None, Tensor? var=None, bool batch_stats=False, float? momentum=None, "
-      "float eps=1e-05, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int conv3x3=0) -> "
+      "float eps=1e-05, Tensor? residual=None, int[2] stride=1, int[2] padding=0, int paths=0) -> "
       "(Tensor out, Tensor mean, Tensor var)",
       bn_relu_conv2d);
   m.def(
       "_chained_bn_relu_conv2d(Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean, Tensor? var, bool "
       "batch_stats, "
       "Tensor(a!)[] running, float? momentum, float eps, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, "
-      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork, int conv3x3=0) -> "
+      "int[2] padding, bool next_stats, Tensor(b!)[] next_running, float? next_momentum, bool fork, int paths=0) -> "
       "(Tensor out, Tensor mean, Tensor var, Tensor next_mean, Tensor next_var, Tensor identity)");
   m.def(
       "bn_relu_conv2d_backward(Tensor dout, Tensor x, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, Tensor var, "
       "Tensor weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, Tensor? dfork, "
-      "int conv3x3=0) -> "
+      "int paths=0) -> "
       "(Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
 }
 RAN_KERNELS(m) {

@@ -11,39 +11,41 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "conv_attention_gate";
+constexpr const char* kConvGate = "conv_attention_gate";
 
 using Tensors2 = std::tuple<Tensor, Tensor>;
 using GateOp = Tensor(const Tensor&, const Tensor&, int64_t);
 using GateBackwardOp = Tensors2(const Tensor&, const Tensor&, const Tensor&, int64_t);
 
 void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
-  RAN_CHECK_VALUE(scale >= 1, kOp, "scale_factor must be at least 1, got ", scale);
-  RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kOp, "trunk and x must be (N, C, H, W), got trunk ", trunk.sizes(),
-                  " and x ", x.sizes());
+  RAN_CHECK_VALUE(scale >= 1, kConvGate, "scale_factor must be at least 1, got ", scale);
+  RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kConvGate, "trunk and x must be (N, C, H, W), got trunk ",
+                  trunk.sizes(), " and x ", x.sizes());
   const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), divide_up(trunk.size(2), scale),
                                         divide_up(trunk.size(3), scale)};
-  RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kOp, "x must be ", at::IntArrayRef(expected), " for trunk ",
-                  trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
+  RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kConvGate, "x must be ", at::IntArrayRef(expected),
+                  " for trunk ", trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
   const std::array<int64_t, 4> kernel{trunk.size(1), x.size(1), 1, 1};
-  RAN_CHECK_VALUE(weight.sizes() == at::IntArrayRef(kernel), kOp, "weight must be ", at::IntArrayRef(kernel), ", got ",
-                  weight.sizes());
-  RAN_CHECK_VALUE(trunk.device() == x.device() && weight.device() == x.device(), kOp,
+  RAN_CHECK_VALUE(weight.sizes() == at::IntArrayRef(kernel), kConvGate, "weight must be ", at::IntArrayRef(kernel),
+                  ", got ", weight.sizes());
+  RAN_CHECK_VALUE(trunk.device() == x.device() && weight.device() == x.device(), kConvGate,
                   "trunk, x and weight must be on the same device, got ", trunk.device(), ", ", x.device(), " and ",
                   weight.device());
-  RAN_CHECK_TYPE(trunk.scalar_type() == x.scalar_type() && weight.scalar_type() == x.scalar_type(), kOp,
+  RAN_CHECK_TYPE(trunk.scalar_type() == x.scalar_type() && weight.scalar_type() == x.scalar_type(), kConvGate,
                  "trunk, x and weight must have the same dtype, got ", trunk.scalar_type(), ", ", x.scalar_type(),
                  " and ", weight.scalar_type());
 }
 
 // The gated trunk, and the mask's logits, which backward needs.
 Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                             int64_t scale) {
+                             int64_t scale, int64_t paths) {
   static const auto gate = find_op<GateOp>("ran_ext::attention_gate");
   check(trunk, x, weight, scale);
-  check_bias(kOp, bias, weight);
+  check_bias(kConvGate, bias, weight);
+  [[maybe_unused]] const Asked asked = asked_of(kConvGate, paths);
 #ifdef RAN_WITH_CUDA
-  if (is_fused(choose_conv_gate(trunk, x, weight, scale))) return cuda_conv1x1_gate(trunk, x, weight, bias, scale);
+  if (is_fused(choose_conv_gate(trunk, x, weight, scale, asked)))
+    return cuda_conv1x1_gate(trunk, x, weight, bias, scale);
 #endif
   const Tensor mask = library::conv2d(x, weight, bias, {1, 1}, {0, 0});
   return {gate.call(trunk, mask, scale), mask};
@@ -51,10 +53,10 @@ Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor&
 
 struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& trunk, const Tensor& x, const Tensor& weight,
-                               const OptTensor& bias, int64_t scale) {
+                               const OptTensor& bias, int64_t scale, int64_t paths) {
     static const auto op = find_op<decltype(conv_attention_gate)>("ran_ext::conv_attention_gate");
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [out, mask] = op.call(trunk, x, weight, bias, scale);
+    auto [out, mask] = op.call(trunk, x, weight, bias, scale, paths);
     ctx->save_for_backward({trunk, x, weight, bias.value_or(Tensor()), mask});
     ctx->saved_data["scale"] = scale;
     ctx->mark_non_differentiable({mask});
@@ -63,7 +65,7 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     static const auto gate_backward = find_op<GateBackwardOp>("ran_ext::attention_gate_backward");
-    variable_list result(5);
+    variable_list result(6);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &trunk = saved[0], &x = saved[1], &weight = saved[2], &bias = saved[3], &mask = saved[4];
@@ -84,15 +86,15 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
 };
 
 Tensors2 conv_attention_gate_autograd(const Tensor& trunk, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                      int64_t scale) {
-  const variable_list out = ConvAttentionGateFunction::apply(trunk, x, weight, bias, scale);
+                                      int64_t scale, int64_t paths) {
+  const variable_list out = ConvAttentionGateFunction::apply(trunk, x, weight, bias, scale, paths);
   return {out[0], out[1]};
 }
 
 // Autocast as eager PyTorch's: the convolution in the lower precision, and the gate in the wider of its two dtypes.
 template <at::DeviceType device>
 Tensors2 conv_attention_gate_autocast(const Tensor& trunk, const Tensor& x, const Tensor& weight, const OptTensor& bias,
-                                      int64_t scale) {
+                                      int64_t scale, int64_t paths) {
   static const auto op = find_op<decltype(conv_attention_gate)>("ran_ext::conv_attention_gate");
   static const auto gate = find_op<GateOp>("ran_ext::attention_gate");
   const at::ScalarType lower = x.scalar_type() == at::kDouble ? at::kDouble : at::autocast::get_autocast_dtype(device);
@@ -100,7 +102,7 @@ Tensors2 conv_attention_gate_autocast(const Tensor& trunk, const Tensor& x, cons
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(
       c10::DispatchKeySet(at::autocast::get_autocast_dispatch_key_from_device_type(device)));
   const OptTensor bias_cast = present(bias) ? OptTensor(cast(*bias)) : bias;
-  if (trunk.scalar_type() == lower) return op.call(trunk, cast(x), cast(weight), bias_cast, scale);
+  if (trunk.scalar_type() == lower) return op.call(trunk, cast(x), cast(weight), bias_cast, scale, paths);
   const Tensor mask = library::conv2d(cast(x), cast(weight), bias_cast, {1, 1}, {0, 0});
   const at::ScalarType wider = c10::promoteTypes(trunk.scalar_type(), lower);
   return {gate.call(trunk.to(wider), mask.to(wider), scale), mask};
@@ -110,7 +112,7 @@ Tensors2 conv_attention_gate_autocast(const Tensor& trunk, const Tensor& x, cons
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def(
-      "conv_attention_gate(Tensor trunk, Tensor x, Tensor weight, Tensor? bias, int scale_factor) -> "
+      "conv_attention_gate(Tensor trunk, Tensor x, Tensor weight, Tensor? bias, int scale_factor, int paths=0) -> "
       "(Tensor out, Tensor mask)");
 }
 RAN_KERNELS(m) { m.impl("conv_attention_gate", conv_attention_gate); }

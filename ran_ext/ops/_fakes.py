@@ -52,7 +52,9 @@ def _register() -> None:
         )
 
     @fake("ran_ext::conv_attention_gate")
-    def _(trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int) -> tuple[Tensor, Tensor]:
+    def _(
+        trunk: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, scale_factor: int, paths: int = 0
+    ) -> tuple[Tensor, Tensor]:
         return _gate_like(trunk, scale_factor), F.conv2d(x, weight, bias)
 
     @fake("ran_ext::max_pool2d")
@@ -130,7 +132,7 @@ def _register() -> None:
         stride: list[int],
         padding: list[int],
         wanted: list[bool],
-        conv3x3: int = 0,
+        paths: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]
@@ -156,7 +158,7 @@ def _register() -> None:
         batch_stats: bool,
         wanted: list[bool],
         dfork: Tensor | None,
-        conv3x3: int = 0,
+        paths: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         _, dweight, dbias = torch.ops.aten.convolution_backward(
             dout, x, weight, [weight.shape[0]], stride, padding, [1, 1], False, [0, 0], 1, [False, wanted[1], wanted[2]]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _backend, _tracing
+from .._paths import gpu_paths
 from . import _checks as checks
 
 #: What a batch normalisation has for each channel: weight, bias, running_mean, running_var.
@@ -97,7 +98,7 @@ def bn_relu(
         return bn_relu_ref(x, *vectors, **settings)
     mean, var, running = split_statistics(vectors, settings)
     out: Tensor = torch.ops.ran_ext.bn_relu(
-        x, weight, bias, mean, var, False, running, settings["momentum"], settings["eps"]
+        x, weight, bias, mean, var, False, running, settings["momentum"], settings["eps"], gpu_paths(x)
     )[0]
     return out
 

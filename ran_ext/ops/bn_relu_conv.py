@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _backend, _tracing
+from .. import _backend, _paths, _tracing
 from . import _checks as checks
 from ._convolution import conv2d
 from .bn_relu import Settings, bn_relu_ref, check_batch_norm, settings_of, split_statistics, vectors_of
@@ -110,7 +110,7 @@ def bn_relu_conv2d(
         residual=residual,
         stride=stride,
         padding=padding,
-        conv3x3=_backend.conv3x3_mode(),
+        paths=_paths.paths(x),
     )[0]
     return out
 
@@ -180,7 +180,7 @@ def chained_bn_relu_conv2d(
     # An output that is the input is autograd's alone: a traced graph could not say so.
     fork = torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
     out, _, _, next_mean, next_var, identity = torch.ops.ran_ext._chained_bn_relu_conv2d(
-        x, *norm, conv.weight, conv.bias, residual, stride, padding, *of_next, fork, _backend.conv3x3_mode()
+        x, *norm, conv.weight, conv.bias, residual, stride, padding, *of_next, fork, _paths.paths(x)
     )
     return Chained(out, BatchStatistics(next_mean, next_var) if next_bn else None, identity if fork else x)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _backend, _tracing
+from .. import _backend, _paths, _tracing
 from . import _checks as checks
 from . import _convolution
 
@@ -86,7 +86,7 @@ def conv2d(
             )
     if not _has_kernels(x, weight, stride, padding) or not _backend.use_native(x, weight, bias):
         return _convolution.conv2d(x, weight, bias, stride, padding)
-    out: Tensor = torch.ops.ran_ext.conv2d(x, weight, bias, stride, padding, _backend.conv3x3_mode())
+    out: Tensor = torch.ops.ran_ext.conv2d(x, weight, bias, stride, padding, _paths.paths(x))
     return out
 
 

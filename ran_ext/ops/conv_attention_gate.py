@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _backend, _tracing
+from .._paths import gpu_paths
 from . import _checks as checks
 from .attention_gate import attention_gate, attention_gate_ref
 
@@ -21,7 +22,7 @@ def conv_attention_gate(
         attention_gate(trunk, F.conv2d(x, weight, bias), scale_factor)
 
     On a GPU the convolution's kernel gates the trunk from its own epilogue, in bfloat16 and float16, channels_last and
-    with ``scale_factor`` 1 or 2, where ``RAN_EXT_CONV1X1`` or a measurement in ``ran_ext/dispatch.json`` says so.
+    with ``scale_factor`` 1 or 2, where :func:`ran_ext.set_conv1x1` or a measurement says so.
     Elsewhere the two run one after the other. Backward keeps ``trunk``, ``x`` and the mask.
 
     Args:
@@ -51,7 +52,7 @@ def conv_attention_gate(
     # Inductor fuses the plain gate into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(trunk, x, weight, bias):
         return attention_gate(trunk, F.conv2d(x, weight, bias), scale_factor)
-    return torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, bias, scale_factor)[0]
+    return torch.ops.ran_ext.conv_attention_gate(trunk, x, weight, bias, scale_factor, gpu_paths(x))[0]
 
 
 def conv_attention_gate_ref(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._errors import one_line
 from .._files import require_regular, write_atomically
 from ..data import Normalize
-from ..models import ResidualAttentionNetwork
+from ..models import ImageClassifier
 from .config import Config
 from .evaluation import EarlyStopping, EpochFigures
 from .system import CheckpointError, write_failure
@@ -330,7 +330,7 @@ def load_config(checkpoint: str | Path) -> Config:
     return Config.from_dict(read_entries(checkpoint, ("config",))["config"])
 
 
-def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> ResidualAttentionNetwork:
+def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> ImageClassifier:
     """The trained network of a checkpoint of :func:`ran_ext.train.fit`, in evaluation mode.
 
     Name and options of the model come from the checkpoint; where a moving average was kept, its weights are taken.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._errors import one_line
-from ..models import ResidualAttentionNetwork, create_model, list_models
+from ..models import ImageClassifier, create_model, list_models
 from .system import require_memory
 
 #: Fields with a closed set of values.
@@ -171,7 +171,7 @@ class Config:
         _require(self.dtype != "auto", "dtype", "resolved for a device (resolve_dtype) before it is used", self.dtype)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
 
-    def create_model(self) -> ResidualAttentionNetwork:
+    def create_model(self) -> ImageClassifier:
         """The network, with weights drawn from torch's global generator.
 
         Raises:
@@ -181,7 +181,7 @@ class Config:
         require_memory(sum(p.numel() for p in shapes.parameters()), 1, torch.device("cpu"))
         return create_model(self.model, **self._options)
 
-    def outline(self) -> ResidualAttentionNetwork:
+    def outline(self) -> ImageClassifier:
         """The network on the meta device, without weights: its shapes alone.
 
         Raises:
