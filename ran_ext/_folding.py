@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, TypeGuard, TypeVar
 
@@ -122,7 +123,7 @@ class Folding:
 
     def _chain(self, members: list[Any]) -> list[nn.Module]:
         """The members with their normalisations moved into the convolutions before; none where nothing moves."""
-        bns = [following_bn(one, two) for one, two in zip(members, [*members[1:], None], strict=True)]
+        bns = [following_bn(one, two) for one, two in itertools.pairwise([*members, None])]
         layers: list[nn.Module] = []
         for i, member in enumerate(members):
             moved = i > 0 and bns[i - 1] is not None

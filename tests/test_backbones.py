@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks import attention_gain
-from ran_ext import convert, explain, set_backend
+from ran_ext import convert, explain, fold_for_inference, set_backend
 from ran_ext.models import AttentionLSTM, TimeMask, create_model, list_models
 from ran_ext.nn import AttentionModule
 
@@ -71,6 +71,10 @@ def test_backbones_train_convert_and_take_any_size(name, capsys):
     assert all(p.grad is not None for p in model.parameters())
     x = torch.randn(2, 1, 32, 32)
     expected = model.eval()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(fold_for_inference(model)(x), expected, rtol=1e-3, atol=1e-4)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(convert(model)(x), expected, rtol=1e-3, atol=1e-4)
     explain(model, x)
     assert "attention_gate" in capsys.readouterr().out

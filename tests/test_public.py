@@ -158,6 +158,8 @@ def test_gradients_are_the_same_and_other_sizes_are_taken(tmp_path):
     theirs = model.attention_module1.skip1_connection_residual_block.conv2.weight
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
     assert loaded.eval()(torch.rand(1, 3, 45, 37, dtype=torch.float64)).shape == (1, 10)
+    module, x = loaded.stage1[1], torch.rand(1, 16, 13, 9, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(module, backend="eager", fullgraph=True)(x), module(x))
 
 
 def test_files_of_dataparallel_and_of_pytorch_before_it_counted_batches(tmp_path):

@@ -152,7 +152,8 @@ class PublicAttentionModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pre(x)
-        trunk, mask, levels = self.trunk(x), x, list[Tensor]()
+        trunk, mask = self.trunk(x), x
+        levels: list[Tensor] = []
         for unit in self.down:
             mask = unit(pool3(mask))
             levels.append(mask)
