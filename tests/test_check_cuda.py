@@ -80,7 +80,7 @@ def test_a_kernel_with_dynamic_shared_memory_has_none_beside_it():
         for arch, chip in budgets.items()
         if arch != "sass"
         for kernel in chip
-        if check.re.match(r"resident_|(forward|dgrad|wgrad)_kernel<(Wgrad)?Tile", kernel)
+        if check.re.match(r"resident_|(forward|dgrad|wgrad)(3x3)?_kernel<", kernel)
     ]
     assert len(dynamic) >= 4 * 34
     assert all(static == 0 for _, static in dynamic)

@@ -62,7 +62,7 @@ def cache(request: pytest.FixtureRequest) -> Path:
 def kernels_of(program: str) -> set[str]:
     """Names of the kernels in the .cu files that a program's source includes."""
     files = re.findall(r'#include "../../(csrc/cuda/\w+\.cu)"', (EMULATION / f"{program}.cpp").read_text())
-    return build.kernel_names(ROOT / file for file in files)
+    return build.kernel_names([ROOT / file for file in files])
 
 
 def addresses(program: Path) -> dict[str, int]:

@@ -40,7 +40,7 @@ struct Conv1x1Gate {
 };
 
 // Mean and biased variance of the stored output (of the gate's where there is one), for the next batch normalisation.
-struct Conv1x1Statistics {
+struct ConvStatistics {
   float* mean = nullptr;  // null: no statistics
   float* var = nullptr;
   RunningStatistics running;
@@ -50,7 +50,7 @@ struct Conv1x1Statistics {
 struct Conv1x1Forward {
   void* y;  // where there is a gate, the mask's logits, which its backward pass needs
   Conv1x1Gate gate;
-  Conv1x1Statistics statistics;
+  ConvStatistics statistics;
   const void* x;
   BatchNorm<float> norm;  // mean null: x as it is, without ReLU
   const void* weight;

@@ -1,7 +1,7 @@
 // The gradient of a 1x1 convolution's input, with the ReLU's mask and both sums of batch normalisation's backward pass
 // in the epilogue.
-#include "conv1x1_partials.cuh"
 #include "conv1x1_product.cuh"
+#include "conv_dgrad_end.cuh"
 
 namespace ran::cuda {
 namespace conv1x1 {
@@ -16,25 +16,6 @@ struct DgradArgs {
   GradientSums* partials;  // [gridDim.x][columns]
   float* split_sums;       // of the depth's parts, and a counter a tile
   unsigned* counters;
-};
-
-// Of a tile's columns, side by side in shared memory.
-struct ColumnTable {
-  Shared<float> scale, shift, mean;
-
-  template <int kColumns>
-  static __device__ __forceinline__ ColumnTable fill(Shared<float> at, const BatchNorm<float>& norm, int first,
-                                                     int channels) {
-    const ColumnTable table{at, at + kColumns, at + 2 * kColumns};
-    for (int i = thread_rank(); i < kColumns; i += kThreads) {
-      const ScaleShift<float> s = channel_scale_shift(norm, first + i, channels);
-      const int at = swapped_at(i);
-      table.scale[at] = s.scale;
-      table.shift[at] = s.shift;
-      table.mean[at] = first + i < channels ? norm.mean[first + i] : 0;
-    }
-    return table;
-  }
 };
 
 template <typename Tile, typename T>
@@ -54,38 +35,14 @@ __global__ void __launch_bounds__(kThreads, 2) dgrad_kernel(const DgradArgs<T> a
     typename decltype(product)::Sums sums;
     product.run(sums);
     if (!merge_splits<Tile>(sums, args.split_sums, args.counters, product.flag())) return;
-    float scale[8], shift[8], mean[8];
-    load_swapped(table.scale, threadIdx.x, scale);
-    load_swapped(table.shift, threadIdx.x, shift);
-    load_swapped(table.mean, threadIdx.x, mean);
+    const ColumnMask mask = table.mask();
     visit_rows<Tile>(product.stage(), sums, tile * Tile::kRows, fetch_x,
-                     [&](int row, const Pack<T, 8>& packed_x, float (&dz)[8]) {
-                       if (row >= rows || column >= columns) return;
-                       float x[8];
-                       unpack(packed_x, x);
-#pragma unroll
-                       for (int i = 0; i < 8; ++i)  // where z is NaN the gradient passes, as in torch
-                         dz[i] = relu_backward(dz[i], normalise(x[i], ScaleShift<float>{scale[i], shift[i]}));
-                       const auto rounded = pack_floats<T>(dz);
-                       store_pack<8>(args.dz + static_cast<int64_t>(row) * columns + column, rounded);
-                       unpack(rounded, dz);
-#pragma unroll
-                       for (int i = 0; i < 8; ++i)
-                         total[i] = {total[i].dz + dz[i], std::fma(dz[i], x[i] - mean[i], total[i].dz_xhat)};
+                     [&](int row, const Pack<T, 8>& x, float (&dz)[8]) {
+                       if (row < rows && column < columns)
+                         mask.store(args.dz + static_cast<int64_t>(row) * columns + column, x, dz, total);
                      });
   }
   leave_partials<Tile>(total, args.partials, product.first_column(), columns, product.stage());
-}
-
-// One channel a column of threads; the partial dz_xhat still lack their common factor 1 / standard deviation.
-__global__ void gradient_sums_kernel(float* sum_dz, float* sum_dz_xhat, const GradientSums* partials,
-                                     const BatchNorm<float> norm, int blocks, int channels) {
-  RAN_SHARED(GradientSums, scratch, kMergeWidth * kMergeRows / 2);
-  const int channel = blockIdx.x * kMergeWidth + threadIdx.x;
-  const GradientSums all = merge_blocks(partials, blocks, channels, channel, scratch);
-  if (threadIdx.y != 0 || channel >= channels) return;
-  sum_dz[channel] = all.dz;
-  sum_dz_xhat[channel] = all.dz_xhat / std::sqrt(norm.var[channel] + static_cast<float>(norm.eps));
 }
 
 template <typename T>
@@ -109,8 +66,7 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
     });
     if (error != cudaSuccess) return error;
   }
-  return RAN_LAUNCH(merge_shape(c_in), stream, gradient_sums_kernel, p.sum_dz, p.sum_dz_xhat,
-                    static_cast<const GradientSums*>(partials), p.norm, plan.row_blocks, c_in);
+  return finish_gradient_sums(p.sum_dz, p.sum_dz_xhat, partials, p.norm, plan.row_blocks, c_in, stream);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // y = conv1x1(relu(bn(x))) + bias + residual, with the attention gate and the next batch normalisation's statistics in
 // the epilogue.
-#include "batch_norm.cuh"
-#include "conv1x1_partials.cuh"
 #include "conv1x1_product.cuh"
+#include "conv_forward_end.cuh"
 
 namespace ran::cuda {
 namespace conv1x1 {
@@ -22,22 +21,6 @@ struct ForwardArgs {
   int64_t* batches;          // num_batches_tracked, to be incremented; may be null
   float* split_sums;         // of the depth's parts, and a counter a tile
   unsigned* counters;
-};
-
-// Mean and sum of squared deviations of a thread's 8 columns, row by row (Welford 1962).
-struct ColumnMoments {
-  float count = 0, mean[8] = {}, m2[8] = {};
-
-  __device__ __forceinline__ void add(const float (&v)[8]) {
-    count += 1;
-    const float share = 1 / count;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float delta = v[i] - mean[i];
-      mean[i] = std::fma(delta, share, mean[i]);
-      m2[i] = std::fma(delta, v[i] - mean[i], m2[i]);
-    }
-  }
 };
 
 // Gates the pixels of the trunk, 1 or 4 for each of the mask's, of the rows that this thread has just written to y.
@@ -86,12 +69,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<
   };
   const auto finish = [&](int row, const Pack<T, 8>& residual, float (&v)[8]) {
     if (row >= rows || column >= columns) return;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = v[i] + to_float(bias.value[i]) + to_float(residual.value[i]);
-    const auto rounded = pack_floats<T>(v);
-    store_pack<8>(args.y + static_cast<int64_t>(row) * columns + column, rounded);
+    const auto stored = store_sums(args.y + static_cast<int64_t>(row) * columns + column, bias, residual, v);
     if (!args.partials || args.gated) return;
-    unpack(rounded, v);
+    unpack(stored, v);
     moments.add(v);
   };
   for (int tile = blockIdx.x; tile < args.product.row_tiles; tile += gridDim.x) {
@@ -102,28 +82,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<
     if (args.gated) gate_rows<Tile>(args, tile * Tile::kRows, column, moments);
   }
 
-  if (args.partials == nullptr) return;
-  Moments<float> state[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) state[i] = {moments.count, moments.mean[i], moments.m2[i]};
-  leave_partials<Tile>(state, args.partials, product.first_column(), columns, product.stage());
-}
-
-// One channel a column of threads. The batch has been counted by the kernel before, so that all blocks see one number.
-__global__ void statistics_kernel(const Conv1x1Statistics out, const Moments<float>* partials, int blocks,
-                                  int channels) {
-  RAN_SHARED(Moments<float>, scratch, kMergeWidth * kMergeRows / 2);
-  const int channel = blockIdx.x * kMergeWidth + threadIdx.x;
-  const Moments<float> all = merge_blocks(partials, blocks, channels, channel, scratch);
-  if (threadIdx.y != 0 || channel >= channels) return;
-  const float var = all.count > 0 ? all.m2 / all.count : 0;
-  out.mean[channel] = all.mean;
-  out.var[channel] = var;
-  if (out.running.mean) {
-    const float factor =
-        out.running.momentum >= 0 ? out.running.momentum : 1 / static_cast<float>(*out.running.batches);
-    update_running(out.running, factor, channel, all.mean, all.m2 / (all.count - 1));
-  }
+  if (args.partials) moments.leave<Tile>(args.partials, product.first_column(), columns, product.stage());
 }
 
 template <typename T>
@@ -156,8 +115,7 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
                      : RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, false>, args);
   });
   if (error != cudaSuccess || !partials) return error;
-  return RAN_LAUNCH(merge_shape(c_out), stream, statistics_kernel, p.statistics,
-                    static_cast<const Moments<float>*>(partials), plan.row_blocks, c_out);
+  return finish_statistics(p.statistics, partials, plan.row_blocks, c_out, stream);
 }
 
 bool gate_fits(const Conv1x1Gate& gate, const Conv1x1Shape& s) {

@@ -115,6 +115,14 @@ inline TileKind choose_tile(int64_t rows, int64_t depth, int64_t columns, size_t
   return suits(TallTile{}) ? TileKind::tall : TileKind::small;
 }
 
+// As many blocks as run at once, with even shares of tiles: two an SM where shared memory allows. Registers allow no
+// more.
+inline int choose_row_blocks(int row_tiles, int column_tiles, size_t shared_bytes, const DeviceLimits& device) {
+  const int64_t blocks_per_sm = shared_bytes + 1024 <= size_t(device.shared_per_sm) / 2 ? 2 : 1;
+  const int64_t slots = std::max<int64_t>(1, blocks_per_sm * device.sm_count / std::max(1, column_tiles));
+  return static_cast<int>(blocks_for(row_tiles, blocks_for(std::max(1, row_tiles), slots)));
+}
+
 inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table_bytes) {
   const DeviceLimits device = device_limits();
   const TileKind kind = choose_tile(rows, depth, columns, table_bytes, device);
@@ -133,11 +141,7 @@ inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table
     plan.resident =
         product_bytes<Tile>(plan.chunks_a_split, table_bytes) <= static_cast<size_t>(device.shared_per_block);
     plan.shared_bytes = product_bytes<Tile>(plan.resident ? plan.chunks_a_split : Tile::kStages, table_bytes);
-    // As many blocks as run at once, with even shares of tiles: two an SM where shared memory allows. Registers allow
-    // no more.
-    const int64_t blocks_per_sm = plan.shared_bytes + 1024 <= size_t(device.shared_per_sm) / 2 ? 2 : 1;
-    const int64_t slots = std::max<int64_t>(1, blocks_per_sm * device.sm_count / std::max(1, plan.column_tiles));
-    plan.row_blocks = static_cast<int>(blocks_for(plan.row_tiles, blocks_for(std::max(1, plan.row_tiles), slots)));
+    plan.row_blocks = choose_row_blocks(plan.row_tiles, plan.column_tiles, plan.shared_bytes, device);
     return plan;
   });
 }

@@ -19,6 +19,30 @@ ProductArgs<T> product_args(const Operand<T>& a, const Operand<T>& weight, int c
   return {a, weight, columns, plan.row_tiles, plan.resident, plan.chunks_a_split};
 }
 
+// sums += rows * weight over `depth` of a chunk; load(a, k) gives the rows' fragments at depth k.
+template <typename Tile, bool kTransposed, typename T, typename Sums, typename Load>
+__device__ __forceinline__ void multiply_chunk(Sums& sums, Shared<T> weight, int depth, Load load) {
+#pragma unroll 1
+  for (int k = 0; k < depth; k += 16) {
+    unsigned a[Tile::kBlocks][4];
+    load(a, k);
+#pragma unroll
+    for (int column = 0; column < Tile::kColumns; column += 16) {
+      unsigned b[2][2];
+      if constexpr (kTransposed) {
+        load_columns<true>(b, weight + column / kPanel * kPanel * kPanel, column % kPanel, k);
+      } else {
+        load_columns<false>(b, weight, column, k);
+      }
+#pragma unroll
+      for (int block = 0; block < Tile::kBlocks; ++block) {
+        mma_m16n8k16<T>(sums[block][column / 8], a[block], b[0]);
+        mma_m16n8k16<T>(sums[block][column / 8 + 1], a[block], b[1]);
+      }
+    }
+  }
+}
+
 // blockIdx.y is the tile of columns; blockIdx.x and every gridDim.x-th after it are the tiles of rows; blockIdx.z is
 // the part of the depth. A chunk is kPanel of depth. The copies of the next chunks, also those of the next tile, are in
 // flight while one is multiplied.
@@ -101,27 +125,11 @@ class Product {
     const Shared<T> rows = rows_ + slot_ * kRowsPanel, weight = weight_slot(chunk, slot_);
     const int left = args_.a.columns - (first_chunk_ + chunk) * kPanel, depth = left < kPanel ? left : kPanel;
     const int warp_row = thread_rank() / 32 * Tile::kWarpRows;
-#pragma unroll 1
-    for (int k = 0; k < depth; k += 16) {
-      unsigned a[Tile::kBlocks][4];
+    multiply_chunk<Tile, kTransposed>(sums, weight, depth, [&](unsigned (&a)[Tile::kBlocks][4], int k) {
 #pragma unroll
       for (int block = 0; block < Tile::kBlocks; ++block) load_rows<false>(a[block], rows, warp_row + 16 * block, k);
       if constexpr (kNormalise) bn_relu(a, chunk * kPanel + k);
-#pragma unroll
-      for (int column = 0; column < Tile::kColumns; column += 16) {
-        unsigned b[2][2];
-        if constexpr (kTransposed) {
-          load_columns<true>(b, weight + column / kPanel * kPanel * kPanel, column % kPanel, k);
-        } else {
-          load_columns<false>(b, weight, column, k);
-        }
-#pragma unroll
-        for (int block = 0; block < Tile::kBlocks; ++block) {
-          mma_m16n8k16<T>(sums[block][column / 8], a[block], b[0]);
-          mma_m16n8k16<T>(sums[block][column / 8 + 1], a[block], b[1]);
-        }
-      }
-    }
+    });
   }
 
   // A lane holds channels 2 (lane % 4), + 1, + 8 and + 9 of each row.

@@ -55,11 +55,24 @@ __device__ __forceinline__ void load_swapped(Shared<float> row, int vector, floa
 
 __device__ __forceinline__ int panel_at(int row, int vector) { return row * kPanel + ((vector ^ (row & 7)) << 3); }
 
+// The threads' rows of a panel; a multiple of 8, so that all of a thread's are permuted alike.
+inline constexpr int kStep = kThreads / 8;
+
+// Asks for a thread's vectors, of every kStep-th of kRows rows that lie `pitch` values apart; zeros from the thread's
+// row number `rows` on. `valid`: any address that may be formed.
+template <int kRows, typename T>
+__device__ __forceinline__ void copy_rows(Shared<T> to, const T* source, int64_t pitch, int rows, const T* valid) {
+#pragma unroll
+  for (int r = 0; r < kRows; r += kStep) {
+    cp_async16(to + r * kPanel, r < rows ? source : valid, r < rows);
+    source += kStep * pitch;
+  }
+}
+
 // Asks for kRows x kPanel values from (row, column) on; zeros outside the matrix. Of a matrix whose rows are not
 // gathered (kMayGather false, or stride 1) a row lies behind the other, and no index is divided.
 template <int kRows, bool kMayGather, typename T>
 __device__ __forceinline__ void copy_panel(Shared<T> panel, const Operand<T>& from, int first_row, int first_column) {
-  constexpr int kStep = kThreads / 8;  // rows; a multiple of 8, so that all of a thread's are permuted alike
   const int vector = thread_rank() % 8, column = first_column + 8 * vector, row = first_row + thread_rank() / 8;
   const int rows = column < from.columns ? from.rows - row : 0;
   const Shared<T> to = panel + panel_at(thread_rank() / 8, vector);
@@ -71,12 +84,7 @@ __device__ __forceinline__ void copy_panel(Shared<T> panel, const Operand<T>& fr
       cp_async16(to + r * kPanel, from.data + offset, inside);
     }
   } else {
-    const T* source = from.data + static_cast<int64_t>(row) * from.columns + column;
-#pragma unroll
-    for (int r = 0; r < kRows; r += kStep) {
-      cp_async16(to + r * kPanel, r < rows ? source : from.data, r < rows);
-      source += static_cast<int64_t>(kStep) * from.columns;
-    }
+    copy_rows<kRows>(to, from.data + static_cast<int64_t>(row) * from.columns + column, from.columns, rows, from.data);
   }
 }
 

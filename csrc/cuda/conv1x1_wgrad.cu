@@ -1,6 +1,6 @@
 // The gradient of a 1x1 convolution's weight and bias, with relu(bn(x)) computed again from x. The pixels are the depth
 // of the product and are split between blocks; their sums are merged in a fixed order by a second kernel.
-#include "conv1x1_partials.cuh"
+#include "conv_wgrad_end.cuh"
 
 namespace ran::cuda {
 namespace conv1x1 {
@@ -153,21 +153,6 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> a
   }
 }
 
-// Four results a column of threads: the weight's, then the bias's.
-template <typename T>
-__global__ void merge_splits_kernel(T* dweight, T* dbias, const float* partials, int splits, int64_t weights,
-                                    int64_t all) {
-  RAN_SHARED(Sum4, scratch, kMergeWidth * kMergeRows / 2);
-  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kMergeWidth + threadIdx.x, index = vector * 4;
-  const Sum4 sum = merge_blocks(reinterpret_cast<const Sum4*>(partials), splits, all / 4, vector, scratch);
-  if (threadIdx.y != 0 || index >= all) return;
-  if (index < weights) {
-    store<4>(dweight + index, sum.value);
-  } else if (dbias) {
-    store<4>(dbias + (index - weights), sum.value);
-  }
-}
-
 template <typename T>
 cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
   const Conv1x1Shape& s = p.shape;
@@ -188,9 +173,8 @@ cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
     const cudaError_t error = plan.large ? run(LargeWgradTile{}) : run(SmallWgradTile{});
     if (error != cudaSuccess) return error;
   }
-  const int64_t all = split_floats(s);
-  return RAN_LAUNCH(merge_shape(all / 4), stream, merge_splits_kernel<T>, static_cast<T*>(p.dweight),
-                    static_cast<T*>(p.dbias), static_cast<const float*>(partials), plan.splits, s.c_out * s.c_in, all);
+  return finish_wgrad(static_cast<T*>(p.dweight), static_cast<T*>(p.dbias), partials, plan.splits, s.c_out * s.c_in,
+                      split_floats(s), stream);
 }
 
 }  // namespace

@@ -10,13 +10,14 @@ import hashlib
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 EMULATE = ["-U_FORTIFY_SOURCE", "-DRAN_EMULATE", "-fno-strict-aliasing"]
 KERNEL = re.compile(r"__global__ void (?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(")
+INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 
 
 def includes(root: Path) -> list[Path]:
@@ -29,9 +30,23 @@ def kernels() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def kernel_names(files: Iterable[Path]) -> set[str]:
-    """Names of the kernels in ``files``."""
-    return {name for file in files for name in KERNEL.findall(file.read_text())}
+def included(path: Path, seen: set[str]) -> set[str]:
+    """Names of the files that ``path`` includes, directly or not, added to ``seen``."""
+    for name in (Path(name).name for name in INCLUDE.findall(path.read_text())):
+        for folder in ("csrc/cuda", "csrc/common", "tests/emulation"):
+            if name not in seen and (ROOT / folder / name).exists():
+                seen.add(name)
+                included(ROOT / folder / name, seen)
+    return seen
+
+
+def kernel_names(files: Sequence[Path]) -> set[str]:
+    """Names of the kernels in ``files`` and in the headers of csrc/cuda that they include."""
+    seen: set[str] = set()
+    for file in files:
+        included(file, seen)
+    headers = [path for name in seen if (path := ROOT / "csrc" / "cuda" / name).suffix == ".cuh"]
+    return {name for file in [*files, *headers] for name in KERNEL.findall(file.read_text())}
 
 
 def sources(root: Path) -> list[Path]:

@@ -6,7 +6,7 @@
 // The launchers plan by the device's limits; --limits gives the emulation those of a GPU.
 #include <functional>
 
-#include "compare_conv1x1.h"
+#include "compare_conv3x3.h"
 #include "compare_ops.h"
 
 namespace compare {
@@ -98,6 +98,23 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
   add_wgrad("wgrad_large", {1, tiles * 4, 65, 72, 72, 1});
 }
 
+void add_conv3x3(std::vector<Case>& cases, const DeviceLimits& device) {
+  const auto add = [&](const std::string& name, Conv3x3Shape s) {
+    cases.push_back(in_16_bits("forward3x3_" + name, [s](auto type, const Run& run) {
+      conv3x3_forward<decltype(type)>(run, s, s.stride == 1);
+    }));
+    cases.push_back(
+        in_16_bits("dgrad3x3_" + name, [s](auto type, const Run& run) { conv3x3_dgrad<decltype(type)>(run, s); }));
+    cases.push_back(
+        in_16_bits("wgrad3x3_" + name, [s](auto type, const Run& run) { conv3x3_wgrad<decltype(type)>(run, s); }));
+  };
+  add("small", {2, 7, 9, 40, 72, 1, 1});
+  add("stride_2", {2, 7, 9, 24, 40, 2, 1});
+  add("no_padding", {1, 6, 8, 72, 24, 1, 0});
+  add("stride_2_no_padding", {3, 4, 4, 8, 8, 2, 0});
+  add("large", {device.sm_count, 8, 16, 72, 72, 1, 1});  // a large tile for every SM, in all three passes
+}
+
 struct Options {
   const char* file = nullptr;
   const char* only = nullptr;
@@ -133,6 +150,7 @@ int run_all(const Options& options) {
   std::vector<Case> cases;
   add_ops(cases, device);
   add_conv1x1(cases, device);
+  add_conv3x3(cases, device);
   FILE* file = std::fopen(options.file, "wb");
   if (!file) stop("cannot write", options.file);
   std::fprintf(file, "device %d %d %d %d\n", device.capability, device.sm_count, device.shared_per_block,

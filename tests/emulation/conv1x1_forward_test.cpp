@@ -32,7 +32,7 @@ struct Outputs {
       running_var{size_t(s.c_out)};
   Buffer<int64_t> batches{1};
 
-  ran::cuda::Conv1x1Statistics statistics() const {
+  ran::cuda::ConvStatistics statistics() const {
     switch (options.statistics) {
       case Statistics::none:
         return {};

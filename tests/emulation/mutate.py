@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from build import ROOT, build, run
+from build import ROOT, build, included, run
 
 STATEMENT = re.compile(
     r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"
 )
 #: The narrower barrier that each might be mistaken for. A weaker wait leaves one more group in flight.
 WEAKER = {"__syncthreads": "__syncwarp", "cluster_sync": "__syncthreads", "grid_sync": "__syncthreads"}
-INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 WRAPPERS = {"launch.cuh", "mma.cuh"}  # these define the statements
 
 
@@ -85,16 +84,6 @@ def mutate(root: Path, rewrite: Callable[[str, Sequence[Mutant]], str] = choose)
             end = statement.end()
         path.write_text(changed + text[end:])
     return found
-
-
-def included(path: Path, seen: set[str]) -> set[str]:
-    """Names of the files that ``path`` includes, directly or not."""
-    for name in (Path(name).name for name in INCLUDE.findall(path.read_text())):
-        for folder in ("csrc/cuda", "csrc/common", "tests/emulation"):
-            if name not in seen and (ROOT / folder / name).exists():
-                seen.add(name)
-                included(ROOT / folder / name, seen)
-    return seen
 
 
 def verdict(mutant: Mutant, programs: dict[str, Path], files: dict[str, set[str]]) -> str:

@@ -1,6 +1,6 @@
 // Runs each launcher at shapes whose tensors are aligned, and prints how each kernel's accesses fall on memory: a line
 // an instruction, "kernel | number | kind | bytes | used | ideal | narrow". layout.py sums them up.
-#include "../emulation/compare_conv1x1.h"
+#include "../emulation/compare_conv3x3.h"
 #include "../emulation/compare_ops.h"
 #include "run_time.h"
 
@@ -72,6 +72,20 @@ void convolutions(const Run& run) {
   measure([&] { conv1x1_wgrad<T>(run, {1, 32, 64, 128, 128, 1}); });
 }
 
+// With both tiles; one SM has large tiles of a few patches.
+template <typename T>
+void convolutions3x3(const Run& run) {
+  const Conv3x3Shape large{2, 16, 16, 64, 128, 1, 1}, tall{1, 16, 16, 64, 64, 1, 1}, strided{1, 16, 32, 64, 64, 2, 1},
+      images{8, 4, 4, 64, 64, 1, 1};
+  measure([&] { conv3x3_forward<T>(run, large, true); });
+  measure([&] { conv3x3_dgrad<T>(run, {2, 16, 16, 128, 64, 1, 1}); });
+  for (const Conv3x3Shape& s : {tall, strided, images}) {
+    measure([&] { conv3x3_forward<T>(run, s, true); });
+    measure([&] { conv3x3_dgrad<T>(run, s); });
+    measure([&] { conv3x3_wgrad<T>(run, s); });
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -82,4 +96,6 @@ int main() {
   ops<float>(run);
   ops<check::bf16>(run);
   convolutions<check::bf16>(run);
+  ran::cuda::conv1x1::emulated_device.sm_count = 1;
+  convolutions3x3<check::bf16>(run);
 }
