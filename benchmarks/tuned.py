@@ -29,13 +29,13 @@ from .table import Table
 from .timing import ratios
 
 
-def measure(options: argparse.Namespace, dtype: torch.dtype) -> list[str | float]:
+def measure(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> list[str | float]:
     """A row: passes, those of another path, milliseconds by rule and tuned, times as fast, quartiles."""
     torch.manual_seed(0)
     model = ran_ext.models.create_model(options.model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(options.batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (options.batch,))
+    images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch,))
     kernels: Any = _backend._C
 
     def autocast() -> torch.autocast:
@@ -74,19 +74,20 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a row a dtype."""
+    """Print a row for each batch and dtype."""
     parser = Parser(description=__doc__)
     parser.add_argument("--model", choices=ran_ext.models.list_models(), default="ran_compact")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=None, help="JSON")
     options = isa.parse(parser, argv)
     torch.set_num_threads(options.threads)
-    columns = ["dtype", "passes", "of another path", "by rule, ms", "tuned, ms", "times as fast", "quartiles"]
-    table = Table(f"training step, {options.model}, batch {options.batch}, channels_last", columns, options.out)
-    for dtype in (torch.float32, torch.bfloat16):
-        table.add(str(dtype).removeprefix("torch."), *measure(options, dtype))
+    columns = ["batch", "dtype", "passes", "of another path", "by rule, ms", "tuned, ms", "times as fast", "quartiles"]
+    table = Table(f"training step, {options.model}, channels_last", columns, options.out)
+    for batch in options.batch:
+        for dtype in (torch.float32, torch.bfloat16):
+            table.add(batch, str(dtype).removeprefix("torch."), *measure(options, batch, dtype))
 
 
 if __name__ == "__main__":

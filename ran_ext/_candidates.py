@@ -49,7 +49,7 @@ def measure(shape: Shape, allowed: Sequence[str], rule: str, rounds: int = ROUND
     """
     device = torch.device("cpu") if shape[0] == CPU else torch.device("cuda", shape[0])
     base = "library" if "library" in allowed else "streaming"
-    with torch.no_grad(), torch.autocast(device.type, enabled=False), _on(device):
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), _on(device):
         try:
             call, exact_call = prepare(shape, device)
             exact = exact_call()

@@ -46,7 +46,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     """Print a summary, and for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
 
     The summary counts the layers by what their forward pass runs on; in training also the megabytes (10^6 bytes) that
-    are kept from forward to backward, parameters left out, beside those of plain PyTorch.
+    are kept from forward to backward, parameters left out, beside those of plain PyTorch. Where a pass has several
+    paths, the reason ends with who chose: ``tuned here`` (:func:`ran_ext.tune`), ``shipped measurement``, ``asked for``
+    (:func:`ran_ext.set_conv1x1`, :func:`ran_ext.set_bn_relu`) or ``by rule``.
 
     Copies of the network run, in the mode that the network is in and under the autocast that is on; its weights,
     buffers and torch's random numbers are left as they are.

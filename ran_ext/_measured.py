@@ -71,10 +71,14 @@ def machine(device: int) -> str:
 
 
 def _processor() -> str:
+    """Its name, and the number of its model: virtual machines give many the same name."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+        fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        name = fields.get("model name") or fields.get("CPU implementer")
+        model = fields.get("model") or fields.get("CPU part")
+        if name and model:
+            return f"{name} model {model}"
     return platform.processor() or platform.machine()
 
 

@@ -167,6 +167,38 @@ def test_a_gpu_s_passes_rehearsed_on_the_cpu(name, allowed, sizes, recwarn):
 
 
 @has_winograd
+@pytest.mark.parametrize("inside", ["forward", "backward", "inference"])
+def test_a_shape_is_tuned_where_it_is_met(inside, recwarn):
+    """The kernels call from below autograd, in the middle of a backward pass, or in inference mode."""
+    if inside == "backward":
+        x = torch.ones(1, requires_grad=True)
+        out = x * 2
+        names = ["dgrad", "wgrad", "bn_relu_backward"]
+        out.register_hook(lambda _: [tune_unknown(name) for name in names] and None)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.sum().backward()
+    else:
+        names = ["forward", "conv2d_forward", "gate"]
+        below = torch._C._AutoDispatchBelowAutograd() if inside == "forward" else torch.inference_mode()
+        with below:
+            for name in names:
+                tune_unknown(name)
+    assert {shape[2] for shape in _measured._tuned[CPU]} == set(names)
+    assert all(len(times) == 2 for times in _measured._tuned[CPU].values())
+    assert not recwarn.list
+
+
+def tune_unknown(name: str) -> None:
+    if name.startswith("bn_relu"):
+        sizes, allowed = (2, 8, 8, 32, 32, 0, 0, 0, 0, 0, 0), ["resident", "streaming"]
+    elif name == "gate":
+        sizes, allowed = (2, 4, 4, 32, 16, 1, 1, 2, 2, 0, 0), ["library", "product"]
+    else:
+        sizes, allowed = SIZES, ["library", "f2x2"]
+    _candidates.tune_unknown(shape_of(name, sizes=sizes), allowed, allowed[0])
+
+
+@has_winograd
 def test_a_wrong_path_is_left_out_with_a_warning(monkeypatch):
     run = _candidates._run
 
