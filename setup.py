@@ -119,7 +119,7 @@ class Plan:
         openmp = ["-fopenmp"] if sys.platform == "linux" else []
         return CppExtension(
             "ran_ext._C",
-            [str(path.relative_to(ROOT)) for path in native.torch_sources()],
+            [str(path.relative_to(ROOT)) for path in native.torch_units(ROOT / "build" / "torch")],
             include_dirs=include,
             define_macros=macros,
             libraries=libraries,
@@ -127,7 +127,7 @@ class Plan:
             # GCC tells of signs that are compared in torch's headers once these are compiled apart
             extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20", "-Wno-sign-compare"],
             extra_link_args=openmp,
-            depends=[str(path) for path in sorted(native.CSRC.rglob("*.h"))],
+            depends=[str(path) for path in [*native.torch_sources(), *sorted(native.CSRC.rglob("*.h"))]],
         )
 
 

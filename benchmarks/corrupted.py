@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ran_ext._attention_maps import png
 from ran_ext._files import write_atomically
 from ran_ext.data import CORRUPTIONS
 from ran_ext.data.corruptions import STRENGTHS
-from ran_ext.train.evaluation import png
 
 from .student import half_width
 

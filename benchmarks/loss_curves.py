@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ran_ext import models, set_backend
+from ran_ext._attention_maps import png
 from ran_ext._command import Parser
 from ran_ext._files import write_atomically, write_json
 from ran_ext.data import CIFAR10, Normalize
-from ran_ext.train.evaluation import png
 
 from .reference import networks as plain_networks
 from .timing import environment

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ran_ext import _files
-from ran_ext.train.evaluation import png
+from ran_ext._attention_maps import png
 
 from .timing import Spread
 

@@ -3,6 +3,7 @@
 import importlib
 
 from . import data, models, nn, ops
+from ._attach import AttachedAttention, attach_attention
 from ._backend import get_backend, set_backend
 from ._compare import compare
 from ._convert import convert, fused, revert
@@ -14,6 +15,8 @@ from .inference import fold_for_inference
 
 __version__ = "0.1.0"
 __all__ = [
+    "AttachedAttention",
+    "attach_attention",
     "compare",
     "convert",
     "data",

@@ -1,4 +1,7 @@
-"""``python -m ran_ext info`` prints what was built and what runs; ``tune`` measures which paths are fastest here."""
+"""``python -m ran_ext info`` prints what was built and what runs; ``tune`` measures which paths are fastest here.
+
+``python -m ran_ext train`` is ``ran-ext-train``, and ``predict`` is ``ran-ext-predict``.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran_ext          ...
     0
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] in (["train"], ["predict"]):
+        from . import predict  # imports the trainer, which the others need not wait for
+        from .train import cli
+
+        return {"train": cli.main, "predict": predict.main}[given[0]](given[1:])
     parser = Parser(prog="python -m ran_ext", description="Fused kernels for training in PyTorch.")
     parser.add_argument("--version", action="version", version=versions())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,tune}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,tune,train,predict}")
     commands.add_parser("info", help="print what was built, which kernels run, and why anything is missing")
     tuning = commands.add_parser(
         "tune",
@@ -42,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tuning.add_argument("--device", type=device, default=torch.device("cpu"), help="cpu or cuda (default: cpu)")
     tuning.add_argument("--threads", type=whole_number, default=None, help="of the CPU (default: torch's)")
     tuning.add_argument("--rounds", type=whole_number, default=ROUNDS, help=f"timings of a path (default: {ROUNDS})")
+    commands.add_parser("train", help="train a network: see train --help")
+    commands.add_parser("predict", help="what a network sees in pictures: see predict --help")
     parser.epilog = tuning.format_help()
     options, unknown = parser.parse_known_args(argv)
     if unknown:  # the subcommand's own parser knows which flag is near

@@ -199,6 +199,8 @@ def _paths(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) 
         return plain_paths(module, x)
     if missing := _why_plain(x):
         return dict.fromkeys(PASSES, (PLAIN, missing))
+    if call.op == "attention_gate" and module.why_plain:
+        return dict.fromkeys(("forward", "dgrad"), (PLAIN, f"{module.why_plain}: runs as written"))
     if call.op == "attention_gate":
         if call.conv is not None and not _fusion.why_watched(x):
             return {"forward": _gate_path(module, x, call.conv, taken[call.conv]), "dgrad": (FUSED, "")}

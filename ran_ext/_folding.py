@@ -12,9 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from . import _fusion
 from ._folded_conv import Evaluation, FoldedConv2d
 from ._wrappers import unwrapped
-from .models.cifar import ResidualAttentionNetwork, require_images
+from .models.classifier import StagedNetwork, require_images
 from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
-from .ops import max_pool2d
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,14 +52,14 @@ class FoldedNetwork(Evaluation):
     """A whole network: takes images of any floating dtype, returns logits in float32 (float64 for float64)."""
 
     with_relu = ("bn1", "bn2")
-    min_size = ResidualAttentionNetwork.min_size
 
-    def __init__(self, network: ResidualAttentionNetwork, stages: list[nn.Module], dtype: torch.dtype):
+    def __init__(self, network: StagedNetwork, stages: list[nn.Module], dtype: torch.dtype):
         super().__init__()
-        self.dtype, self.in_channels, wide = dtype, network.in_channels, at_least_float32(dtype)
+        self.dtype, wide = dtype, at_least_float32(dtype)
+        self.in_channels, self.min_size, self.kind = network.in_channels, network.min_size, type(network).__name__
         bn = network.bn1 if is_conv(network.conv1) and is_bn(network.bn1) else None
         self.conv1 = folded(network.conv1, bn, dtype) if is_conv(network.conv1) else network.conv1.to(dtype)
-        self.bn1, self.stem_pool = network.bn1 if bn is None else None, network.stem_pool
+        self.bn1, self.pool = network.bn1 if bn is None else None, network.pool
         self.stages = nn.Sequential(*stages)
         # Normalisation and the dense layer stay wide; they are small.
         self.bn2, self.dropout, self.fc = network.bn2, network.dropout, network.fc.to(wide)
@@ -71,10 +70,10 @@ class FoldedNetwork(Evaluation):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)``."""
-        require_images(x, self.in_channels, self.min_size)
+        require_images(x, self.in_channels, self.min_size, self.kind)
         x = self.conv1(x.to(self.dtype).contiguous(memory_format=torch.channels_last))
         x = x if self.bn1 is None else _fusion.bn_relu(self.bn1, x)
-        x = self.stages(max_pool2d(x, ceil_mode=False) if self.stem_pool else x)
+        x = self.stages(self.pool(x))
         x = x if self.bn2 is None else _fusion.bn_relu(self.bn2, x)
         return self.fc(self.dropout(x.mean((2, 3), dtype=at_least_float32(self.dtype))))
 
@@ -105,9 +104,9 @@ class Folding:
         if is_known(module, ResidualUnit) and unit_folds(module):
             self.count += 1
             return FoldedResidualUnit(module, self.dtype)
-        if is_known(module, ResidualAttentionNetwork):
+        if is_known(module, StagedNetwork):
             self.count += 1
-            stages = [self(stage) for stage in (module.stage1, module.stage2, module.stage3)]
+            stages = [self(stage) for stage in module.stages]
             return FoldedNetwork(module, stages, self.dtype)
         if is_known(module, nn.Sequential) and (layers := self._chain(list(module._modules.values()))):
             self.count += 1

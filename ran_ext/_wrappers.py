@@ -1,10 +1,11 @@
-"""Takes wrappers (compile, DataParallel) off a model."""
+"""Takes wrappers (compile, DataParallel) off a model, and looks at one without leaving a trace."""
 
 from __future__ import annotations
 
 import copy
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -37,3 +38,25 @@ def eagerly() -> AbstractContextManager[None]:
     """Compiled modules run as written inside the block: their graphs skip hooks that were added later."""
     compiled = "torch._dynamo" in sys.modules  # nothing is compiled where it was never imported, and it imports slowly
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode while entered; afterwards each of its modules is in the mode it was in.
+
+    >>> model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout())
+    >>> _ = model[0].eval()
+    >>> with evaluating(model):
+    ...     [module.training for module in model.modules()]
+    [False, False, False]
+    >>> [module.training for module in model.modules()]
+    [True, False, True]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(modes[0][1])  # not the flags alone: some modules do more in train()
+        for module, mode in modes:
+            module.training = mode

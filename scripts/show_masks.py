@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ran_ext._attention_maps import attention_maps, depths, draw_attention, png
 from ran_ext._command import Parser
 from ran_ext._files import write_atomically
 from ran_ext.data import CLASSES
 from ran_ext.data.pictures import PictureError, find_pictures, read_picture
-from ran_ext.train import CheckpointError, load_model, load_normalize
-from ran_ext.train.evaluation import attention_maps, depths, draw_attention, png
+from ran_ext.train import CheckpointError, load_classes, load_model, load_normalize
 
 #: Predictions printed for each picture.
 TOP = 3
@@ -30,10 +30,11 @@ TOP = 3
 MOST_PICTURES, MOST_PIXELS = 100, 1024
 
 
-def predictions(logits: Tensor) -> list[str]:
+def predictions(logits: Tensor, classes: Sequence[str] | None) -> list[str]:
     """The likeliest classes of each picture with their probabilities, as text."""
     shares, labels = logits.softmax(1).topk(min(TOP, logits.shape[1]))
-    names = CLASSES if logits.shape[1] == len(CLASSES) else [f"class {label}" for label in range(logits.shape[1])]
+    known = CLASSES if logits.shape[1] == len(CLASSES) else [f"class {label}" for label in range(logits.shape[1])]
+    names = classes or known
     rows = zip(shares.tolist(), labels.tolist(), strict=True)
     return [", ".join(f"{names[label]} {share:.1%}" for share, label in zip(*row, strict=True)) for row in rows]
 
@@ -56,8 +57,8 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
         raise PictureError(f"--size must be from {model.min_size} to {MOST_PIXELS}, got {size}")
     if not (depth := depths(model)):
         raise PictureError(f"the network of {checkpoint} has no attention, so there are no masks to show")
-    if model.conv1.in_channels != 3:
-        raise PictureError(f"the network of {checkpoint} takes {model.conv1.in_channels} channels, not colour pictures")
+    if model.in_channels != 3:
+        raise PictureError(f"the network of {checkpoint} takes {model.in_channels} channels, not colour pictures")
     if len(pictures) > MOST_PICTURES:
         raise PictureError(f"{len(pictures)} pictures do not fit into one figure; name at most {MOST_PICTURES}")
     read = [read_picture(path, size) for path in pictures]
@@ -67,7 +68,7 @@ def show(checkpoint: Path, pictures: Sequence[Path], size: int, out: Path) -> No
     images = torch.stack([image for image, _ in read])
     inputs = normalize(images)
     with torch.no_grad():
-        found = predictions(model(inputs))
+        found = predictions(model(inputs), load_classes(checkpoint))
     for path, text in zip(pictures, found, strict=True):
         print(f"{path}: {text}")
     titles = [f"{path.stem[:18]}\n{text.split(',')[0]}" for path, text in zip(pictures, found, strict=True)]

@@ -7,6 +7,7 @@ from accuracy import DTYPES, LAYOUTS, MEANS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from ran_ext import _backend, ops, set_backend
 
@@ -57,6 +58,36 @@ def test_values_and_gradients(shape, scale, dtype, layout):
 )
 def test_any_shape(shape, scale, dtype, layout, mean):
     check(shape, scale, dtype, layout, mean)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1, 2, 3])
+def test_bilinear_masks(scale, dtype, layout, backend):
+    """Up-sampled as PyTorch does, then gated; of odd sizes too."""
+
+    def plain(trunk, mask, scale):
+        return (1 + torch.sigmoid(F.interpolate(mask, size=trunk.shape[2:], mode="bilinear"))) * trunk
+
+    def bilinear(trunk, mask, scale):
+        return ops.attention_gate(trunk, mask, scale, interpolation="bilinear")
+
+    inputs = [t.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for t in make((2, 5, 7, 6), scale)]
+    exact = run(plain, *(t.double() for t in inputs), scale)
+    with set_backend(backend):
+        found, eager = run(bilinear, *inputs, scale), run(plain, *inputs, scale)
+    for name, a, b, c in zip(("out", "dtrunk", "dmask"), found, eager, exact, strict=True):
+        assert_accurate(name, a, b, c)
+    assert found[0].is_contiguous(memory_format=LAYOUTS[layout])
+
+
+def test_interpolation_is_a_choice():
+    trunk, mask = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)
+    with pytest.raises(ValueError, match="attention_gate: interpolation must be one of 'nearest', 'bilinear'"):
+        ops.attention_gate(trunk, mask, 2, "bi")
+    with pytest.raises(ValueError, match=r"attention_gate: mask must be \[1, 2, 2, 2\]"):
+        ops.attention_gate(trunk, trunk, 2, "bilinear")
 
 
 def test_sliced_expanded_and_transposed_inputs():

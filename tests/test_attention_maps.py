@@ -6,10 +6,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from ran_ext import explain
+from ran_ext._attention_maps import attention_maps, depths, has_attention
 from ran_ext._explain import layers
 from ran_ext.models import create_model
 from ran_ext.nn import AttentionGate, AttentionModule
-from ran_ext.train.evaluation import attention_maps, depths, has_attention
 
 
 def network(**options):

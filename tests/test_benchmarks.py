@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, cudnn_graphs, loss_curves
+from benchmarks import compare, cudnn_graphs, loss_curves, networks
 from benchmarks.agreement import admit, limits, verify
 from benchmarks.cases import BNReLUConv, op_cases
 from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
@@ -183,6 +183,19 @@ def test_loss_curves_start_together(tmp_path):
     first = [values[0] for values in losses.values()]
     assert first == pytest.approx([first[0]] * 3, rel=1e-5)
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@needs_kernels
+def test_networks_are_timed_and_their_bytes_counted(tmp_path):
+    out = tmp_path / "networks.json"
+    options = ["--model", "alexnet_attention", "--batch", "2", "--pixels", "32", "--rounds", "1", "--no-compile"]
+    networks.main([*options, "--out", str(out)])
+    found = json.loads(out.read_text())
+    row = dict(zip(found["columns"], found["rows"][0], strict=True))
+    assert row["network"] == "alexnet_attention"
+    assert row["compile, ms"] == row["over compile"] == ""
+    assert row["ran_ext, ms"] > 0
+    assert 0.2 < row["bytes kept, of eager's"] < 0.9
 
 
 @needs_kernels

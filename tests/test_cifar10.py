@@ -97,7 +97,7 @@ def test_validation_split(test_set, count, seed):
 def test_validation_split_depends_on_the_seed_and_refuses_too_many(test_set):
     first, second = (split_validation(test_set, 50, seed)[1].images for seed in (0, 1))
     assert not torch.equal(first, second)
-    with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got 520"):
+    with pytest.raises(ValueError, match=r"count must be 0, or from 10, one of each class, to 502, .* got 520"):
         split_validation(test_set, 520)
-    with pytest.raises(ValueError, match=r"count must be from 0 to 512, .* got -1"):
+    with pytest.raises(ValueError, match=r"count must be 0, or from 10, .* got -1"):
         split_validation(test_set, -1)

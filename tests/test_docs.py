@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REFERENCE = ROOT / "docs" / "reference"
 MODULES = ["ran_ext", *(f"ran_ext.{name}" for name in ("ops", "nn", "models", "data", "train"))]
 #: Of the guides; where one is missing, the page runs in CI's second environment.
-ELSEWHERE = ("accelerate", "lightning", "onnx", "onnxscript", "timm", "torchvision")
+ELSEWHERE = ("accelerate", "lightning", "onnx", "onnxscript", "timm", "torchvision", "webdataset")
 COMMANDS = sorted(
     f"{path.parent.name}.{path.stem}"
     for folder in ("scripts", "benchmarks")
@@ -61,8 +61,9 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
         words = [word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)]
         if words[:1] == ["torchrun"]:
             words = ["python", *(word for word in words[1:] if not word.startswith("--nproc"))]
-        if words[:1] == ["ran-ext-train"]:
-            words[:1] = ["python", "scripts/train_cifar10.py"]
+        if words and words[0] in ("ran-ext-train", "ran-ext-predict"):
+            module = "scripts/train_cifar10.py" if words[0] == "ran-ext-train" else "ran_ext/predict.py"
+            words[:1] = ["python", module]
         if not words or not re.fullmatch(r"python3?", words[0]):
             continue
         module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
@@ -111,7 +112,7 @@ def test_every_public_name_is_in_the_reference_and_documented(module):
 
 def test_every_command_is_in_the_reference():
     listed = re.findall(r"^<!-- help: (\S+)(?: --help-all)? -->$", (REFERENCE / "commands.md").read_text(), re.M)
-    assert sorted(listed) == sorted([*COMMANDS, "ran_ext"])
+    assert sorted(listed) == sorted([*COMMANDS, "ran_ext", "ran_ext.predict"])
 
 
 def test_every_environment_variable_is_in_the_reference():

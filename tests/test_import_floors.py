@@ -9,15 +9,16 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Python's floors, from the lowest: a file imports from its own floor and from those below it.
 FLOORS = {
     "base": "_C _backend _built_for _candidates _choice _command _errors _files _hardware _json _kept _lock _measured "
-    "_paths _tracing _wrappers",
+    "_optimizers _paths _tracing _wrappers",
     "ops": "ops",
     "nn": "nn _fusion",
     "models": "models",
     "data": "data",
-    "networks as a whole": "inference _compare _convert _converted _deferred _explain _explain_converted _folded_conv "
-    "_folding _info _joins _recipe _tune",
+    "networks as a whole": "inference _attach _attention_maps _compare _convert _converted _deferred _explain "
+    "_explain_converted _folded_conv _folding _info _joins _recipe _tune",
     "ran_ext": "__init__ __main__ info",
     "train": "train",
+    "commands": "predict",
     "benchmarks": "benchmarks",
     "scripts": "scripts",
 }
@@ -29,6 +30,8 @@ TRAIN = (
 #: Imports that run upwards, and why they may.
 UPWARDS = {
     ("ran_ext/__init__.py", "ran_ext.train"): "on first use, so that whoever only calls the ops imports no trainer",
+    ("ran_ext/__main__.py", "ran_ext.predict"): "on first use, likewise",
+    ("ran_ext/__main__.py", "ran_ext.train.cli"): "on first use, likewise",
     ("ran_ext/_measured.py", "ran_ext"): "the version, when a file is read; the package is imported by then",
     ("ran_ext/_info.py", "ran_ext"): "the version, when it is printed; the package is imported by then",
 }

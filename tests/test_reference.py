@@ -45,7 +45,7 @@ def test_examples(module):
 
 @pytest.mark.parametrize("to_reference", [True, False], ids=["to the reference", "to ran_ext"])
 @pytest.mark.parametrize("width", [0.125, 0.4, 1.0])
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_weights_carry_over(name, width, to_reference):
     ours, plain = twins(name, width)
     target, source = (plain, ours) if to_reference else (ours, plain)
@@ -62,7 +62,7 @@ OF_OUTPUTS, OF_GRADIENT = {torch.float64: 1e-13, torch.float32: 1e-5}, {torch.fl
 
 
 @pytest.mark.parametrize(("width", "dtype"), [(1.0, torch.float32), (1.0, torch.float64), (0.125, torch.float64)])
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_outputs_and_gradients_are_ran_exts(name, width, dtype):
     ours, plain = (network.to(dtype) for network in twins(name, width))
     plain.load_state_dict(ours.state_dict())
@@ -77,7 +77,7 @@ def test_outputs_and_gradients_are_ran_exts(name, width, dtype):
         assert error(statistic, expected) < OF_OUTPUTS[dtype], key
 
 
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_ten_training_steps_are_ran_exts(name):
     """In float64: Adam divides by the gradient's size, and so makes steps of roundings."""
     ours, plain = (network.double() for network in twins(name, 0.125))

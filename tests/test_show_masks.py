@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ran_ext._attention_maps import attention_maps
 from ran_ext.data import CLASSES, sample
 from ran_ext.models import create_model
 from ran_ext.train import Config, fit, load_model, load_normalize, save_checkpoint
-from ran_ext.train.evaluation import attention_maps
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "show_masks.py"
 

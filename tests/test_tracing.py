@@ -62,7 +62,9 @@ MODULES = {
     "ResidualUnit": lambda: rnn.ResidualUnit(8, 16, 4, stride=2),
     "AttentionModule": lambda: rnn.AttentionModule(8, 2, skip=True),
 }
-NETWORKS = {name: lambda name=name: models.create_model(name, width=0.125) for name in models.list_models()}
+#: Of the paper's the shortest; the others have more of the same modules.
+NAMES = ("ran_base", "ran_compact", "ran_paper", "attention56")
+NETWORKS = {name: lambda name=name: models.create_model(name, width=0.125) for name in NAMES}
 FOLDED = {
     "folded unit": lambda: fold_for_inference(trained(rnn.ResidualUnit(8, 16, 4, stride=2))),
     "folded module": lambda: fold_for_inference(trained(rnn.AttentionModule(8, 2))),

@@ -38,7 +38,7 @@ def test_a_run_leaves_its_figures_its_curves_and_tensorboard(few_images, tmp_pat
     out = tmp_path / "run"
     assert cli.main([*SMALL, "--epochs", "2", "--batch-size", "20", "--val-images", "20", "--out", str(out)]) == 0
     said = capsys.readouterr()
-    assert "data: embedded sample: 60 training, 20 validation, 30 test images" in said.out
+    assert "data: embedded sample: 60 training, 20 validation, 30 test images, 10 classes, 3x32x32" in said.out
     for row in (
         "112,858 parameters",
         "epochs     2 of 2 (all); figures of epoch 2 (last)",
@@ -161,18 +161,18 @@ def test_resume_keeps_the_runs_settings_and_refuses_others(few_images, tmp_path,
     [
         (["--resume"], "--resume needs --out"),
         (["--data", "sample", "--epochs", "0"], "epochs must be a whole number >= 1"),
-        (["--data", "sample", "--val-images", "5000"], "choose a smaller count"),
+        (["--data", "sample", "--val-images", "5000"], "count must be 0, or from 10, one of each class, to 2038"),
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--data", "sample", "--device", "abacus"], "no device named 'abacus'"),
         (["--data", "sample", "--device", "meta"], "device meta cannot be used here"),
         (["--data", "sample", "--device", "xpu"], "device xpu cannot be used here"),
         (["--data", "sample", "--device", "vulkan"], "device vulkan cannot be used here"),
-        (["--data", "sample", "--model-option", "num_classes=3"], "num_classes must be more than 9, got 3"),
+        (["--data", "sample", "--model-option", "num_classes=3"], "num_classes must be 10, the classes of sample"),
         (["--data", "sample", "--model-option", "attention=no"], "attention must be true or false, got 'no'"),
         (["--data", "sample", "--model-option", "width=1e6"], " parameters, which take "),
         (["--data", "sample", "--model-option", "width=1e300"], "model_options do not fit ran_compact"),
         (["--data", "sample", "--model-option", "width=wide"], "model_options do not fit ran_compact"),
-        (["--data", "sample", "--model-option", "in_channels=1"], "images must be (N, 1, H, W)"),
+        (["--data", "sample", "--model-option", "in_channels=1"], "in_channels must be 3, the channels of the"),
         (["--data", "sample", "--out", 300 * "x"], "File name too long"),
         (["--data", "sample", "--out", "/dev/null"], "/dev/null"),
         (["--data", "sample", "--out", "/proc/none"], "/proc/none"),

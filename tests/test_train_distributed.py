@@ -14,7 +14,7 @@ from ran_ext.train import load_checkpoint
 #: One run of two epochs; dropout is off, as its masks differ from process to process. In float64: in float32 a rounding
 #: error may turn a ReLU or a pooling the other way, and ten steps later no weight is near the other run's.
 PROGRAM = """
-import sys, torch
+import dataclasses, sys, torch
 from ran_ext.data import CIFAR10
 from ran_ext.train import Callback, Config, fit, process_group
 torch.set_num_threads(1)
@@ -32,11 +32,22 @@ config = Config(
 )
 train_set = CIFAR10.sample("train").subset(torch.arange(32))
 val_set = CIFAR10.sample("test").subset(torch.arange(21))  # an odd number: the shares differ
+class Shaken(torch.utils.data.Dataset):
+    # not held in memory, and a transform that draws; the network takes each batch in two parts
+    def __init__(self, images):
+        self.images = images
+    def __len__(self):
+        return len(self.images)
+    def __getitem__(self, index):
+        return self.images.images[index] // 2 + torch.randint(9, ()).byte(), int(self.images.labels[index])
+if sys.argv[2] == "read":
+    train_set, val_set = Shaken(train_set), Shaken(val_set)
+    config = dataclasses.replace(config, accumulate=2)
 with process_group("cpu") as ranks:
     torch.manual_seed(config.seed)
     result = fit(
         Double(config.create_model()), train_set, val_set, config, sys.argv[1],
-        test_set=val_set, ranks=ranks, quiet=True,
+        test_set=val_set, ranks=ranks, quiet=True, workers=1,
     )
     if ranks.first:
         torch.save([vars(row) for row in result.figures] + [result.test.confusion], sys.argv[1] + "/figures.pt")
@@ -54,20 +65,20 @@ def launch(tmp_path_factory):
         port = free.getsockname()[1]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
 
-    def run(folder, processes):
-        command = [*(torchrun if processes == 2 else [sys.executable]), str(program), str(folder)]
+    def run(folder, processes, kind="memory"):
+        command = [*(torchrun if processes == 2 else [sys.executable]), str(program), str(folder), kind]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, launch):
-    """Folders of the run in one process and in two."""
+@pytest.fixture(scope="module", params=["memory", "read"])
+def runs(request, tmp_path_factory, launch):
+    """Folders of the run in one process and in two, of images in memory and of images that are read."""
     folders = {}
     for processes, name in ((1, "one"), (2, "two")):
         folders[name] = tmp_path_factory.mktemp(name)
-        done = launch(folders[name], processes)
+        done = launch(folders[name], processes, request.param)
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 

@@ -7,10 +7,11 @@ import torch
 from tiny_run import CONFIG, images, network, train
 from torch import nn
 
+from ran_ext._attention_maps import attention_maps, attention_masks
+from ran_ext._wrappers import evaluating
 from ran_ext.data import Normalize
 from ran_ext.models import create_model
 from ran_ext.train import Ranks, evaluate, load_checkpoint
-from ran_ext.train.evaluation import attention_maps, attention_masks, evaluating
 
 
 def modes(model):

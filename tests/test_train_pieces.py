@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ran_ext._attention_maps import attention_masks
 from ran_ext.data import CIFAR10, CLASSES, Normalize
 from ran_ext.models import create_model
 from ran_ext.train import (
@@ -21,7 +22,6 @@ from ran_ext.train import (
     load_checkpoint,
     save_checkpoint,
 )
-from ran_ext.train.evaluation import attention_masks
 from ran_ext.train.system import OutOfMemoryError, out_of_memory_explained
 
 

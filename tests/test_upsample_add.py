@@ -6,6 +6,7 @@ from accuracy import DTYPES, LAYOUTS, assert_accurate, strided_views
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from ran_ext import ops, set_backend
 
@@ -45,6 +46,24 @@ def check(shape: tuple[int, ...], with_skip: bool, dtype: torch.dtype, layout: t
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 1, 1), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
 def test_values_and_gradients(shape, with_skip, dtype, layout):
     check(shape, with_skip, dtype, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_skip", [True, False])
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 2)])
+def test_bilinear(size, with_skip, dtype, layout):
+    lower, skip, dout = (t.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for t in make((2, 5, *size)))
+    skip = skip if with_skip else None
+
+    def plain(lower, skip=None, size=None):
+        wide = F.interpolate(lower, size=size, mode="bilinear")
+        return wide if skip is None else wide + skip
+
+    ours = run(lambda *args, **named: ops.upsample_add(*args, interpolation="bilinear", **named), lower, skip, dout)
+    torch.testing.assert_close(ours, run(plain, lower, skip, dout))
+    twice = ops.upsample_add_ref(lower, interpolation="bilinear")
+    torch.testing.assert_close(twice, F.interpolate(lower, scale_factor=2, mode="bilinear"))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -173,6 +192,12 @@ def test_bit_for_bit_from_run_to_run():
 def test_errors_name_the_argument_and_the_rule(lower, skip, size, kind, text, backend):
     with set_backend(backend), pytest.raises(kind, match=f"upsample_add: .*{text}"):
         ops.upsample_add(lower, skip, size)
+
+
+def test_interpolation_is_a_choice():
+    for op in (ops.upsample_add, ops.upsample_add_ref):
+        with pytest.raises(ValueError, match="upsample_add: interpolation must be one of 'nearest', 'bilinear', got 3"):
+            op(torch.zeros(1, 2, 2, 2), interpolation=3)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ran_ext._attention_maps import attention_maps, depths, draw_attention, png
 from ran_ext.data import CIFAR10, CLASSES
 from ran_ext.train import load_model, load_normalize
-from ran_ext.train.evaluation import attention_maps, depths, draw_attention, png
 from ran_ext.train.state import SELECTED
 
 from .claims import Sample

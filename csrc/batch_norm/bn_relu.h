@@ -8,6 +8,8 @@
 
 namespace ran {
 
+inline constexpr const char* kBnRelu = "bn_relu";  // the op, in what the checks say
+
 // The per-channel vectors of one call in the kernels' precision, kept alive; `kernel` points into them.
 struct BatchNormArgs {
   BatchNormArgs(const char* op, const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& mean,

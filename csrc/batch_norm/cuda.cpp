@@ -9,12 +9,10 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu";
-
 cuda::Device device_of() {
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, kOp);
-  return {device_attribute(cudaDevAttrMultiProcessorCount, kOp),
-          size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kOp)), major >= 9 ? 8 : 1};
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, kBnRelu);
+  return {device_attribute(cudaDevAttrMultiProcessorCount, kBnRelu),
+          size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, kBnRelu)), major >= 9 ? 8 : 1};
 }
 
 bool is_float_vector(const Tensor& t) { return t.scalar_type() == at::kFloat && t.is_contiguous(); }
@@ -38,11 +36,11 @@ std::optional<cuda::RunningStatistics> in_launch(const Running& running) {
 bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
-  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
   const auto kept = in_launch(running);
   check_launch(
       cuda::bn_relu_statistics(mean.mutable_data_ptr<float>(), var.mutable_data_ptr<float>(), x.const_data_ptr(),
-                               dtype_of(x, kOp, "x"), view, kept.value_or(cuda::RunningStatistics{}),
+                               dtype_of(x, kBnRelu, "x"), view, kept.value_or(cuda::RunningStatistics{}),
                                scratch.workspace(), scratch.counters(), current_stream()),
       "batch_norm_stats");
   return kept.has_value();
@@ -50,18 +48,18 @@ bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Run
 
 void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn) {
   const c10::DeviceGuard guard(x.device());
-  check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view_of(x),
+  check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x),
                                      norm_of(bn), current_stream()),
-               kOp);
+               kBnRelu);
 }
 
 BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn) {
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
-  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kOp);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
   check_launch(cuda::bn_relu_backward_reduce(sums.dz.mutable_data_ptr<float>(), sums.dz_xhat.mutable_data_ptr<float>(),
-                                             dout.const_data_ptr(), x.const_data_ptr(), dtype_of(x, kOp, "x"), view,
+                                             dout.const_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view,
                                              norm_of(bn), scratch.workspace(), scratch.counters(), current_stream()),
                "bn_relu (backward, sums)");
   return sums;
@@ -73,7 +71,7 @@ void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tens
   check_launch(cuda::bn_relu_backward_apply(dx.mutable_data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
                                             sums ? floats(sums->dz) : nullptr, sums ? floats(sums->dz_xhat) : nullptr,
                                             residual.defined() ? residual.const_data_ptr() : nullptr, count,
-                                            dtype_of(x, kOp, "x"), view_of(x), norm_of(bn), current_stream()),
+                                            dtype_of(x, kBnRelu, "x"), view_of(x), norm_of(bn), current_stream()),
                "bn_relu (backward, dx)");
 }
 
@@ -83,7 +81,7 @@ BnReluChoice choose_bn_relu(const Tensor& x, bool backward, BnReluAsked asked) {
   if (x.numel() == 0 || x.scalar_type() == at::kDouble) return {BnReluPath::streaming_dtype};
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {BnReluPath::streaming_layout};
   if (!on_16_bytes(x)) return {BnReluPath::streaming_alignment};
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnRelu, "x");
   const cuda::ResidentPlan plan = cuda::bn_relu_resident_plan(view_of(x), dtype, device_of(), backward ? 2 : 1);
   if (!plan.group) return {BnReluPath::streaming_size};
   if (asked == BnReluAsked::resident) return {BnReluPath::resident, Source::asked, plan};
@@ -156,7 +154,7 @@ std::optional<BackwardSums> cuda_bn_relu_resident_backward(Tensor& dx, const Ten
   if (choice.path != BnReluPath::resident) return std::nullopt;
   const cuda::ResidentPlan& plan = choice.plan;
   const ChannelView view = view_of(x);
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnRelu, "x");
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   const Tensor workspace = scratch(cuda::bn_relu_resident_workspace_bytes(view, dtype, plan));
   check_launch(cuda::bn_relu_resident_backward(

@@ -10,17 +10,16 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 // After one pass of BN-ReLU, which writes the activation out.
 void library_forward(ConvOutput& y, const Tensor& x, const PreActivation& norm, const Tensor& weight,
                      const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
                      const NextStatistics& next) {
   Tensor a;
   if (present(norm.mean))
-    a = bn_relu_apply(x, {kOp, x, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps});
+    a = bn_relu_apply(x, {kBnReluConv2d, x, norm.weight, norm.bias, *norm.mean, *norm.var, norm.eps});
   else
-    std::tie(a, y.mean, y.var) = bn_relu_batch(kOp, x, norm.weight, norm.bias, norm.eps, norm.running, conv.asked);
+    std::tie(a, y.mean, y.var) =
+        bn_relu_batch(kBnReluConv2d, x, norm.weight, norm.bias, norm.eps, norm.running, conv.asked);
   y.out = library::conv2d(a, weight, bias, conv.stride, conv.padding);
   if (present(residual)) y.out.add_(*residual);
   if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(dense(y.out), next.running);
@@ -83,8 +82,8 @@ ConvOutput bn_relu_conv_forward(const Tensor& x, const PreActivation& norm, cons
   }
   const bool given = present(norm.mean);
   if (!given) std::tie(y.mean, y.var) = batch_norm_stats(x, norm.running);
-  const BatchNormArgs bn(kOp, x, norm.weight, norm.bias, given ? *norm.mean : y.mean, given ? *norm.var : y.var,
-                         norm.eps);
+  const BatchNormArgs bn(kBnReluConv2d, x, norm.weight, norm.bias, given ? *norm.mean : y.mean,
+                         given ? *norm.var : y.var, norm.eps);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
     const auto forward = is_3x3(weight) ? cuda_conv3x3_forward : cuda_conv1x1_forward;

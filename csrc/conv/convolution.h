@@ -9,6 +9,8 @@
 
 namespace ran {
 
+inline constexpr const char* kBnReluConv2d = "bn_relu_conv2d";  // the op, in what the checks say
+
 struct Convolution {
   at::IntArrayRef stride, padding;
   Asked asked;

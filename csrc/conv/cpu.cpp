@@ -9,8 +9,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 float* floats(const Tensor& t) { return t.defined() ? t.data_ptr<float>() : nullptr; }
 
 }  // namespace
@@ -22,13 +20,13 @@ void cpu_conv_forward(ConvOutput& y, ConvPath path, const Tensor& x, const Batch
   const cpu::ConvShape shape = conv.shape(x, weight);
   y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor bias32 = present(bias) ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Tensor added = present(residual) ? gradient_like(kOp, *residual, y.out) : Tensor();
+  const Tensor added = present(residual) ? gradient_like(kBnReluConv2d, *residual, y.out) : Tensor();
   if (next.wanted) {
     y.next_mean = at::empty({shape.co}, bn->mean.options());
     y.next_var = at::empty_like(y.next_mean);
   }
   const void* const added_data = added.defined() ? added.const_data_ptr() : nullptr;
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnReluConv2d, "x");
   if (path != ConvPath::product) {
     conv_kernels(dtype, shape)
         .conv3x3_forward(tile_of(path), y.out.data_ptr(), floats(y.next_mean), floats(y.next_var), x.const_data_ptr(),
@@ -52,7 +50,7 @@ std::tuple<Tensor, BackwardSums> cpu_conv_dgrad(ConvPath path, const Tensor& dy,
   Tensor dz = at::empty_like(x);
   BackwardSums sums;
   if (bn) sums = {at::empty_like(bn->mean), at::empty_like(bn->mean)};
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnReluConv2d, "x");
   const cpu::ConvShape shape = conv.shape(x, weight);
   const cpu::Kernels& kernels = conv_kernels(dtype, shape);
   if (path == ConvPath::product)
@@ -70,7 +68,7 @@ std::tuple<Tensor, Tensor> cpu_conv_wgrad(ConvPath path, const Tensor& dy, const
   const Tensor dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = conv.shape(x, weight);
   const Tensor dbias = want_bias ? at::empty({shape.co}, x.options().dtype(at::kFloat)) : Tensor();
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kBnReluConv2d, "x");
   if (path == ConvPath::product) {
     // A larger kernel reads each activation many times: it is written out once rather than computed again at every tap.
     const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, *bn);

@@ -12,8 +12,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 cuda::Conv1x1Shape shape_of(const Tensor& x, const Tensor& weight, int64_t stride) {
   return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), int(stride)};
 }
@@ -30,7 +28,7 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
 }
 
 ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
-  return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kOp};
+  return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kBnReluConv2d};
 }
 
 // What a forward pass reads, on 16 bytes, and where it works: alive until its launch is queued.
@@ -66,7 +64,8 @@ namespace {
 ConvChoice fused_or_library(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
                             int64_t scale = 1) {
   const c10::cuda::CUDAGuard guard(x.device());
-  if (!cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), nullptr))
+  if (!cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kBnReluConv2d, "x"),
+                               nullptr))
     return {ConvPath::library_refused};
   if (conv.asked.conv1x1 == Conv1x1Asked::fused) return {ConvPath::product, Source::asked};
   if (conv.asked.conv1x1 == Conv1x1Asked::library) return {ConvPath::library_decided, Source::asked};
@@ -100,7 +99,7 @@ std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x,
     return "only 1x1 convolutions without padding, and 3x3 ones, of one stride in height and width, have fused kernels";
   const c10::cuda::CUDAGuard guard(x.device());
   std::string why;
-  cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kOp, "x"), &why);
+  cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kBnReluConv2d, "x"), &why);
   return why;
 }
 
@@ -111,7 +110,7 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& b
   const ForwardInputs in(x, weight, bias, conv.stride[0]);
   const cuda::Conv1x1Shape& shape = in.shape;
   y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor added = present(residual) ? aligned_pixels(gradient_like(kOp, *residual, y.out)) : Tensor();
+  const Tensor added = present(residual) ? aligned_pixels(gradient_like(kBnReluConv2d, *residual, y.out)) : Tensor();
   cuda::Conv1x1Forward args = in.args(y.out);
   args.norm = norm_of(bn);
   args.residual = added.defined() ? added.const_data_ptr() : nullptr;
@@ -122,7 +121,7 @@ void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& b
     args.statistics = {y.next_mean.mutable_data_ptr<float>(), y.next_var.mutable_data_ptr<float>(),
                        kept.value_or(cuda::RunningStatistics{})};
   }
-  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), kOp);
+  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()), kBnReluConv2d);
   if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
 }
 
@@ -136,7 +135,7 @@ std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk_, const Tensor&
   Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
   cuda::Conv1x1Forward args = in.args(mask);
   args.gate = {out.mutable_data_ptr(), trunk.const_data_ptr(), trunk.size(2), trunk.size(3), int(scale)};
-  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kOp, "x"), current_stream()), "conv_attention_gate");
+  check_launch(cuda::conv1x1_forward(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()), "conv_attention_gate");
   return {out, mask};
 }
 
@@ -159,7 +158,8 @@ std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Te
   args.shape = shape;
   args.workspace = scratch.workspace();
   args.counters = scratch.counters();
-  check_launch(cuda::conv1x1_dgrad(args, dtype_of(x, kOp, "x"), current_stream()), "bn_relu_conv2d (backward, dx)");
+  check_launch(cuda::conv1x1_dgrad(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()),
+               "bn_relu_conv2d (backward, dx)");
   return {dz, sums};
 }
 
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& 
   args.norm = norm_of(bn);
   args.shape = shape;
   args.workspace = workspace.mutable_data_ptr();
-  check_launch(cuda::conv1x1_wgrad(args, dtype_of(x, kOp, "x"), current_stream()),
+  check_launch(cuda::conv1x1_wgrad(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()),
                "bn_relu_conv2d (backward, dweight)");
   return {dweight, dbias};
 }

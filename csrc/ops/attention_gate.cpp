@@ -8,21 +8,22 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "attention_gate";
-constexpr const char* kBackward = "attention_gate (backward)";
+constexpr const char* kGate = "attention_gate";
+constexpr const char* kGateBackward = "attention_gate (backward)";
 
 GateShape gate_shape(const Tensor& trunk, const Tensor& mask, int64_t scale) {
-  RAN_CHECK_TYPE(trunk.scalar_type() == mask.scalar_type(), kOp, "trunk and mask must have the same dtype, got trunk ",
-                 trunk.scalar_type(), " and mask ", mask.scalar_type());
-  RAN_CHECK_VALUE(trunk.device() == mask.device(), kOp, "trunk and mask must be on the same device, got trunk on ",
+  RAN_CHECK_TYPE(trunk.scalar_type() == mask.scalar_type(), kGate,
+                 "trunk and mask must have the same dtype, got trunk ", trunk.scalar_type(), " and mask ",
+                 mask.scalar_type());
+  RAN_CHECK_VALUE(trunk.device() == mask.device(), kGate, "trunk and mask must be on the same device, got trunk on ",
                   trunk.device(), " and mask on ", mask.device());
-  RAN_CHECK_VALUE(scale >= 1, kOp, "scale_factor must be at least 1, got ", scale);
+  RAN_CHECK_VALUE(scale >= 1, kGate, "scale_factor must be at least 1, got ", scale);
   if (scale == 1) {
-    RAN_CHECK_VALUE(trunk.sizes() == mask.sizes(), kOp, "trunk and mask must have the same shape, got trunk ",
+    RAN_CHECK_VALUE(trunk.sizes() == mask.sizes(), kGate, "trunk and mask must have the same shape, got trunk ",
                     trunk.sizes(), " and mask ", mask.sizes());
     return {1, 1, 1, trunk.numel(), 1, false};
   }
-  RAN_CHECK_VALUE(trunk.dim() == 4 && mask.dim() == 4, kOp, "trunk and mask must be (N, C, H, W), got trunk ",
+  RAN_CHECK_VALUE(trunk.dim() == 4 && mask.dim() == 4, kGate, "trunk and mask must be (N, C, H, W), got trunk ",
                   trunk.sizes(), " and mask ", mask.sizes());
   const GateShape shape{trunk.size(0),
                         trunk.size(1),
@@ -31,7 +32,7 @@ GateShape gate_shape(const Tensor& trunk, const Tensor& mask, int64_t scale) {
                         bounded_scale(scale, trunk.sizes()),
                         format_of(trunk) == at::MemoryFormat::ChannelsLast};
   const std::array<int64_t, 4> expected{shape.n, shape.c, shape.mask_h(), shape.mask_w()};
-  RAN_CHECK_VALUE(mask.sizes() == at::IntArrayRef(expected), kOp, "mask must be ", at::IntArrayRef(expected),
+  RAN_CHECK_VALUE(mask.sizes() == at::IntArrayRef(expected), kGate, "mask must be ", at::IntArrayRef(expected),
                   " for trunk ", trunk.sizes(), " and scale_factor ", scale, ", got ", mask.sizes());
   return shape;
 }
@@ -50,12 +51,12 @@ Tensor in_layout_of(const Tensor& t, const Tensor& trunk, int64_t scale) {
 Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
-  const DType dtype = dtype_of(trunk, kOp, "trunk");
+  const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale);
   Tensor out = at::empty_like(trunk);
   if (shape.numel() == 0) return out;
   if (!has_kernels(trunk)) return out.copy_(decomposed::attention_gate(trunk, mask, scale));
-  RAN_RUN_KERNEL(kOp, trunk, attention_gate_forward, out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(),
+  RAN_RUN_KERNEL(kGate, trunk, attention_gate_forward, out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(),
                  dtype, shape);
   return out;
 }
@@ -64,8 +65,8 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
                                                    int64_t scale) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
-  check_as(kOp, "dout", dout_, trunk.sizes(), trunk);
-  const DType dtype = dtype_of(trunk, kOp, "trunk");
+  check_as(kGate, "dout", dout_, trunk.sizes(), trunk);
+  const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);
   if (shape.numel() == 0) return {dtrunk, dmask.zero_()};
@@ -73,8 +74,8 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
     const auto [a, b] = decomposed::attention_gate_backward(dout, trunk, mask, scale);
     return {dtrunk.copy_(a), dmask.copy_(b)};
   }
-  RAN_RUN_KERNEL(kBackward, trunk, attention_gate_backward, dtrunk.data_ptr(), dmask.data_ptr(), dout.const_data_ptr(),
-                 trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  RAN_RUN_KERNEL(kGateBackward, trunk, attention_gate_backward, dtrunk.data_ptr(), dmask.data_ptr(),
+                 dout.const_data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
   return {dtrunk, dmask};
 }
 

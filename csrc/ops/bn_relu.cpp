@@ -9,7 +9,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu";
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList running,
@@ -23,20 +22,21 @@ std::tuple<Tensor, Tensor> batch_norm_stats_op(const Tensor& x_, at::TensorList 
 Tensors3 bn_relu(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, const OptTensor& mean,
                  const OptTensor& var, bool, at::TensorList running, std::optional<double> momentum, double eps,
                  int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_);
-  check_statistics(kOp, mean, var);
-  const Asked asked = asked_of(kOp, paths);
-  if (!present(mean)) return bn_relu_batch(kOp, x, weight, bias, eps, Running(kOp, x, running, momentum), asked);
+  const Tensor x = dense_activation(kBnRelu, x_);
+  check_statistics(kBnRelu, mean, var);
+  const Asked asked = asked_of(kBnRelu, paths);
+  if (!present(mean))
+    return bn_relu_batch(kBnRelu, x, weight, bias, eps, Running(kBnRelu, x, running, momentum), asked);
   const auto none = [&] { return at::empty({0}, x.options().dtype(acc_type(x))); };
-  return {bn_relu_apply(x, {kOp, x, weight, bias, *mean, *var, eps}), none(), none()};
+  return {bn_relu_apply(x, {kBnRelu, x, weight, bias, *mean, *var, eps}), none(), none()};
 }
 
 Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
                           const Tensor& mean, const Tensor& var, double eps, bool batch_stats, int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_), dout = gradient_like(kOp, dout_, x);
+  const Tensor x = dense_activation(kBnRelu, x_), dout = gradient_like(kBnRelu, dout_, x);
   Tensor dx = at::empty_like(x);
-  const BackwardSums sums = bn_relu_gradients(dx, dout, x, Tensor(), {kOp, x, weight, bias, mean, var, eps},
-                                              batch_stats, asked_of(kOp, paths));
+  const BackwardSums sums = bn_relu_gradients(dx, dout, x, Tensor(), {kBnRelu, x, weight, bias, mean, var, eps},
+                                              batch_stats, asked_of(kBnRelu, paths));
   return {dx, sums.dz_xhat, sums.dz};
 }
 
@@ -44,18 +44,21 @@ Tensors3 bn_relu_backward(const Tensor& dout_, const Tensor& x_, const OptTensor
 std::tuple<Tensor, Tensor> bn_relu_backward_reduce(const Tensor& dout, const Tensor& x_, const OptTensor& weight,
                                                    const OptTensor& bias, const Tensor& mean, const Tensor& var,
                                                    double eps) {
-  const Tensor x = dense_activation(kOp, x_);
-  const BackwardSums sums = bn_relu_sums(gradient_like(kOp, dout, x), x, {kOp, x, weight, bias, mean, var, eps});
+  const Tensor x = dense_activation(kBnRelu, x_);
+  const BackwardSums sums =
+      bn_relu_sums(gradient_like(kBnRelu, dout, x), x, {kBnRelu, x, weight, bias, mean, var, eps});
   return {sums.dz, sums.dz_xhat};
 }
 
 Tensor bn_relu_backward_apply(const Tensor& dout, const Tensor& x_, const OptTensor& weight, const OptTensor& bias,
                               const Tensor& mean, const Tensor& var, double eps, const Tensor& sum_dz,
                               const Tensor& sum_dz_xhat, double count) {
-  const Tensor x = dense_activation(kOp, x_);
-  const BackwardSums sums{channel_vector(kOp, x, sum_dz, "sum_dz"), channel_vector(kOp, x, sum_dz_xhat, "sum_dz_xhat")};
+  const Tensor x = dense_activation(kBnRelu, x_);
+  const BackwardSums sums{channel_vector(kBnRelu, x, sum_dz, "sum_dz"),
+                          channel_vector(kBnRelu, x, sum_dz_xhat, "sum_dz_xhat")};
   Tensor dx = at::empty_like(x);
-  bn_relu_dx(dx, gradient_like(kOp, dout, x), x, Tensor(), {kOp, x, weight, bias, mean, var, eps}, &sums, count);
+  bn_relu_dx(dx, gradient_like(kBnRelu, dout, x), x, Tensor(), {kBnRelu, x, weight, bias, mean, var, eps}, &sums,
+             count);
   return dx;
 }
 

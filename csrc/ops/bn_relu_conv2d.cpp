@@ -13,8 +13,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -27,16 +25,17 @@ Tensors6 chained(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& 
                  const Tensor& weight, const OptTensor& bias, const OptTensor& residual, at::IntArrayRef stride,
                  at::IntArrayRef padding, bool next_stats, at::TensorList next_running,
                  std::optional<double> next_momentum, bool, int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, asked_of(kOp, paths)};
-  check_convolution(kOp, x, weight, conv);
-  check_bias(kOp, bias, weight);
-  check_statistics(kOp, mean, var);
-  if (present(residual)) check_as(kOp, "residual", *residual, conv.out_sizes(x, weight), x);
+  const Tensor x = dense_activation(kBnReluConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_bias(kBnReluConv2d, bias, weight);
+  check_statistics(kBnReluConv2d, mean, var);
+  if (present(residual)) check_as(kBnReluConv2d, "residual", *residual, conv.out_sizes(x, weight), x);
   // The next normalisation's channels are the weight's rows.
-  const NextStatistics next{next_stats, Running(kOp, weight.transpose(0, 1), next_running, next_momentum)};
-  const ConvOutput y = bn_relu_conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kOp, x, running, momentum), eps},
-                                            weight, bias, residual, conv, next);
+  const NextStatistics next{next_stats, Running(kBnReluConv2d, weight.transpose(0, 1), next_running, next_momentum)};
+  const ConvOutput y =
+      bn_relu_conv_forward(x, {bn_weight, bn_bias, mean, var, Running(kBnReluConv2d, x, running, momentum), eps},
+                           weight, bias, residual, conv, next);
   const auto or_empty = [&](const Tensor& t) {
     return t.defined() ? t : at::empty({0}, x.options().dtype(acc_type(x)));
   };
@@ -54,13 +53,13 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
                                  const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
                                  at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
                                  std::array<bool, 3> wanted, const OptTensor& dfork, int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, asked_of(kOp, paths)};
-  check_convolution(kOp, x, weight, conv);
-  check_as(kOp, "dout", dout, conv.out_sizes(x, weight), x);
+  const Tensor x = dense_activation(kBnReluConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_as(kBnReluConv2d, "dout", dout, conv.out_sizes(x, weight), x);
   const ConvGradients g =
-      bn_relu_conv_backward(dout, x, present(dfork) ? gradient_like(kOp, *dfork, x) : Tensor(),
-                            {kOp, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
+      bn_relu_conv_backward(dout, x, present(dfork) ? gradient_like(kBnReluConv2d, *dfork, x) : Tensor(),
+                            {kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
   return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
 }

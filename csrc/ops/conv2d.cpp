@@ -9,25 +9,25 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "conv2d";
+constexpr const char* kConv2d = "conv2d";
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
 
 Tensor conv2d(const Tensor& x_, const Tensor& weight, const OptTensor& bias, at::IntArrayRef stride,
               at::IntArrayRef padding, int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, asked_of(kOp, paths)};
-  check_convolution(kOp, x, weight, conv);
-  check_bias(kOp, bias, weight);
+  const Tensor x = dense_activation(kConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kConv2d, paths)};
+  check_convolution(kConv2d, x, weight, conv);
+  check_bias(kConv2d, bias, weight);
   return conv_forward(x, weight, bias, conv);
 }
 
 // dx, dweight and dbias where `wanted`, the others empty.
 Tensors3 conv2d_backward(const Tensor& dout, const Tensor& x_, const Tensor& weight, at::IntArrayRef stride,
                          at::IntArrayRef padding, std::array<bool, 3> wanted, int64_t paths) {
-  const Tensor x = dense_activation(kOp, x_);
-  const Convolution conv{stride, padding, asked_of(kOp, paths)};
-  check_convolution(kOp, x, weight, conv);
-  check_as(kOp, "dout", dout, conv.out_sizes(x, weight), x);
+  const Tensor x = dense_activation(kConv2d, x_);
+  const Convolution conv{stride, padding, asked_of(kConv2d, paths)};
+  check_convolution(kConv2d, x, weight, conv);
+  check_as(kConv2d, "dout", dout, conv.out_sizes(x, weight), x);
   const ConvGradients g = conv_backward(dout, x, weight, conv, wanted);
   const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
   return {or_empty(g.dx), or_empty(g.dweight), or_empty(g.dbias)};

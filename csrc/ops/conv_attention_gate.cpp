@@ -11,27 +11,27 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "conv_attention_gate";
+constexpr const char* kConvGate = "conv_attention_gate";
 
 using Tensors2 = std::tuple<Tensor, Tensor>;
 using GateOp = Tensor(const Tensor&, const Tensor&, int64_t);
 using GateBackwardOp = Tensors2(const Tensor&, const Tensor&, const Tensor&, int64_t);
 
 void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
-  RAN_CHECK_VALUE(scale >= 1, kOp, "scale_factor must be at least 1, got ", scale);
-  RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kOp, "trunk and x must be (N, C, H, W), got trunk ", trunk.sizes(),
-                  " and x ", x.sizes());
+  RAN_CHECK_VALUE(scale >= 1, kConvGate, "scale_factor must be at least 1, got ", scale);
+  RAN_CHECK_VALUE(trunk.dim() == 4 && x.dim() == 4, kConvGate, "trunk and x must be (N, C, H, W), got trunk ",
+                  trunk.sizes(), " and x ", x.sizes());
   const std::array<int64_t, 4> expected{trunk.size(0), x.size(1), divide_up(trunk.size(2), scale),
                                         divide_up(trunk.size(3), scale)};
-  RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kOp, "x must be ", at::IntArrayRef(expected), " for trunk ",
-                  trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
+  RAN_CHECK_VALUE(x.sizes() == at::IntArrayRef(expected), kConvGate, "x must be ", at::IntArrayRef(expected),
+                  " for trunk ", trunk.sizes(), " and scale_factor ", scale, ", got ", x.sizes());
   const std::array<int64_t, 4> kernel{trunk.size(1), x.size(1), 1, 1};
-  RAN_CHECK_VALUE(weight.sizes() == at::IntArrayRef(kernel), kOp, "weight must be ", at::IntArrayRef(kernel), ", got ",
-                  weight.sizes());
-  RAN_CHECK_VALUE(trunk.device() == x.device() && weight.device() == x.device(), kOp,
+  RAN_CHECK_VALUE(weight.sizes() == at::IntArrayRef(kernel), kConvGate, "weight must be ", at::IntArrayRef(kernel),
+                  ", got ", weight.sizes());
+  RAN_CHECK_VALUE(trunk.device() == x.device() && weight.device() == x.device(), kConvGate,
                   "trunk, x and weight must be on the same device, got ", trunk.device(), ", ", x.device(), " and ",
                   weight.device());
-  RAN_CHECK_TYPE(trunk.scalar_type() == x.scalar_type() && weight.scalar_type() == x.scalar_type(), kOp,
+  RAN_CHECK_TYPE(trunk.scalar_type() == x.scalar_type() && weight.scalar_type() == x.scalar_type(), kConvGate,
                  "trunk, x and weight must have the same dtype, got ", trunk.scalar_type(), ", ", x.scalar_type(),
                  " and ", weight.scalar_type());
 }
@@ -41,8 +41,8 @@ Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor&
                              int64_t scale, int64_t paths) {
   static const auto gate = find_op<GateOp>("ran_ext::attention_gate");
   check(trunk, x, weight, scale);
-  check_bias(kOp, bias, weight);
-  [[maybe_unused]] const Asked asked = asked_of(kOp, paths);
+  check_bias(kConvGate, bias, weight);
+  [[maybe_unused]] const Asked asked = asked_of(kConvGate, paths);
 #ifdef RAN_WITH_CUDA
   if (is_fused(choose_conv_gate(trunk, x, weight, scale, asked)))
     return cuda_conv1x1_gate(trunk, x, weight, bias, scale);

@@ -9,14 +9,14 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "max_pool2d";
-constexpr const char* kBackward = "max_pool2d (backward)";
+constexpr const char* kMaxPool = "max_pool2d";
+constexpr const char* kMaxPoolBackward = "max_pool2d (backward)";
 using Tensors2 = std::tuple<Tensor, Tensor>;
 
 // out and index, where in its window each maximum stands: in one byte what torch keeps in eight.
 Tensors2 max_pool2d(const Tensor& x_) {
-  check_pyramid(kOp, "x", x_);
-  const DType dtype = dtype_of(x_, kOp, "x");
+  check_pyramid(kMaxPool, "x", x_);
+  const DType dtype = dtype_of(x_, kMaxPool, "x");
   const at::MemoryFormat format = x_.suggest_memory_format();
   const Tensor x = x_.contiguous(format);
   const GateShape shape = pyramid_shape(x, x.size(2), x.size(3), format);
@@ -27,26 +27,26 @@ Tensors2 max_pool2d(const Tensor& x_) {
     const auto [a, b] = decomposed::max_pool2d(x);
     return {out.copy_(a), index.copy_(b)};
   }
-  RAN_RUN_KERNEL(kOp, x, max_pool_forward, out.data_ptr(), index.mutable_data_ptr<uint8_t>(), x.const_data_ptr(), dtype,
-                 shape);
+  RAN_RUN_KERNEL(kMaxPool, x, max_pool_forward, out.data_ptr(), index.mutable_data_ptr<uint8_t>(), x.const_data_ptr(),
+                 dtype, shape);
   return {out, index};
 }
 
 // height and width are those of x: the index tells them only rounded up to even.
 Tensor max_pool2d_backward(const Tensor& dout_, const Tensor& index_, int64_t height, int64_t width) {
-  check_pyramid(kOp, "dout", dout_);
-  RAN_CHECK_VALUE(index_.sizes() == dout_.sizes() && index_.device() == dout_.device(), kOp, "index must be ",
+  check_pyramid(kMaxPool, "dout", dout_);
+  RAN_CHECK_VALUE(index_.sizes() == dout_.sizes() && index_.device() == dout_.device(), kMaxPool, "index must be ",
                   dout_.sizes(), " on ", dout_.device(), ", as dout is, got ", index_.sizes(), " on ", index_.device());
-  RAN_CHECK_TYPE(index_.scalar_type() == at::kByte, kOp, "index must be uint8, got ", index_.scalar_type());
-  const DType dtype = dtype_of(dout_, kOp, "dout");
+  RAN_CHECK_TYPE(index_.scalar_type() == at::kByte, kMaxPool, "index must be uint8, got ", index_.scalar_type());
+  const DType dtype = dtype_of(dout_, kMaxPool, "dout");
   const at::MemoryFormat format = index_.suggest_memory_format();
   const Tensor index = index_.contiguous(format), dout = dout_.contiguous(format);
   const GateShape shape = pyramid_shape(dout, height, width, format);
-  check_low(kOp, "dout", dout, shape);
+  check_low(kMaxPool, "dout", dout, shape);
   Tensor dx = empty_at(dout, height, width, format);
   if (shape.numel() == 0) return dx;
   if (!has_kernels(dout)) return dx.copy_(decomposed::max_pool2d_backward(dout, index, height, width));
-  RAN_RUN_KERNEL(kBackward, dout, max_pool_backward, dx.data_ptr(), dout.const_data_ptr(),
+  RAN_RUN_KERNEL(kMaxPoolBackward, dout, max_pool_backward, dx.data_ptr(), dout.const_data_ptr(),
                  index.const_data_ptr<uint8_t>(), dtype, shape);
   return dx;
 }

@@ -8,7 +8,7 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "conv3x3";
+constexpr const char* kPacked = "conv3x3";
 
 cpu::ConvShape shape_of(const Tensor& x, int64_t co) {
   return {x.size(0), x.size(2), x.size(3), x.size(1), x.size(2), x.size(3), co, 3, 3, 1, 1, 1, 1};
@@ -20,8 +20,8 @@ int64_t conv3x3_tile(const Tensor& x, const Tensor& weight, int64_t paths) {
                     weight.size(1) == x.size(1) && weight.size(2) == 3 && weight.size(3) == 3 &&
                     weight.scalar_type() == x.scalar_type();
   if (!fits) return 0;
-  return int64_t(choose_conv3x3(ConvPass::forward, dtype_of(x, kOp, "x"), shape_of(x, weight.size(0)),
-                                asked_of(kOp, paths).conv3x3));
+  return int64_t(choose_conv3x3(ConvPass::forward, dtype_of(x, kPacked, "x"), shape_of(x, weight.size(0)),
+                                asked_of(kPacked, paths).conv3x3));
 }
 
 // The panels of a weight for a kernel of tiles of m x m outputs, as conv3x3_tile says.
@@ -30,12 +30,12 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
   const bool fits = x.dim() == 4 && weight_.dim() == 4 && weight_.size(1) == x.size(1) && weight_.size(2) == 3 &&
                     weight_.size(3) == 3 && weight_.scalar_type() == x.scalar_type();
   RAN_CHECK_VALUE(fits && (tile == cpu::Conv3x3::f4x4 || tile == cpu::Conv3x3::f2x2) &&
-                      cpu_kernels().conv3x3_supported(dtype_of(x, kOp, "x"), shape_of(x, weight_.size(0))),
-                  kOp, "there is no kernel of tiles of ", m, " x ", m, " for x ", x.sizes(), " ", x.scalar_type(),
+                      cpu_kernels().conv3x3_supported(dtype_of(x, kPacked, "x"), shape_of(x, weight_.size(0))),
+                  kPacked, "there is no kernel of tiles of ", m, " x ", m, " for x ", x.sizes(), " ", x.scalar_type(),
                   " and weight ", weight_.sizes());
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = shape_of(x, weight.size(0));
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kPacked, "x");
   const cpu::Kernels& kernels = conv_kernels(dtype, shape);
   Tensor panels = at::empty({kernels.conv3x3_panels_size(tile, shape)}, weight.options().dtype(at::kFloat));
   kernels.conv3x3_pack(tile, panels.data_ptr<float>(), weight.const_data_ptr(), dtype, shape);
@@ -43,19 +43,19 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
 }
 
 Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias, bool with_relu) {
-  RAN_CHECK_VALUE(x.dim() == 4 && bias.dim() == 1, kOp, "x must be (N, C, H, W) and bias a vector, got ", x.sizes(),
+  RAN_CHECK_VALUE(x.dim() == 4 && bias.dim() == 1, kPacked, "x must be (N, C, H, W) and bias a vector, got ", x.sizes(),
                   " and ", bias.sizes());
   const cpu::ConvShape shape = shape_of(x, bias.size(0));
-  const DType dtype = dtype_of(x, kOp, "x");
+  const DType dtype = dtype_of(x, kPacked, "x");
   const cpu::Kernels& kernels = conv_kernels(dtype, shape);
-  RAN_CHECK_VALUE(kernels.conv3x3_supported(dtype, shape), kOp, "there is no kernel for x ", x.sizes(), " ",
+  RAN_CHECK_VALUE(kernels.conv3x3_supported(dtype, shape), kPacked, "there is no kernel for x ", x.sizes(), " ",
                   x.scalar_type());
   // The panels say which tile they are for: a weight that was packed serves other batches too.
   const auto is_for = [&](cpu::Conv3x3 tile) { return panels.numel() == kernels.conv3x3_panels_size(tile, shape); };
   RAN_CHECK_VALUE(x.is_contiguous(at::MemoryFormat::ChannelsLast) && bias.is_contiguous() && panels.is_contiguous() &&
                       bias.scalar_type() == x.scalar_type() && panels.scalar_type() == at::kFloat &&
                       (is_for(cpu::Conv3x3::f4x4) || is_for(cpu::Conv3x3::f2x2)),
-                  kOp, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",
+                  kPacked, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",
                   panels.sizes(), ", ", bias.sizes(), " and ", x.sizes());
   const Tensor bias32 = bias.to(at::kFloat);
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);

@@ -9,43 +9,44 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "upsample_add";
-constexpr const char* kBackward = "upsample_add (backward)";
+constexpr const char* kUpsampleAdd = "upsample_add";
+constexpr const char* kUpsampleAddBackward = "upsample_add (backward)";
 
 Tensor upsample_add(const Tensor& lower_, const OptTensor& skip_, int64_t height, int64_t width) {
-  check_pyramid(kOp, "lower", lower_);
-  const DType dtype = dtype_of(lower_, kOp, "lower");
+  check_pyramid(kUpsampleAdd, "lower", lower_);
+  const DType dtype = dtype_of(lower_, kUpsampleAdd, "lower");
   const at::MemoryFormat format = (present(skip_) ? *skip_ : lower_).suggest_memory_format();
   const Tensor lower = lower_.contiguous(format);
   const GateShape shape = pyramid_shape(lower, height, width, format);
-  check_low(kOp, "lower", lower, shape);
+  check_low(kUpsampleAdd, "lower", lower, shape);
   Tensor out = empty_at(lower, height, width, format), skip;
   if (present(skip_)) {
-    RAN_CHECK_VALUE(skip_->sizes() == out.sizes() && skip_->device() == out.device(), kOp, "skip must be ", out.sizes(),
-                    " on ", out.device(), ", got ", skip_->sizes(), " on ", skip_->device());
-    RAN_CHECK_TYPE(skip_->scalar_type() == out.scalar_type(), kOp,
+    RAN_CHECK_VALUE(skip_->sizes() == out.sizes() && skip_->device() == out.device(), kUpsampleAdd, "skip must be ",
+                    out.sizes(), " on ", out.device(), ", got ", skip_->sizes(), " on ", skip_->device());
+    RAN_CHECK_TYPE(skip_->scalar_type() == out.scalar_type(), kUpsampleAdd,
                    "lower and skip must have the same dtype, got lower ", out.scalar_type(), " and skip ",
                    skip_->scalar_type());
     skip = skip_->contiguous(format);
   }
   if (shape.numel() == 0) return out;
   if (!has_kernels(lower)) return out.copy_(decomposed::upsample_add(lower, skip, height, width));
-  RAN_RUN_KERNEL(kOp, lower, upsample_add_forward, out.data_ptr(), lower.const_data_ptr(),
+  RAN_RUN_KERNEL(kUpsampleAdd, lower, upsample_add_forward, out.data_ptr(), lower.const_data_ptr(),
                  skip.defined() ? skip.const_data_ptr() : nullptr, dtype, shape);
   return out;
 }
 
 // The gradient of lower; that of skip is dout.
 Tensor upsample_add_backward(const Tensor& dout_) {
-  check_pyramid(kOp, "dout", dout_);
-  const DType dtype = dtype_of(dout_, kOp, "dout");
+  check_pyramid(kUpsampleAdd, "dout", dout_);
+  const DType dtype = dtype_of(dout_, kUpsampleAdd, "dout");
   const at::MemoryFormat format = dout_.suggest_memory_format();
   const Tensor dout = dout_.contiguous(format);
   const GateShape shape = pyramid_shape(dout, dout.size(2), dout.size(3), format);
   Tensor dlower = empty_at(dout, shape.mask_h(), shape.mask_w(), format);
   if (shape.numel() == 0) return dlower;
   if (!has_kernels(dout)) return dlower.copy_(decomposed::upsample_add_backward(dout));
-  RAN_RUN_KERNEL(kBackward, dout, upsample_add_backward, dlower.data_ptr(), dout.const_data_ptr(), dtype, shape);
+  RAN_RUN_KERNEL(kUpsampleAddBackward, dout, upsample_add_backward, dlower.data_ptr(), dout.const_data_ptr(), dtype,
+                 shape);
   return dlower;
 }
 

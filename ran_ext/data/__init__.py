@@ -10,19 +10,26 @@
 
 from .augment import Augment, Normalize
 from .batches import Batches
-from .cifar10 import CIFAR10, sample, split_validation, to_float
+from .cifar10 import CIFAR10, sample
+from .cifar100 import CIFAR100
 from .corruptions import CORRUPTIONS, corrupt
+from .folders import PictureFolder, open_data
 from .formats import CLASSES, DatasetError
+from .images import Images, split_validation, to_float
 
 __all__ = [
     "CIFAR10",
+    "CIFAR100",
     "CLASSES",
     "CORRUPTIONS",
     "Augment",
     "Batches",
     "DatasetError",
+    "Images",
     "Normalize",
+    "PictureFolder",
     "corrupt",
+    "open_data",
     "sample",
     "split_validation",
     "to_float",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cifar10 import CIFAR10
+from .images import Images
 
 #: Uniform numbers that an image consumes, whichever options are on, so that switching one leaves the others' draws.
 DRAWS = 8
@@ -56,12 +56,12 @@ class Normalize(nn.Module):
         self.register_buffer("offset", -mean / std, persistent=False)
 
     @classmethod
-    def per_pixel(cls, dataset: CIFAR10, memory_format: torch.memory_format | None = None) -> Normalize:
+    def per_pixel(cls, dataset: Images, memory_format: torch.memory_format | None = None) -> Normalize:
         """The report's: subtracts the mean image of ``dataset`` (the training set), leaves the scale 0..1."""
         return cls(dataset.mean_image(), None, memory_format)
 
     @classmethod
-    def per_channel(cls, dataset: CIFAR10, memory_format: torch.memory_format | None = None) -> Normalize:
+    def per_channel(cls, dataset: Images, memory_format: torch.memory_format | None = None) -> Normalize:
         """Zero mean and unit variance of each channel over ``dataset`` (the training set)."""
         return cls(*dataset.channel_stats(), memory_format)
 

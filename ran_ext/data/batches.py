@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .augment import Augment
-from .cifar10 import CIFAR10, require_images, to_float
+from .images import Images, require_images, to_float
 
 #: Distance of the seeds of two epochs: 2^32 / golden ratio. The CPU generator uses the low 32 bits of a seed, in which
 #: this odd number repeats after 2^32 epochs only, and which it spreads so that nearby seeds share no epochs.
@@ -28,7 +28,7 @@ class Batches:
     Args:
         dataset: its ``images`` and ``labels`` are moved to ``device`` once.
         batch_size: images in a joint batch.
-        augment: :class:`Augment`, :class:`Normalize`, or any function of a uint8 (N, 3, 32, 32) batch; moved to
+        augment: :class:`Augment`, :class:`Normalize`, or any function of a uint8 (N, C, H, W) batch; moved to
             the batches' device if it is a module. None gives float32 in 0..1.
         shuffle: a new random order each epoch; otherwise the data set's order.
         generator: its ``initial_seed()`` is the seed (its state is neither read nor changed); by default that of
@@ -54,7 +54,7 @@ class Batches:
 
     def __init__(
         self,
-        dataset: CIFAR10,
+        dataset: Images,
         batch_size: int,
         augment: Callable[[Tensor], Tensor] | None = None,
         shuffle: bool = True,
@@ -69,6 +69,8 @@ class Batches:
             raise ValueError(f"Batches: batch_size must be at least 1, got {batch_size}")
         if not 0 <= rank < world_size:
             raise ValueError(f"Batches: rank must be from 0 to world_size - 1, got {rank} of {world_size}")
+        #: Of all batches.
+        self.highest_label = int(dataset.labels.max()) if len(dataset) else 0
         self.images, self.labels = dataset.images.to(device), dataset.labels.to(device)
         self.augment = augment or to_float
         if isinstance(self.augment, torch.nn.Module):

@@ -1,8 +1,7 @@
-"""CIFAR-10 in memory: all images as one uint8 tensor, and an ordinary ``Dataset`` over them."""
+"""CIFAR-10 in memory, of verified files or of the package's own sample."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from .formats import (
     CLASSES,
@@ -25,6 +23,7 @@ from .formats import (
     read_tiles,
     verify,
 )
+from .images import Images, to_float
 
 SAMPLE_FOLDER = Path(__file__).parent / "sample"
 #: The embedded images, as batches of their own; scripts/make_sample.py made them and prints these checksums.
@@ -34,16 +33,7 @@ SAMPLE: dict[str, Batch] = {
 }
 
 
-def to_float(image: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in 0..1, any shape.
-
-    >>> to_float(torch.tensor([0, 255], dtype=torch.uint8))
-    tensor([0., 1.])
-    """
-    return image.to(torch.float32) / 255
-
-
-class CIFAR10(Dataset[tuple[Any, int]]):
+class CIFAR10(Images):
     """CIFAR-10 (Krizhevsky 2009), read from files, verified, held in memory.
 
     ``images`` is a uint8 tensor (N, 3, 32, 32) and ``labels`` an int64 tensor (N,), both in the official order, for
@@ -105,58 +95,8 @@ class CIFAR10(Dataset[tuple[Any, int]]):
         self.labels = torch.cat([torch.from_numpy(part[:, 0].astype(np.int64)) for part in records])
         self.split, self.transform = split, transform
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(self.images[index]), int(self.labels[index])
-
     def __repr__(self) -> str:
         return f"CIFAR10(split={self.split!r}, {len(self)} images)"
-
-    def subset(self, indices: Tensor) -> CIFAR10:
-        """The images at ``indices`` (int64, or a boolean mask), as a data set of the same kind.
-
-        >>> len(CIFAR10.sample("test").subset(torch.arange(5)))
-        5
-        """
-        part = copy.copy(self)
-        part.images, part.labels = self.images[indices], self.labels[indices]
-        return part
-
-    def to(self, device: torch.device | str) -> CIFAR10:
-        """The same data set with its images and labels on ``device``.
-
-        >>> CIFAR10.sample("test").to("cpu").labels.device
-        device(type='cpu')
-        """
-        moved = copy.copy(self)
-        moved.images, moved.labels = self.images.to(device), self.labels.to(device)
-        return moved
-
-    def mean_image(self) -> Tensor:
-        """Mean of every pixel, float32 (3, 32, 32) in 0..1.
-
-        >>> tuple(CIFAR10.sample("test").mean_image().shape)
-        (3, 32, 32)
-        """
-        return (self.images.sum(0, dtype=torch.int64).double() / (255 * len(self))).float()
-
-    def channel_stats(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each channel, float32 (3, 1, 1) each, of pixels in 0..1.
-
-        >>> mean, std = CIFAR10.sample("test").channel_stats()
-        >>> tuple(mean.shape), tuple(std.shape)
-        ((3, 1, 1), (3, 1, 1))
-        """
-        # Integer sums are exact, so the figures depend on no summation order.
-        channels = self.images.unbind(1)
-        histogram = torch.stack([channel.flatten().bincount(minlength=256) for channel in channels]).double()
-        levels = torch.arange(256, dtype=torch.float64, device=histogram.device) / 255
-        weights = histogram / histogram.sum(1, keepdim=True)
-        mean = weights @ levels
-        std = (weights * (levels - mean[:, None]) ** 2).sum(1).sqrt()
-        return mean.float().view(-1, 1, 1), std.float().view(-1, 1, 1)
 
 
 def sample(split: str = "train") -> CIFAR10:
@@ -166,77 +106,6 @@ def sample(split: str = "train") -> CIFAR10:
     CIFAR10(split='test', 512 images)
     """
     return CIFAR10.sample(split)
-
-
-def split_validation(dataset: CIFAR10, count: int = 5000, seed: int = 0) -> tuple[CIFAR10, CIFAR10]:
-    """Hold ``count`` images out, chosen at random and equally many of each class.
-
-    The classes are the labels that occur. Where their number does not divide ``count``, the first ones give one more.
-    Both parts keep the order of ``dataset``; the choice depends on its labels, ``count`` and ``seed`` only.
-
-    Args:
-        dataset: usually the training set.
-        count: images held out, >= 0.
-        seed: of the choice.
-
-    Returns:
-        The remaining training images, and the images held out.
-
-    Raises:
-        TypeError: ``dataset`` is none.
-        ValueError: a class has fewer images than it would have to give.
-
-    >>> train, validation = split_validation(sample("train"), 100, seed=0)
-    >>> len(train), validation.labels.bincount().tolist()
-    (1948, [10, 10, 10, 10, 10, 10, 10, 10, 10, 10])
-    """
-    require_images("split_validation", "dataset", dataset)
-    if not 0 <= count <= len(dataset):
-        raise ValueError(
-            f"split_validation: count must be from 0 to {len(dataset)}, the images there are, got {count}; choose a "
-            "smaller count"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(dataset), dtype=torch.bool)
-    labels = dataset.labels.cpu()
-    classes = labels.unique().tolist()
-    for place, label in enumerate(classes):
-        members = (labels == label).nonzero().flatten()
-        wanted = count // len(classes) + (place < count % len(classes))
-        if wanted > len(members):
-            named = dataset.classes[label] if label < len(dataset.classes) else label
-            raise ValueError(
-                f"split_validation: holding out {count} images takes {wanted} of class {named}, which has "
-                f"{len(members)}; choose a smaller count"
-            )
-        held_out[members[torch.randperm(len(members), generator=generator)[:wanted]]] = True
-    held_out = held_out.to(dataset.labels.device)
-    return dataset.subset(~held_out), dataset.subset(held_out)
-
-
-def require_images(who: str, name: str, dataset: object) -> None:
-    """Check that ``dataset`` is a :class:`CIFAR10`, also where its tensors were replaced by others.
-
-    Raises:
-        TypeError: it is something else; the text names the caller and the argument.
-
-    >>> require_images("fit", "train_set", [1, 2])
-    Traceback (most recent call last):
-        ...
-    TypeError: fit: train_set must be a ran_ext.data.CIFAR10, got list
-    """
-    if not isinstance(dataset, CIFAR10):
-        raise TypeError(f"{who}: {name} must be a ran_ext.data.CIFAR10, got {type(dataset).__name__}")
-    images, labels = dataset.images, dataset.labels
-    tensors = isinstance(images, Tensor) and isinstance(labels, Tensor)
-    fits = tensors and images.dtype == torch.uint8 and images.dim() == 4 and labels.dtype == torch.int64
-    if not fits or labels.shape != images.shape[:1]:
-        got = [f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in (images, labels)]
-        raise TypeError(
-            f"{who}: {name} must hold images, uint8 (N, C, H, W), and labels, int64 (N,), got {' and '.join(got)}"
-        )
-    if len(labels) and int(labels.min()) < 0:
-        raise TypeError(f"{who}: {name} must hold labels from 0 on, got {int(labels.min())}")
 
 
 def _checked(split: str, what: str) -> str:

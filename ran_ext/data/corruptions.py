@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .cifar10 import to_float
+from .images import to_float
 
 STRENGTHS = 5
 

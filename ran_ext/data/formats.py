@@ -75,7 +75,7 @@ def read_binary(folder: Path, batch: Batch) -> Records:
     """Records of an official binary file."""
     path = folder / f"{batch.stem}.bin"
     data = path.read_bytes()
-    _require_size(path, len(data), batch.count * RECORD)
+    require_size(path, len(data), batch.count * RECORD)
     return np.frombuffer(data, np.uint8).reshape(batch.count, RECORD)
 
 
@@ -119,7 +119,7 @@ def read_atlas(folder: Path, batch: Batch) -> Records:
     image_name, label_name = _atlas_files(batch)
     path = folder / image_name
     labels = np.fromfile(folder / label_name, np.uint8)
-    _require_size(folder / label_name, labels.size, batch.count * len(SPLITS[batch.split]))
+    require_size(folder / label_name, labels.size, batch.count * len(SPLITS[batch.split]))
     labels = labels[batch.position * batch.count :][: batch.count]
     return read_tiles(path, labels, batch.count)
 
@@ -165,7 +165,8 @@ def _join(path: Path, labels: NDArray[Any], pixels: NDArray[np.uint8]) -> Record
     return np.concatenate([labels.astype(np.uint8)[:, None], pixels], axis=1)
 
 
-def _require_size(path: Path, got: int, needed: int) -> None:
+def require_size(path: Path, got: int, needed: int) -> None:
+    """Raise :class:`DatasetError` unless a file has ``needed`` bytes."""
     if got != needed:
         fault = f"short by {needed - got}: a cut download or copy" if got < needed else f"{got - needed} too many"
         raise DatasetError(f"{path}: must hold {needed} bytes, got {got} ({fault})")

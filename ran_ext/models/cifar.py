@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .. import _fusion, _tracing
 from ..nn import AttentionModule, ResidualUnit
-from ..ops import max_pool2d
+from .classifier import StagedNetwork, no_pool, pool2, require_options, scaled
 
 
-class ResidualAttentionNetwork(nn.Module):
+class ResidualAttentionNetwork(StagedNetwork):
     """Residual attention network for small images; use :func:`ran_compact`, :func:`ran_base` or :func:`ran_paper`.
 
     Args:
@@ -41,24 +40,15 @@ class ResidualAttentionNetwork(nn.Module):
         stem_pool: bool = True,
     ):
         super().__init__()
-        for name, flag in (("conv_bias", conv_bias), ("attention", attention), ("stem_pool", stem_pool)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"ResidualAttentionNetwork: {name} must be true or false, got {flag!r}")
-        if not 0 < width < math.inf or num_classes < 1 or in_channels < 1 or not 0 <= dropout < 1:
-            raise ValueError(
-                "ResidualAttentionNetwork: width (finite), num_classes and in_channels must be positive and dropout in "
-                f"[0, 1), got width={width}, num_classes={num_classes}, in_channels={in_channels}, dropout={dropout}"
-            )
-
-        def wide(channels: int) -> int:
-            return max(8, round(channels * width / 8) * 8)
+        flags = {"conv_bias": conv_bias, "attention": attention, "stem_pool": stem_pool}
+        require_options("ResidualAttentionNetwork", num_classes, in_channels, dropout, width, flags)
 
         def module(channels: int, depth: int) -> nn.Module:
             if attention:
                 return AttentionModule(channels, depth, skip=skip, bias=conv_bias)
             return trunk_module(channels, depth, bias=conv_bias)
 
-        c0, c1, c2, c3, mid = (wide(c) for c in (32, 128, 256, 1024, 64))
+        c0, c1, c2, c3, mid = (scaled(c, width) for c in (32, 128, 256, 1024, 64))
         self.in_channels = in_channels
         self.conv1 = nn.Conv2d(in_channels, c0, 5, padding=2, bias=conv_bias)
         self.bn1 = nn.BatchNorm2d(c0) if regularised else None
@@ -81,38 +71,10 @@ class ResidualAttentionNetwork(nn.Module):
 
     #: The smallest image side: stage 1's attention module (depth 2) needs 3 pixels after the 2x2 pool.
     min_size = 6
-    #: Batch normalisations that run with a ReLU in one op: plain modules, so that keys and tools know them.
-    with_relu = ("bn1", "bn2")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``(N, num_classes)`` of images ``(N, in_channels, H, W)`` of any size from 6x6."""
-        require_images(x, self.in_channels, self.min_size)
-        x = _fusion.conv2d(self.conv1, x)
-        if self.bn1 is not None:
-            x = _fusion.bn_relu(self.bn1, x)
-        x = max_pool2d(x, ceil_mode=False) if self.stem_pool else x
-        x = self.stage3(self.stage2(self.stage1(x)))
-        if self.bn2 is not None:
-            x = _fusion.bn_relu(self.bn2, x)
-        return self.fc(self.dropout(x.mean((2, 3))))
-
-    def l2_penalty(self) -> Tensor:
-        """Sum of squares of the dense layer's weight: the report's "L2 norm", to be scaled and added to the loss.
-
-        >>> model = ran_compact()
-        >>> bool(torch.isclose(model.l2_penalty(), (model.fc.weight**2).sum()))
-        True
-        """
-        return self.fc.weight.square().sum()
-
-
-def require_images(x: Tensor, channels: int, least: int) -> None:
-    """Raise ValueError unless ``x`` is what a network takes: ``(N, channels, H, W)``, both sides ``least`` or more."""
-    if not _tracing.is_symbolic(x) and (x.dim() != 4 or x.shape[1] != channels or min(x.shape[2:]) < least):
-        raise ValueError(
-            f"ResidualAttentionNetwork: images must be (N, {channels}, H, W) with H and W at least {least}, got "
-            f"{list(x.shape)}"
-        )
+    @property
+    def pool(self) -> Callable[[Tensor], Tensor]:
+        return pool2 if self.stem_pool else no_pool
 
 
 def trunk_module(channels: int, depth: int, bias: bool = True) -> nn.Sequential:

@@ -18,6 +18,8 @@ from .. import _backend
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Products of sizes and numbers up to this one stay within int64.
 LARGEST = 2**31 - 1
+#: How a tensor of low resolution is read at a higher one.
+INTERPOLATIONS = ("nearest", "bilinear")
 
 
 def shown(value: object) -> str:
@@ -131,6 +133,12 @@ def flag(op: str, name: str, value: bool) -> bool:
     if isinstance(value, Tensor) or value not in (True, False):
         raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
     return bool(value)
+
+
+def choice(op: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
 
 
 def number(op: str, name: str, value: float) -> float:

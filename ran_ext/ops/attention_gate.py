@@ -10,7 +10,7 @@ from .. import _backend, _tracing
 from . import _checks as checks
 
 
-def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
+def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpolation: str = "nearest") -> Tensor:
     """``(1 + sigmoid(mask)) * trunk``, differentiable in both.
 
     Equivalent to::
@@ -19,13 +19,15 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
         (1 + torch.sigmoid(m[..., :H, :W])) * trunk
 
     in one pass forward and one backward: the up-sampled mask and the sigmoid are never written out, and
-    backward keeps ``trunk`` and ``mask`` alone.
+    backward keeps ``trunk`` and ``mask`` alone. With ``interpolation="bilinear"`` the mask is
+    ``F.interpolate(mask, size=(H, W), mode="bilinear", align_corners=False)``, which is written out.
 
     Args:
         trunk: ``(N, C, H, W)``, contiguous or channels_last (kept as given), float16, bfloat16, float32 or float64.
             With ``scale_factor=1`` any shape will do.
         mask: logits, same dtype and device as ``trunk``; ``(N, C, ceil(H / s), ceil(W / s))`` for ``scale_factor`` s.
-        scale_factor: nearest-neighbour up-sampling of the mask, >= 1.
+        scale_factor: up-sampling of the mask, >= 1.
+        interpolation: of the up-sampling, ``"nearest"`` or ``"bilinear"``.
 
     Returns:
         A tensor of ``trunk``'s shape, dtype and memory format.
@@ -41,31 +43,41 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor
     torch.Size([1, 1, 3, 3])
     """
     if _tracing.is_symbolic(trunk):
-        return attention_gate_ref(trunk, mask, scale_factor)
+        return attention_gate_ref(trunk, mask, scale_factor, interpolation)
     trunk, mask = checks.alike("attention_gate", ("trunk", "mask"), trunk, mask)
-    scale_factor = _check(trunk, mask, scale_factor)
+    scale_factor = _check(trunk, mask, scale_factor, interpolation)
+    if interpolation == "bilinear" and scale_factor != 1:
+        mask, scale_factor = upsampled(mask, trunk, scale_factor, interpolation), 1
     # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(trunk, mask):
         return attention_gate_ref(trunk, mask, scale_factor)
     return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor)
 
 
-def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1) -> Tensor:
+def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpolation: str = "nearest") -> Tensor:
     """:func:`attention_gate` in plain PyTorch: the fallback, and what the kernels are held to."""
+    return (1 + torch.sigmoid(upsampled(mask, trunk, scale_factor, interpolation))) * trunk
+
+
+def upsampled(mask: Tensor, trunk: Tensor, scale_factor: int, interpolation: str = "nearest") -> Tensor:
+    """``mask`` at the resolution of ``trunk``."""
     if scale_factor != 1:
         height, width = trunk.shape[-2], trunk.shape[-1]  # not unpacked: torch.fx cannot
+        if interpolation == "bilinear":
+            return F.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False)
         if not (symbolic := _tracing.is_symbolic(trunk)):
             scale_factor = min(scale_factor, max(height, width, 1))  # a larger one only takes memory
         if symbolic and scale_factor == 2:
             mask = F.interpolate(mask, size=(height, width), mode="nearest")  # a graph for every size: nothing to crop
         else:
             mask = mask.repeat_interleave(scale_factor, -2).repeat_interleave(scale_factor, -1)[..., :height, :width]
-    return (1 + torch.sigmoid(mask)) * trunk
+    return mask
 
 
-def _check(trunk: Tensor, mask: Tensor, scale_factor: int) -> int:
+def _check(trunk: Tensor, mask: Tensor, scale_factor: int, interpolation: str) -> int:
     """Raises where the factor or a shape does not fit; the factor as an int."""
     op = "attention_gate"
+    checks.choice(op, "interpolation", interpolation, checks.INTERPOLATIONS)
     scale_factor = checks.whole(op, "scale_factor", scale_factor, 1)
     if scale_factor == 1:
         if trunk.shape != mask.shape:

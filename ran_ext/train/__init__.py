@@ -1,7 +1,7 @@
 """Training on CIFAR-10, in small pieces: :func:`fit` is made of the others, and each can be used alone.
 
 Each file may import those above it: ``system`` (device, processes, errors), ``config`` (the recipe as a value),
-``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy, attention maps), ``checkpoint``,
+``recipe`` (its parts), ``step`` (one training step), ``evaluation`` (accuracy), ``checkpoint``,
 ``state`` (what a run remembers), ``report`` (what it shows), ``loop`` (:func:`fit`), ``arguments`` and ``cli``.
 
 >>> from ran_ext.data import sample
@@ -14,20 +14,18 @@ Each file may import those above it: ``system`` (device, processes, errors), ``c
 1
 """
 
-from .checkpoint import load_checkpoint, load_config, load_model, load_normalize, save_checkpoint
+from .._optimizers import load_optimizer, set_lr
+from .checkpoint import load_checkpoint, load_classes, load_config, load_model, load_normalize, save_checkpoint
 from .config import PRESETS, Config
-from .evaluation import EpochFigures, Evaluation, Result, evaluate
+from .evaluation import EarlyStopping, EpochFigures, Evaluation, Result, evaluate
 from .loop import fit
 from .recipe import (
-    EarlyStopping,
     ExponentialMovingAverage,
     build_augment,
     build_normalize,
     build_optimizer,
     learning_rate,
-    load_optimizer,
     mixup,
-    set_lr,
     train_batches,
 )
 from .report import Progress
@@ -63,6 +61,7 @@ __all__ = [
     "fit",
     "learning_rate",
     "load_checkpoint",
+    "load_classes",
     "load_config",
     "load_model",
     "load_normalize",

@@ -19,6 +19,7 @@ from .._command import Parser
 from .._errors import one_line
 from .._files import require_regular
 from .._info import versions
+from ..data.folders import is_folder_of_classes
 from ..models import ran_compact
 from .config import AUTO, CHOICES, LIMIT, PRESETS, SCALES, Config
 from .state import LAST
@@ -27,12 +28,16 @@ from .system import TrainingError
 
 #: The name that stands for the embedded images, and the folder looked for first.
 SAMPLE, DATA_FOLDER = "sample", Path("data")
+#: The greatest side of an image.
+MOST_PIXELS = 4096
 #: Written beside the checkpoints: the recipe and the source of the images, for ``--resume``.
 RUN_FILE = "run.json"
 #: The recipe's flags in ``--help-all``, by subject; those of ``COMMON`` are in ``--help`` too.
 GROUPS = {
     "the network": ("model", "model_options", "dropout"),
-    "length, and what is kept": ("epochs", "batch_size", "patience", "select", "protocol", "val_images", "test_mirror"),
+    "length, and what is kept": (
+        *("epochs", "batch_size", "accumulate", "patience", "select", "protocol", "val_images", "test_mirror"),
+    ),
     "optimizer": ("optimizer", "lr", "momentum", "weight_decay", "weight_decay_scope", "label_smoothing", "ema"),
     "schedule": ("schedule", "lr_step_epochs", "lr_step_factor", "warmup"),
     "images": ("augment", "cutout", "mixup", "normalize"),
@@ -48,6 +53,9 @@ class Options:
     Attributes:
         config: the recipe.
         data: ``sample``, or a folder.
+        image_size: side of the images that pictures in files are resized to; None for what fits them.
+        skip_broken: whether to leave out pictures that cannot be read.
+        workers: processes that read pictures.
         out: folder of the run.
         resume: continue the run in ``out``.
         device: ``auto``, ``cpu``, ``cuda``, ...
@@ -59,10 +67,14 @@ class Options:
         scale: of the run on the embedded images: one of ``SCALES``, or ``auto`` for the one that fits the machine; ""
             where the recipe alone says how long the run is.
         asked: the user's ``dtype`` and ``scale``, of which the machine may decide (``auto``).
+        given: the recipe's fields that the user, or the run to continue, has decided; the others may follow the data.
     """
 
     config: Config
     data: str
+    image_size: int | None
+    skip_broken: bool
+    workers: int
     out: Path
     resume: bool
     device: str
@@ -73,13 +85,14 @@ class Options:
     chose_data: str
     scale: str
     asked: Mapping[str, str]
+    given: frozenset[str]
 
 
 def build_parser(everything: bool = False) -> argparse.ArgumentParser:
     """The parser; its ``--help`` explains all flags, or those of most runs."""
     parser = Parser(
         prog="ran-ext-train",
-        description="Train a residual attention network on CIFAR-10. Under torchrun the processes share each batch.",
+        description="Train a network on pictures in folders or CIFAR. Under torchrun the processes share each batch.",
         usage="%(prog)s [--data DIR] [--preset NAME] [--out DIR] [--epochs N] ...",
     )
     parser.add_argument("--help-all", action=_HelpAll, help="show every flag, those of the whole recipe too, and exit")
@@ -88,14 +101,24 @@ def build_parser(everything: bool = False) -> argparse.ArgumentParser:
     run.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        help="the recipe to start from: the report's, a fast one, or one for the embedded sample on a small CPU "
-        "(default: sample for the embedded images, else report)",
+        help="the recipe to start from (default: by the data: sample, pictures or report)",
     )
     run.add_argument(
         "--data",
         metavar="DIR",
-        help=f"folder of CIFAR-10, or '{SAMPLE}' for the embedded images (default: the folder {DATA_FOLDER} where "
-        "there is one and the preset is not 'sample', else the embedded images)",
+        help="folder of class folders with pictures, or of train/, val/ and test/ with such; of CIFAR-10 or CIFAR-100; "
+        f"or '{SAMPLE}', the embedded images (default: the folder {DATA_FOLDER} if it is there, else {SAMPLE})",
+    )
+    run.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side that pictures are resized to (default: their own, up to 224)",
+    )
+    run.add_argument("--skip-broken", action="store_true", help="leave out pictures that cannot be read")
+    workers = min(4, os.cpu_count() or 1)
+    run.add_argument(
+        "--workers", type=int, default=workers, metavar="N", help="processes that read pictures (default: %(default)s)"
     )
     sizes = "; ".join(f"{name}: {scale}" for name, scale in SCALES.items())
     run.add_argument(
@@ -108,7 +131,7 @@ def build_parser(everything: bool = False) -> argparse.ArgumentParser:
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings of the recipe, a TOML or JSON file, or another run's run.json; flags come before it",
+        help="TOML or JSON file of settings, or a run's run.json; flags come before it",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: a new one in runs)")
     run.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
@@ -177,6 +200,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         given["model_options"] = {**filed.get("model_options", {}), **given["model_options"]}
     if args.checkpoint_every < 1:
         raise ValueError(f"--checkpoint-every must be at least 1, got {args.checkpoint_every}")
+    if args.workers < 0:
+        raise ValueError(f"--workers must be at least 0, got {args.workers}")
+    if args.image_size is not None and not 1 <= args.image_size <= MOST_PIXELS:
+        raise ValueError(f"--image-size must be from 1 to {MOST_PIXELS}, got {args.image_size}")
     if args.resume and args.out is None:
         raise TrainingError("--resume needs --out, the folder of the run to continue")
     if args.resume and not any(os.path.lexists(args.out / name) for name in (RUN_FILE, LAST)):
@@ -187,17 +214,21 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     found = _read_run(args.out) if args.resume else None
     chose = scale = ""
     asked: Mapping[str, str] = {}
+    image_size, skip_broken, decided = args.image_size, args.skip_broken, frozenset(given)
     if found:
-        base, data, scale, asked = found
-        for name in ("preset", "scale", "config"):
+        base, data, scale, asked, (image_size, skip_broken) = found
+        decided = frozenset(field.name for field in dataclasses.fields(Config))
+        for name in ("preset", "scale", "config", "image_size", "skip_broken"):
             if getattr(args, name):
-                raise TrainingError(f"--resume takes the run's own settings: leave --{name} out")
+                flag = name.replace("_", "-")
+                raise TrainingError(f"--resume takes the run's own settings: leave --{flag} out")
         if given.get("dtype") == AUTO:
             del given["dtype"]  # the run's own
         data = args.data or data
     else:
         data, chose = (args.data, "") if args.data else _choose_data(args.preset)
-        preset = args.preset or ("sample" if data == SAMPLE else "report")
+        of_pictures = data != SAMPLE and is_folder_of_classes(Path(data))
+        preset = args.preset or ("sample" if data == SAMPLE else "pictures" if of_pictures else "report")
         base = PRESETS[preset]
         # a run in the folder has a size already, though nothing says which
         sized = args.resume or not given.keys().isdisjoint(("epochs", "model", "model_options"))
@@ -216,6 +247,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     return Options(
         config,
         data,
+        image_size,
+        skip_broken,
+        args.workers,
         out,
         args.resume,
         args.device,
@@ -226,6 +260,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         chose,
         scale,
         asked,
+        decided,
     )
 
 
@@ -237,7 +272,9 @@ def require_no_run(out: Path, resume: bool) -> None:
 
 def run_file(options: Options, config: Config) -> dict[str, Any]:
     """The contents of ``run.json``; ``config`` is what the options came to on this machine."""
-    return {"data": options.data, "asked": dict(options.asked), "scale": options.scale, "config": config.to_dict()}
+    pictures = {"image_size": options.image_size, "skip_broken": options.skip_broken}
+    run = {"data": options.data, "pictures": pictures, "asked": dict(options.asked), "scale": options.scale}
+    return run | {"config": config.to_dict()}
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -277,7 +314,7 @@ def _choose_scale(asked: str | None, sample: bool, sized: bool, epochs: bool) ->
     return asked or (AUTO if sample and not sized else "")
 
 
-def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
+def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str], tuple[int | None, bool]] | None:
     path = out / RUN_FILE
     if not os.path.lexists(path):
         return None
@@ -287,6 +324,10 @@ def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
         config, data = Config.from_dict(values["config"]), values["data"]
         scale = values.get("scale", "")  # which older files lack, as they do "asked"
         asked = values.get("asked", {"dtype": config.dtype, "scale": ""})
+        pictures = values.get("pictures", {"image_size": None, "skip_broken": False})
+        read = pictures["image_size"], pictures["skip_broken"]
+        if not (read[0] is None or isinstance(read[0], int)) or not isinstance(read[1], bool):
+            raise TypeError("'pictures' is no size and no choice")
         if not isinstance(data, str):
             raise TypeError("'data' is no text")
         if not isinstance(scale, str) or not isinstance(asked, dict):
@@ -295,7 +336,7 @@ def _read_run(out: Path) -> tuple[Config, str, str, Mapping[str, str]] | None:
         raise TrainingError(
             f"{path} is damaged ({one_line(error)}); delete it and give the run's own flags again"
         ) from error
-    return config, data, scale, asked
+    return config, data, scale, asked, read
 
 
 def _choose_data(preset: str | None) -> tuple[str, str]:

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from .._errors import one_line
 from .._files import require_regular, write_atomically
 from ..data import Normalize
-from ..models import ResidualAttentionNetwork
+from ..models import ImageClassifier
 from .config import Config
-from .evaluation import EpochFigures
-from .recipe import EarlyStopping
+from .evaluation import EarlyStopping, EpochFigures
 from .system import CheckpointError, write_failure
 
 
@@ -47,7 +46,7 @@ def require_entries(state: Mapping[str, Any], names: tuple[str, ...]) -> None:
     ran_ext.train.checkpoint.Misfit: 'epoch' must be a whole number >= 0, got -1
     """
     for name in names:
-        if name in ("asked", "scheduler") and name not in state:  # older files have none
+        if name in ("asked", "scheduler", "classes", "shape") and name not in state:  # older files have none
             continue
         if name not in state:
             raise Misfit(f"it has no {name!r}")
@@ -244,10 +243,12 @@ ENTRIES: dict[str, Rule] = {
     "rng": _list_of(_generators),
     "images": _COUNT,
     "asked": _rule("a dict of text", lambda v: isinstance(v, dict) and all(isinstance(t, str) for t in v.values())),
-    "normalize": _normalize,
+    "normalize": _optional(_normalize),
+    "classes": _optional(_list_of(_rule("text", lambda v: isinstance(v, str)))),
+    "shape": _optional(_rule("(C, H, W)", lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_count, v)))),
 }
-#: What ``last.pt`` holds; its ``normalize`` follows from the training set, and is there for :func:`load_normalize`.
-TRAINING = tuple(name for name in ENTRIES if name != "normalize")
+#: What ``last.pt`` holds, beside what follows from the training set and is there for whoever uses the network.
+TRAINING = tuple(name for name in ENTRIES if name not in ("normalize", "classes", "shape"))
 
 
 FORMAT = 1
@@ -329,7 +330,7 @@ def load_config(checkpoint: str | Path) -> Config:
     return Config.from_dict(read_entries(checkpoint, ("config",))["config"])
 
 
-def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> ResidualAttentionNetwork:
+def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> ImageClassifier:
     """The trained network of a checkpoint of :func:`ran_ext.train.fit`, in evaluation mode.
 
     Name and options of the model come from the checkpoint; where a moving average was kept, its weights are taken.
@@ -356,16 +357,42 @@ def load_model(checkpoint: str | Path, device: torch.device | str = "cpu") -> Re
     return model.eval()
 
 
+def load_classes(checkpoint: str | Path) -> list[str] | None:
+    """The names of a checkpoint's classes in the order of the logits; None where the training set had none."""
+    return read_entries(checkpoint, ("classes",)).get("classes")
+
+
+def load_shape(checkpoint: str | Path) -> list[int] | None:
+    """``(C, H, W)`` of the training images; None where they came from a loader."""
+    return read_entries(checkpoint, ("shape",)).get("shape")
+
+
 def load_normalize(checkpoint: str | Path, memory_format: torch.memory_format | None = None) -> Normalize:
     """The normalisation that the checkpoint's network was trained with; for :func:`ran_ext.train.evaluate`, or by hand.
 
-    Its call takes uint8 images ``(N, 3, H, W)`` of the training images' size (any size where ``config.normalize`` was
+    Its call takes uint8 images ``(N, C, H, W)`` of the training images' size (any size where ``config.normalize`` was
     ``per_channel``) and returns what the network takes.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds none.
+        CheckpointError: the file cannot be read, or holds none, as where the training images were floating.
     """
-    state = read_entries(checkpoint, ("normalize",))["normalize"]
-    normalize = Normalize(torch.zeros_like(state["offset"]), None, memory_format)
-    normalize.scale, normalize.offset = state["scale"], state["offset"]  # as they were, without a round trip
+    normalize = _normalize_of(read_entries(checkpoint, ("normalize",)), memory_format)
+    if normalize is None:
+        raise CheckpointError(
+            f"{checkpoint} has no 'normalize': its images were normalised by their data set; do that by hand"
+        )
+    return normalize
+
+
+def kept_normalize(last: Path, config: Config) -> Normalize | None:
+    """That of a run to go on with; None where its images were floating."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return _normalize_of(read_entries(last, ("normalize",)), layout)
+
+
+def _normalize_of(state: Mapping[str, Any], memory_format: torch.memory_format | None) -> Normalize | None:
+    if (kept := state["normalize"]) is None:
+        return None
+    normalize = Normalize(torch.zeros_like(kept["offset"]), None, memory_format)
+    normalize.scale, normalize.offset = kept["scale"], kept["offset"]  # as they were, without a round trip
     return normalize

@@ -1,4 +1,4 @@
-"""``ran-ext-train``: train one of the networks on CIFAR-10.
+"""``ran-ext-train``: train one of the networks on pictures in folders, CIFAR-10 or CIFAR-100.
 
 The run on the embedded images comes in three sizes (:data:`~ran_ext.train.config.SCALES`); a few steps, timed here, say
 which is the largest that ends within ten minutes. The run that follows is the same bit for bit without them.
@@ -19,12 +19,15 @@ import torch
 
 from .._command import log_to_terminal
 from .._errors import one_line
-from ..data import CIFAR10, DatasetError, split_validation
+from ..data import CIFAR10, DatasetError, Normalize, open_data
+from ..data.folders import Found
+from ..data.images import Labelled
+from ..data.loading import some_images
 from .arguments import RUN_FILE, SAMPLE, Options, parse, require_no_run, run_file
 from .config import AUTO, LIMIT, PRESETS, SCALES, Config
 from .evaluation import Result
 from .loop import Run, fit
-from .recipe import build_normalize
+from .recipe import build_normalize, fit_to_data, split
 from .report import (
     PROTOCOLS,
     VALIDATION,
@@ -35,7 +38,7 @@ from .report import (
     write_curves,
     write_result,
 )
-from .state import LAST, Callback, TrainingState, resolve_dtype
+from .state import LAST, Callback, TrainingState, resolve_dtype, run_normalize
 from .system import (
     Ranks,
     TrainingError,
@@ -72,22 +75,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(options: Options, ranks: Ranks) -> int:
     """Train as ``options`` say; the exit status."""
     options = dataclasses.replace(options, out=ranks.gather(options.out)[0])  # its default depends on the clock
-    train_set, val_set, test_set = load_data(options.data, options.config)
+    found = find_data(options.data, options.image_size, options.skip_broken)
+    config = fit_to_data(options.config, found, options.given, options.data)
+    options = dataclasses.replace(options, config=config)
+    train_set, val_set, test_set = split(found, config)
     torch.backends.cudnn.benchmark = True
     options = fit_to_machine(options, train_set, val_set, ranks)
-    config = options.config
-    resolved = resolve_dtype(config, ranks, options.out / LAST if options.resume else None)
+    config, last = options.config, options.out / LAST if options.resume else None
+    resolved = resolve_dtype(config, ranks, last)
     torch.manual_seed(config.seed)
     model = config.create_model()
-    if model.fc.out_features <= (highest := int(train_set.labels.max())):
-        raise ValueError(f"--model-option num_classes must be more than {highest}, got {model.fc.out_features}")
     data = {
         "source": options.data,
         "training": len(train_set),
         "validation": len(val_set) if val_set else 0,
-        "test": len(test_set),
+        "test": len(test_set) if test_set else 0,
+        "images": list(train_set[0][0].shape),
+        "classes": list(found.train.classes),
+        "skipped": list(found.skipped),
     }
-    record = Record(options, resolved, data, ranks)
+    normalize = run_normalize(train_set, config, last, options.workers)
+    record = Record(options, resolved, data, found.remarks, ranks)
+    shown = test_set or val_set or train_set
     result = fit(
         model,
         train_set,
@@ -97,7 +106,9 @@ def train(options: Options, ranks: Ranks) -> int:
         test_set=test_set,
         ranks=ranks,
         resume=options.resume,
-        callbacks=[record, *loggers(options, train_set, test_set)] if ranks.first else (),
+        callbacks=[record, *loggers(options, shown, normalize)] if ranks.first else (),
+        normalize=normalize,
+        workers=options.workers,
         step=options.step,
         checkpoint_every=options.checkpoint_every,
         quiet=options.quiet,
@@ -105,7 +116,7 @@ def train(options: Options, ranks: Ranks) -> int:
     return 130 if result.interrupted else 0
 
 
-def fit_to_machine(options: Options, train_set: CIFAR10, val_set: CIFAR10 | None, ranks: Ranks) -> Options:
+def fit_to_machine(options: Options, train_set: Labelled, val_set: Labelled | None, ranks: Ranks) -> Options:
     """``options`` with a scale in the place of ``auto``, and a word about it; every process must call it."""
     scale, config = options.scale, options.config
     if not scale:
@@ -124,33 +135,32 @@ def fit_to_machine(options: Options, train_set: CIFAR10, val_set: CIFAR10 | None
     return dataclasses.replace(options, config=config, scale=scale)
 
 
-def load_data(source: str, config: Config) -> tuple[CIFAR10, CIFAR10 | None, CIFAR10]:
-    """Training, validation and test images from ``sample`` or a folder, split as ``config.protocol`` says.
-
-    The images held out are the same ones for every seed, so that seeds can be compared.
+def find_data(source: str, size: int | None = None, skip_broken: bool = False) -> Found:
+    """The images of ``sample`` or a folder, as :func:`ran_ext.data.open_data` finds them.
 
     Raises:
         DatasetError: files are missing or damaged.
-        ValueError: there are not so many images to hold out.
+        ValueError: they are no pictures in files, and an option is of such.
     """
-    train_set, test_set = (
-        CIFAR10.sample(split) if source == SAMPLE else CIFAR10(source, split) for split in ("train", "test")
-    )
-    if config.protocol == "report":
-        return train_set, test_set, test_set
-    if not config.val_images:
-        return train_set, None, test_set
-    train_set, val_set = split_validation(train_set, config.val_images)
-    return train_set, val_set, test_set
+    if source != SAMPLE:
+        return open_data(source, size, skip_broken)
+    if size or skip_broken:
+        raise ValueError("--image-size and --skip-broken are for folders of pictures, not for the embedded images")
+    return Found(CIFAR10.sample("train"), None, CIFAR10.sample("test"))
 
 
-def loggers(options: Options, train_set: CIFAR10, test_set: CIFAR10) -> list[Callback]:
-    """TensorBoard, where it is wanted and installed."""
-    if not options.tensorboard:
+def load_data(source: str, config: Config) -> tuple[Any, Any, Any]:
+    """Training, validation and test images of ``sample`` or a folder, as :func:`split` divides them."""
+    return split(find_data(source), config)
+
+
+def loggers(options: Options, shown: Labelled, normalize: Normalize | None) -> list[Callback]:
+    """TensorBoard, where it is wanted and installed; ``shown``: whose first images' masks it shows."""
+    few = some_images(shown.subset(torch.arange(min(MASK_IMAGES, len(shown)))))
+    if not options.tensorboard or normalize is None or few is None:
         return []
     try:
-        normalize = build_normalize(train_set, options.config)
-        return [TensorBoardLogger(options.out / "tensorboard", test_set.images[:MASK_IMAGES], normalize)]
+        return [TensorBoardLogger(options.out / "tensorboard", few.images, normalize)]
     except ImportError:
         print("no TensorBoard files: pip install tensorboard", file=sys.stderr)
         return []
@@ -162,8 +172,8 @@ class Record(Callback):
     ``config`` is the recipe on this machine: its dtype is resolved, not ``auto``.
     """
 
-    def __init__(self, options: Options, config: Config, data: Mapping[str, Any], ranks: Ranks):
-        self.options, self.config, self.data, self.ranks = options, config, data, ranks
+    def __init__(self, options: Options, config: Config, data: Mapping[str, Any], remarks: Sequence[str], ranks: Ranks):
+        self.options, self.config, self.data, self.remarks, self.ranks = options, config, data, remarks, ranks
 
     def on_start(self, state: TrainingState, step: int) -> None:
         """Write ``run.json``, now that everything is accepted, and say what is about to happen."""
@@ -182,7 +192,10 @@ class Record(Callback):
         reason = f" ({options.chose_data})" if options.chose_data else ""
         hardware = facts["cpu"] if facts["device"] == "cpu" else facts["cuda"]
         place = f"{facts['device']} ({hardware})" if hardware else facts["device"]
-        say(f"data: {source}{reason}: {images}")
+        shape, classes = "x".join(map(str, data["images"])), data["classes"]
+        say(f"data: {source}{reason}: {images}, {len(classes)} classes, {shape}")
+        for remark in self.remarks:
+            say(f"data: {remark}")
         say(
             f"model: {config.model}, {config.optimizer}, batch {config.batch_size}, at most {config.epochs} epochs, "
             f"{dtype}, on {place}, {facts['backend']} backend"
@@ -206,6 +219,8 @@ class Record(Callback):
             say(table(result, self.parameters, self.data, out))
             if (out / "tensorboard").exists():
                 say(f"to look at the curves, the weights and the masks: tensorboard --logdir {out / 'tensorboard'}")
+        if skipped := self.data["skipped"]:
+            say("\n".join([f"left out, {len(skipped)} in all:", *(f"  {fault}" for fault in skipped)]), sys.stderr)
         if result.interrupted:
             say(f"interrupted; to continue: {_command()} --resume --out {out}", sys.stderr)
 
@@ -220,7 +235,7 @@ def _command() -> str:
 LONG_STEP = 5.0
 
 
-def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds: float = 3.0) -> float:
+def images_per_second(config: Config, train_set: Labelled, ranks: Ranks, seconds: float = 3.0) -> float:
     """Images a second of the training step, from augmentation to optimizer, all processes together.
 
     A network of its own takes the steps, and torch's random generators are put back. The first step, which chooses
@@ -250,6 +265,7 @@ def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds:
             Path(folder),
             alone,
             lock,
+            normalize=build_normalize(train_set, mine),
         )
         run.prepare("eager", None, quiet=True)
         rate = share / _step_seconds(run, seconds)
@@ -257,7 +273,7 @@ def images_per_second(config: Config, train_set: CIFAR10, ranks: Ranks, seconds:
 
 
 def fitting_scale(
-    config: Config, train_set: CIFAR10, val_set: CIFAR10 | None, ranks: Ranks
+    config: Config, train_set: Labelled, val_set: Labelled | None, ranks: Ranks
 ) -> tuple[str, dict[str, float]]:
     """:func:`choose_scale` by the speed measured here, once for each width looked at."""
     rates: dict[float, float] = {}
@@ -274,9 +290,9 @@ def fitting_scale(
 def _step_seconds(run: Run, seconds: float) -> float:
     run.state.model.train()
     times: list[float] = []
-    for indices, draws in run.batches.plan():
+    for parts in run.batches.plan():
         start = time.perf_counter()
-        run.step(indices, draws)[0].item()  # waits for the device
+        run.step(*parts)[0].item()  # waits for the device
         times.append(time.perf_counter() - start)
         if times[0] > LONG_STEP:
             return times[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .._errors import one_line
-from ..models import ResidualAttentionNetwork, create_model, list_models
+from ..models import ImageClassifier, create_model, list_models
 from .system import require_memory
 
 #: Fields with a closed set of values.
@@ -22,7 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("step", "onecycle", "cosine", "constant"),
     "select": ("best", "last"),
     "protocol": ("holdout", "report"),
-    "augment": ("report", "light", "standard", "none"),
+    "augment": ("report", "light", "standard", "crop", "none"),
     "normalize": ("per_pixel", "per_channel"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
@@ -53,6 +53,8 @@ class Config:
         lr_step_factor: of the learning rate at each of them.
         warmup: share of the run in which ``onecycle`` rises; the others do not.
         batch_size: images a step, over all processes together.
+        accumulate: parts that each process's share of a batch goes through the network in, one after the other, where
+            the whole does not fit into the memory; batch statistics are then each part's own.
         epochs: at most.
         patience: stop after this many epochs without a better validation accuracy; 0 for never.
         select: which weights are tested and kept as ``model.pt``: those of the ``best`` validation accuracy, or the
@@ -61,7 +63,7 @@ class Config:
             ``report`` validates, and so selects, on the test set, as the report did.
         val_images: held out by ``holdout``; 0 for none.
         augment: ``report`` (rotation, flip, shift), ``light`` (flip, shift by up to 2 whole pixels), ``standard``
-            (likewise, up to 4) or ``none``.
+            (likewise, up to 4), ``crop`` (of pictures in files: a random part, and flip, by torchvision) or ``none``.
         cutout: side in pixels of a square of each training image set to the mean (DeVries & Taylor 2017); 0 for none.
         mixup: train on each image mixed with another of its batch, see :func:`ran_ext.train.mixup`.
         normalize: ``per_pixel`` subtracts the training set's mean image, ``per_channel`` its channels' means, and
@@ -98,6 +100,7 @@ class Config:
     lr_step_factor: float = 0.1
     warmup: float = 0.25
     batch_size: int = 128
+    accumulate: int = 1
     epochs: int = 80
     patience: int = 15
     select: str = "best"
@@ -118,7 +121,7 @@ class Config:
         for name, choices in (CHOICES | {"model": tuple(list_models())}).items():
             value = getattr(self, name)
             _require(value in choices, name, f"one of {', '.join(choices)}", value)
-        for name in ("lr_step_epochs", "batch_size", "epochs"):
+        for name in ("lr_step_epochs", "batch_size", "accumulate", "epochs"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, name, "a whole number >= 1", value)
         for name in ("patience", "val_images", "cutout", "seed"):
@@ -168,7 +171,7 @@ class Config:
         _require(self.dtype != "auto", "dtype", "resolved for a device (resolve_dtype) before it is used", self.dtype)
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
 
-    def create_model(self) -> ResidualAttentionNetwork:
+    def create_model(self) -> ImageClassifier:
         """The network, with weights drawn from torch's global generator.
 
         Raises:
@@ -284,7 +287,7 @@ def _is_json(value: object) -> bool:
 
 #: ``report``: the report's recipe for the full CIFAR-10. ``sample``: the embedded images on a small CPU. ``fast``: the
 #: full CIFAR-10 in few epochs; one seed on a CPU, in bfloat16, reached a test accuracy of 0.866 after 6, 0.873 with
-#: ``test_mirror``.
+#: ``test_mirror``. ``pictures``: a folder of class folders, for which the command adapts batch and augmentation.
 PRESETS: dict[str, Config] = {
     "report": Config(),
     "sample": Config(
@@ -312,6 +315,18 @@ PRESETS: dict[str, Config] = {
         augment="light",
         normalize="per_channel",
         label_smoothing=0.1,
+        channels_last=True,
+    ),
+    "pictures": Config(
+        lr=1e-3,
+        weight_decay=0.0,
+        schedule="onecycle",
+        batch_size=32,
+        epochs=20,
+        patience=0,
+        select="last",
+        augment="crop",
+        normalize="per_channel",
         channels_last=True,
     ),
 }

@@ -1,52 +1,25 @@
-"""How a network does: loss, accuracy and confusion matrix on a data set, and what its attention masks look at."""
+"""How a network does: loss, accuracy and confusion matrix on a data set."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._wrappers import eagerly, unwrapped
-from ..data import CIFAR10, Batches, Normalize
-from ..data.cifar10 import require_images
-from ..nn import AttentionGate, AttentionModule
+from .._wrappers import evaluating
+from ..data import Normalize
+from ..data.loading import Source, count_images, evaluation_batches, require_source
 from .config import Config
 from .step import require_classes
 from .system import Ranks
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode while entered; afterwards each of its modules is in the mode it was in.
-
-    >>> model = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout())
-    >>> _ = model[0].eval()
-    >>> with evaluating(model):
-    ...     [module.training for module in model.modules()]
-    [False, False, False]
-    >>> [module.training for module in model.modules()]
-    [True, False, True]
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(modes[0][1])  # not the flags alone: some modules do more in train()
-        for module, mode in modes:
-            module.training = mode
 
 
 def frozen(model: nn.Module) -> list[nn.Module]:
@@ -70,12 +43,18 @@ class Evaluation:
         accuracy: share of right predictions.
         confusion: int64 ``(classes, classes)``, images by true class (row) and predicted class (column).
         seconds: wall time.
+        top5: share of images whose class is among the five likeliest; 1 where there are no more than five.
+        probabilities: float32 ``(N, classes)``, on the CPU, in the data set's order, where they were asked for.
+        labels: int64 ``(N,)``, likewise.
     """
 
     loss: float
     accuracy: float
     confusion: Tensor
     seconds: float
+    top5: float = math.nan
+    probabilities: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def per_class(self) -> list[float]:
@@ -87,6 +66,7 @@ class Evaluation:
         return {
             "loss": self.loss,
             "accuracy": self.accuracy,
+            "top5": self.top5,
             "per_class": [None if math.isnan(share) else share for share in self.per_class],
             "confusion": self.confusion.tolist(),
         }
@@ -95,28 +75,34 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    dataset: CIFAR10,
-    normalize: Normalize,
+    dataset: Source,
+    normalize: Normalize | None,
     *,
     batch_size: int = 512,
     dtype: torch.dtype = torch.float32,
     mirror: bool = False,
     ranks: Ranks | None = None,
+    workers: int = 0,
+    keep: bool = False,
 ) -> Evaluation:
     """Run ``model`` in evaluation mode over ``dataset``, on the device of its parameters.
 
     Args:
         model: run in evaluation mode; afterwards each of its modules is in the mode it was in.
-        dataset: as :class:`ran_ext.data.CIFAR10`.
+        dataset: :class:`ran_ext.data.Images`, such as CIFAR-10, any ``Dataset`` of ``(image, label)``, or a
+            ``DataLoader`` of such batches.
         normalize: as in training, so with the training set's mean: :func:`ran_ext.train.load_normalize` has it.
-            Also sets the images' memory format.
-        batch_size: images at a time; changes the results by rounding only.
+            Also sets the images' memory format. Floating images are taken as they are, with None or without.
+        batch_size: images at a time; changes the results by rounding only. A loader has its own.
         dtype: of autocast; float32 for none.
         mirror: average the logits of each image and of its mirror image, at twice the time.
-        ranks: share the work with the other processes of a run.
+        ranks: share the work with the other processes of a run. A loader must give each its own share; one that
+            repeats images to make the shares equal (``DistributedSampler``) has them counted twice, a data set not.
+        workers: processes that read a data set that is not in memory.
+        keep: keep the probabilities of each image; in one process alone.
 
     Raises:
-        TypeError: ``dataset`` is not a :class:`~ran_ext.data.CIFAR10`.
+        TypeError: ``dataset`` is none of these.
         ValueError: ``dataset`` has fewer images than there are processes, or labels that the model has no output for.
 
     >>> from ran_ext.data import sample
@@ -126,29 +112,117 @@ def evaluate(
     >>> tuple(result.confusion.shape), result.confusion.sum().item()
     ((10, 10), 20)
     """
-    require_images("evaluate", "dataset", dataset)
+    dataset = require_source("evaluate", "dataset", dataset)
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
-    if len(dataset) < world_size:
-        raise ValueError(f"evaluate: dataset must hold an image for each process, got {len(dataset)} for {world_size}")
-    highest = int(dataset.labels.max())
+    if world_size > 1 and keep:
+        raise ValueError(f"evaluate: keep must be False where there are several processes, got {world_size}")
+    if (count := count_images(dataset, world_size)) < world_size:
+        raise ValueError(f"evaluate: dataset must hold an image for each process, got {count} for {world_size}")
     device = next(model.parameters()).device
     start = time.perf_counter()
-    mine = dataset.subset(torch.arange(rank, len(dataset), world_size)) if world_size > 1 else dataset
-    losses, pairs, classes = torch.zeros((), device=device), [], 0
+    sums, pairs, classes = torch.zeros(2, device=device), [], 0  # of losses; of images found among five
+    kept: list[tuple[Tensor, Tensor]] = []
+    batches = evaluation_batches("evaluate", dataset, batch_size, normalize, device, rank, world_size, workers)
     with evaluating(model):
-        for images, labels in Batches(mine, batch_size, normalize, shuffle=False, device=device):
+        for images, labels, highest in batches:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(images).float()
                 if mirror:
                     logits = (logits + model(images.flip(3)).float()) / 2
             classes = require_classes("evaluate", logits, highest)
-            losses += F.cross_entropy(logits, labels, reduction="sum")
+            sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+            sums[1] += (logits.topk(min(5, classes)).indices == labels[:, None]).sum()
             pairs.append(labels * classes + logits.argmax(1))
+            if keep:
+                kept.append((logits.softmax(1).cpu(), labels.cpu()))
+    if not pairs:
+        raise ValueError("evaluate: dataset must hold images, got none")
     confusion = torch.bincount(torch.cat(pairs), minlength=classes * classes).view(classes, classes)
     if ranks:
-        losses, confusion = ranks.sum(losses), ranks.sum(confusion)
-    accuracy = confusion.diag().sum().item() / len(dataset)
-    return Evaluation(losses.item() / len(dataset), accuracy, confusion.cpu(), time.perf_counter() - start)
+        sums, confusion = ranks.sum(sums), ranks.sum(confusion)
+    loss, top5 = (sums.cpu().double() / int(confusion.sum())).tolist()
+    right = confusion.diag().sum().item() / int(confusion.sum())
+    parts = [torch.cat(part) for part in zip(*kept, strict=True)] if keep else [None, None]
+    return Evaluation(loss, right, confusion.cpu(), time.perf_counter() - start, top5, *parts)
+
+
+#: Of so many classes a matrix still fits on a screen.
+FEW_CLASSES = 20
+
+
+def by_class(found: Evaluation, classes: Sequence[str]) -> list[str]:
+    """Each class with its share of right predictions."""
+    return [f"{name} {share:.2f}" for name, share in zip(classes, found.per_class, strict=True)]
+
+
+def describe(found: Evaluation, classes: Sequence[str]) -> str:
+    """Accuracy, top-5 accuracy, accuracy of each class and, of up to 20 classes, the confusion matrix, as text.
+
+    >>> print(describe(Evaluation(0.5, 0.75, torch.tensor([[2, 1], [0, 1]]), 0.0), ["cat", "dog"]))
+    loss 0.500, top-1 0.7500
+    by class: cat 0.67, dog 1.00
+    images by true class (row) and predicted class (column):
+         cat  dog
+    cat    2    1
+    dog    0    1
+    """
+    top5 = f", top-5 {found.top5:.4f}" if len(classes) > 5 else ""
+    lines = [
+        f"loss {found.loss:.3f}, top-1 {found.accuracy:.4f}{top5}",
+        f"by class: {', '.join(by_class(found, classes))}",
+    ]
+    if len(classes) <= FEW_CLASSES:
+        rows = [["", *classes], *([name, *row] for name, row in zip(classes, found.confusion.tolist(), strict=True))]
+        width, first = max(4, *(len(str(cell)) for row in rows for cell in row[1:])), max(map(len, classes))
+        lines.append("images by true class (row) and predicted class (column):")
+        lines += [f"{row[0]:<{first}}" + "".join(f" {cell:>{width}}" for cell in row[1:]) for row in rows]
+    return "\n".join(lines)
+
+
+def confusion_csv(found: Evaluation, classes: Sequence[str]) -> str:
+    """The confusion matrix as CSV: a row a true class, a column a predicted one."""
+    rows = zip(classes, found.confusion.tolist(), strict=True)
+    return csv_text([["true class", *classes], *([name, *row] for name, row in rows)])
+
+
+def predictions_csv(
+    names: Sequence[object],
+    probabilities: Tensor,
+    classes: Sequence[str],
+    labels: Tensor | None = None,
+    top: int = 5,
+) -> str:
+    """A row an image: its name, its true class where ``labels`` say, and the likeliest classes with probabilities.
+
+    Args:
+        names: of the images.
+        probabilities: ``(N, classes)``.
+        classes: names of the classes.
+        labels: int64 ``(N,)``, or None.
+        top: how many classes.
+
+    >>> print(predictions_csv(["a.png"], torch.tensor([[0.25, 0.75]]), ["cat", "dog"], torch.tensor([0])).strip())
+    image,true class,class 1,probability 1,class 2,probability 2
+    a.png,cat,dog,0.750000,cat,0.250000
+    """
+    shares, found = probabilities.topk(min(top, len(classes)))
+    header = ["image", *([] if labels is None else ["true class"])]
+    for place in range(1, shares.shape[1] + 1):
+        header += [f"class {place}", f"probability {place}"]
+    rows: list[Sequence[object]] = [header]
+    for index, name in enumerate(names):
+        row = [name, *([] if labels is None else [classes[int(labels[index])]])]
+        for share, label in zip(shares[index].tolist(), found[index].tolist(), strict=True):
+            row += [classes[label], f"{share:.6f}"]
+        rows.append(row)
+    return csv_text(rows)
+
+
+def csv_text(rows: Sequence[Sequence[object]]) -> str:
+    """``rows`` as CSV, quoted where they must be."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,165 +277,33 @@ class Result:
     step: str
 
 
-class AttentionMaps(NamedTuple):
-    """One module's maps, float32 ``(N, H, W)`` each, averaged over the channels.
-
-    Attributes:
-        trunk: magnitude of what the trunk branch sees.
-        mask: the soft mask, in (0, 1).
-        product: magnitude of ``(1 + mask) * trunk``, the gate's output.
-    """
-
-    trunk: Tensor
-    mask: Tensor
-    product: Tensor
-
-
-@torch.no_grad()
-def attention_maps(model: nn.Module, images: Tensor) -> dict[str, AttentionMaps]:
-    """Trunk, mask and their product in every gate, averaged over the channels, at the images' size.
+@dataclasses.dataclass
+class EarlyStopping:
+    """Remembers the best value and how many epochs have passed since.
 
     Args:
-        model: with :class:`ran_ext.nn.AttentionGate` modules. It runs in evaluation mode, eagerly and on one
-            device, also inside ``torch.compile`` or (Distributed)DataParallel; afterwards each module is in the mode
-            it was in.
-        images: normalised, float ``(N, C, H, W)``, on the model's device.
+        patience: epochs without a better value after which :attr:`should_stop` turns true; 0 for never.
 
-    Returns:
-        By the gate's name, in the order of the calls, up-sampled to nearest.
-
-    Raises:
-        ValueError: ``model`` has no gates, or calls none of them.
-
-    >>> from ran_ext.models import create_model
-    >>> maps = attention_maps(create_model("ran_compact", width=0.125), torch.randn(2, 3, 32, 32))
-    >>> {name: tuple(map.product.shape) for name, map in maps.items()}
-    {'stage1.1.gate': (2, 32, 32), 'stage2.1.gate': (2, 32, 32)}
+    >>> stopping = EarlyStopping(patience=2)
+    >>> [stopping.update(epoch, value) for epoch, value in enumerate([0.5, 0.6, 0.6, 0.4])]
+    [True, True, False, False]
+    >>> stopping.should_stop, stopping.best_epoch
+    (True, 1)
     """
-    maps: dict[str, AttentionMaps] = {}
 
-    def keep(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            trunk, mask = inputs
-            parts = (trunk.float().abs(), mask.float().sigmoid(), output.float().abs())
-            means = (part.mean(1, keepdim=True) for part in parts)
-            maps[name] = AttentionMaps(
-                *(F.interpolate(mean, size=images.shape[-2:], mode="nearest").squeeze(1) for mean in means)
-            )
+    patience: int
+    best: float = float("-inf")
+    best_epoch: int = -1
+    bad_epochs: int = 0
 
-        return hook
+    def update(self, epoch: int, value: float) -> bool:
+        """Count one epoch; whether ``value`` is the best so far (a tie is not)."""
+        if value > self.best:
+            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
+            return True
+        self.bad_epochs += 1
+        return False
 
-    model = unwrapped(model)
-    gates = _gates(model)
-    if not gates:
-        raise ValueError(f"attention_maps: model, a {type(model).__name__}, has no ran_ext.nn.AttentionGate to look at")
-    hooks = [gate.register_forward_hook(keep(name)) for name, gate in gates.items()]
-    try:
-        with eagerly(), evaluating(model):
-            model(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not maps:
-        raise ValueError(f"attention_maps: model, a {type(model).__name__}, calls none of its AttentionGate modules")
-    return maps
-
-
-def attention_masks(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The masks of :func:`attention_maps` alone: by the gate's name, float32 ``(N, H, W)`` in (0, 1)."""
-    return {name: maps.mask for name, maps in attention_maps(model, images).items()}
-
-
-def has_attention(model: nn.Module) -> bool:
-    """Whether :func:`attention_maps` finds gates in ``model``."""
-    return bool(_gates(unwrapped(model)))
-
-
-def _gates(model: nn.Module) -> dict[str, AttentionGate]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AttentionGate)}
-
-
-def depths(model: nn.Module) -> dict[str, int]:
-    """How often the mask branch before each gate halves the resolution, by the gate's name.
-
-    >>> from ran_ext.models import create_model
-    >>> depths(create_model("ran_compact", width=0.125))
-    {'stage1.1.gate': 2, 'stage2.1.gate': 1}
-    """
-    return {f"{name}.gate": module.depth for name, module in unwrapped(model).named_modules()
-            if isinstance(module, AttentionModule)}  # fmt: skip
-
-
-def draw_attention(
-    images: Tensor, maps: Mapping[str, AttentionMaps], depth: Mapping[str, int], titles: Sequence[str]
-) -> Figure:
-    """Each image in a row, beside its trunk, mask and product in every attention module.
-
-    A map is drawn from its least value, dark, to its greatest, bright; both stand below it.
-
-    Args:
-        images: uint8 ``(N, 3, H, W)``, as they were before normalisation.
-        maps: of :func:`attention_maps`, on any device.
-        depth: of :func:`depths`.
-        titles: a line for each image, drawn beside it.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    from matplotlib.figure import Figure  # fails where matplotlib is missing, so not at import
-
-    columns = 1 + 3 * len(maps)
-    figure = Figure(figsize=(1.25 * columns + 0.8, 1.4 * len(images) + 0.5), layout="constrained")
-    axes = figure.subplots(len(images), columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    for row, image, title in zip(axes, images.cpu(), titles, strict=True):
-        row[0].imshow(image.permute(1, 2, 0).numpy())
-        row[0].set_ylabel(title, fontsize=8)
-    for module, (name, parts) in enumerate(maps.items()):
-        for part, (kind, values) in enumerate(parts._asdict().items()):
-            column = 1 + 3 * module + part
-            known = f", depth {depth[name]}" if name in depth else ""
-            where = f"{name.removesuffix('.gate')}{known}\n" if part == 1 else ""
-            axes[0][column].set_title(where + kind, fontsize=8)
-            for axis, value in zip(axes[:, column], values.cpu().numpy(), strict=True):
-                axis.imshow(value, cmap="magma")
-                axis.set_xlabel(f"{value.min():.2f} to {value.max():.2f}", fontsize=6, labelpad=1)
-    axes[0][0].set_title("image", fontsize=8)
-    return figure
-
-
-def mask_picture(images: Tensor, masks: Tensor, scale: int = 3) -> Tensor:
-    """Images above their masks, each mask stretched to black ... white, enlarged: float ``(3, 2 H s, N W s)`` in 0..1.
-
-    Args:
-        images: uint8 ``(N, 3, H, W)``.
-        masks: float ``(N, H, W)``.
-        scale: of the enlargement.
-
-    >>> mask_picture(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.rand(4, 8, 8)).shape
-    torch.Size([3, 48, 96])
-    """
-    low, high = masks.amin((1, 2), keepdim=True), masks.amax((1, 2), keepdim=True)
-    stretched = ((masks - low) / (high - low).clamp_min(1e-6)).unsqueeze(1).expand(-1, 3, -1, -1)
-    rows = torch.cat([images.cpu() / 255, stretched], dim=2)
-    rows = F.interpolate(rows, scale_factor=float(scale), mode="nearest")
-    return rows.permute(1, 2, 0, 3).flatten(2)
-
-
-#: As many as a palette holds: photographs beside the curves need them.
-COLOURS = 256
-
-
-def png(figure: Figure, dpi: int = 110) -> bytes:
-    """The file's contents.
-
-    >>> from matplotlib.figure import Figure
-    >>> png(Figure(figsize=(1, 1)))[1:4]
-    b'PNG'
-    """
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=dpi)
-    Image.open(drawn).convert("RGB").quantize(COLOURS).save(small, format="png", optimize=True)
-    return small.getvalue()
+    @property
+    def should_stop(self) -> bool:
+        return 0 < self.patience <= self.bad_epochs

@@ -16,22 +16,21 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .._errors import one_line
 from .._lock import FolderLock
-from ..data import CIFAR10
-from ..data.cifar10 import require_images
+from .._optimizers import set_lr
+from ..data import Images, Normalize
+from ..data.loading import Source, count_images, require_source
 from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
 from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but
 from .recipe import (
     GivenOptimizer,
-    build_normalize,
     given_optimizer,
     learning_rate,
     require_trainable,
-    set_lr,
     train_batches,
 )
 from .report import VALIDATION, WARNING, Progress, epoch_line
-from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, slow_dtype
+from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, run_normalize, slow_dtype
 from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
 from .system import (
     CheckpointError,
@@ -47,18 +46,20 @@ from .system import (
 
 def fit(
     model: nn.Module,
-    train_set: CIFAR10,
-    val_set: CIFAR10 | None,
+    train_set: Source,
+    val_set: Source | None,
     config: Config,
     out_dir: str | Path,
     *,
-    test_set: CIFAR10 | None = None,
+    test_set: Source | None = None,
     ranks: Ranks | None = None,
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     step: str = "auto",
     make_step: Callable[[TrainStep], Step] | None = None,
     augment: Callable[[Tensor], Tensor] | None = None,
+    normalize: Normalize | None = None,
+    workers: int = 0,
     optimizer: Optimizer | None = None,
     scheduler: LRScheduler | None = None,
     scheduler_interval: str = "epoch",
@@ -76,17 +77,19 @@ def fit(
             frozen, and stay in evaluation mode: batch normalisations keep their running statistics. For the dense
             layer's penalty (``config.weight_decay_scope``) it needs a method ``l2_penalty()``, as the networks of
             :mod:`ran_ext.models` have.
-        train_set: images and labels; its mean is what is subtracted from all images.
-        val_set: validates each epoch. Without it nothing is selected or stopped early (``config.select`` "last",
-            ``patience`` 0).
+        train_set: :class:`ran_ext.data.Images` (CIFAR-10 and the like), any ``Dataset`` of ``(image, label)``, or a
+            ``DataLoader`` of such batches, with a length. uint8 images are augmented and normalised on the device;
+            floating ones are taken as they are (``config.augment`` "none").
+        val_set: likewise; validates each epoch. Without it nothing is selected or stopped early (``config.select``
+            "last", ``patience`` 0).
         config: the recipe; what says how to make the model and the data sets (``model``, ``model_options``,
             ``dropout``, ``protocol``, ``val_images``) is recorded, not acted upon.
         out_dir: made if it is missing.
-        test_set: read once, at the end.
+        test_set: likewise; read once, at the end.
         ranks: device and place among the processes, of :func:`process_group`; by default this process alone, on CUDA
             where there is one.
-        resume: continue from ``last.pt`` where there is one; on the CPU bit for bit. ``config.dtype`` "auto" is then
-            the checkpoint's.
+        resume: continue from ``last.pt`` where there is one; on the CPU bit for bit, but for a ``DataLoader``, which
+            shuffles by itself. ``config.dtype`` "auto" is then the checkpoint's.
         callbacks: told of the steps, the epochs and the end, in the first process.
         step: ``eager``; ``graph``, one CUDA graph from augmentation to optimizer (:class:`CapturedStep`); ``compile``,
             the network through ``torch.compile``; or ``auto``: ``graph`` on one GPU, else ``eager``. Where the one
@@ -95,6 +98,8 @@ def fit(
         augment: replaces what ``config.augment`` and ``config.cutout`` name: an :class:`~ran_ext.data.Augment` with the
             normalisation of :func:`build_normalize`, or a function of uint8 images ``(N, C, H, W)`` that returns such
             images, as torchvision's transforms v2 do; they are normalised after it.
+        normalize: replaces that by ``config.normalize``, of all images in memory or 1,000 of others.
+        workers: processes that read data sets that are not in memory.
         optimizer: any of ``torch.optim``, over ``model``'s parameters: replaces the optimizer, schedule and decay that
             ``config`` names. The step is then eager or compiled. To resume, give a new one of the same kind.
         scheduler: any of ``torch.optim.lr_scheduler``, over ``optimizer``; without one its rates are constant.
@@ -106,18 +111,19 @@ def fit(
     Raises:
         TrainingError: NaN, out of memory, full disk, another run in ``out_dir``, unreadable or foreign checkpoint, in
             one sentence that says what to do. The last good checkpoint is intact.
-        TypeError: a data set is not a :class:`~ran_ext.data.CIFAR10`, or ``augment`` returns no uint8 images.
+        TypeError: a data set gives no images and labels, or ``augment`` returns no uint8 images.
         ValueError: the arguments do not fit together, or a setting would have no effect.
     """
     ranks = ranks or Ranks(0, 1, choose_device("auto"))
-    for name, dataset in (("train_set", train_set), ("val_set", val_set), ("test_set", test_set)):
-        if dataset is not None or name == "train_set":
-            require_images("fit", name, dataset)
+    train_set = require_source("fit", "train_set", train_set)
+    val_set = None if val_set is None else require_source("fit", "val_set", val_set)
+    test_set = None if test_set is None else require_source("fit", "test_set", test_set)
     require_trainable(model, train_set, val_set, config, ranks)
     asked_dtype = config.dtype
     config = resolve_dtype(config, ranks, Path(out_dir) / LAST if resume else None)
     if augment and config.cutout:
         raise ValueError(f"fit: augment takes the place of config.cutout, which must be 0, got {config.cutout}")
+    normalize = normalize or run_normalize(train_set, config, Path(out_dir) / LAST if resume else None, workers)
     given = given_optimizer(optimizer, scheduler, scheduler_interval, model, val_set)
     if not resume:  # of a run that goes on, the settings are what they were
         config.require_effect(given is not None)
@@ -141,6 +147,8 @@ def fit(
             lock,
             callbacks=callbacks,
             augment=augment,
+            normalize=normalize,
+            workers=workers,
             given=given,
             checkpoint_every=checkpoint_every,
             asked_dtype=asked_dtype,
@@ -155,7 +163,7 @@ def fit(
         if not interrupted:
             run.select()
         test = None if interrupted or test_set is None else run.evaluate(test_set)
-        result = run.result(test, interrupted)
+        result = run.state.result(test, interrupted, run.kind)
         run.tell(lambda callback: callback.on_end(result))
     return result
 
@@ -163,17 +171,15 @@ def fit(
 class Run:
     """One call of :func:`ran_ext.train.fit`; its arguments are explained there."""
 
-    #: Called with what a batch is made of: indices and draws.
-    step: Step
-    #: Kind of the step: ``eager``, ``graph`` or ``compile``.
-    kind: str
+    step: Callable[..., tuple[Tensor, Tensor]]  # called with what a batch is made of, as the batches' plan gives it
+    kind: str  # of the step: eager, graph or compile
     progress: Progress
 
     def __init__(
         self,
         model: nn.Module,
-        train_set: CIFAR10,
-        val_set: CIFAR10 | None,
+        train_set: Source,
+        val_set: Source | None,
         config: Config,
         out_dir: Path,
         ranks: Ranks,
@@ -181,16 +187,18 @@ class Run:
         *,
         callbacks: Sequence[Callback] = (),
         augment: Callable[[Tensor], Tensor] | None = None,
+        normalize: Normalize | None = None,
+        workers: int = 0,
         given: GivenOptimizer | None = None,
         checkpoint_every: int = 1,
         asked_dtype: str | None = None,
     ):
         self.config, self.ranks, self.val_set, self.checkpoint_every = config, ranks, val_set, checkpoint_every
         self.callbacks = list(callbacks) if ranks.first else []
-        self.images, self.highest_label = len(train_set), int(train_set.labels.max())
-        self.normalize = build_normalize(train_set, config)
-        self.files = RunFiles(out_dir, lock, self.normalize)
-        self.batches = train_batches(train_set, config, ranks, self.normalize, augment)
+        self.images, self.workers = count_images(train_set, config.batch_size), workers
+        self.normalize = normalize
+        self.files = RunFiles(out_dir, lock, self.normalize, train_set)
+        self.batches = train_batches(train_set, config, ranks, self.normalize, augment, workers)
         self.steps = len(self.batches)
         self.state = TrainingState.begin(model, config, ranks, self.steps, asked_dtype or config.dtype, given)
         self.frozen = frozen(self.state.model)
@@ -212,11 +220,12 @@ class Run:
         """Build the step; start the clock and the progress bar."""
         state = self.state
         done = state.epoch * self.steps + state.history.count
+        images = 0 if self.val_set is None else count_images(self.val_set, self.config.batch_size)
         self.progress = Progress(
             self.config.epochs * self.steps,
             done,
             enabled=self.ranks.first and not quiet,
-            overhead=VALIDATION * len(self.val_set or ()) / (self.steps * self.config.batch_size),
+            overhead=VALIDATION * images / (self.steps * self.config.batch_size),
             may_stop=self.config.patience > 0,
         )
         if slow := slow_dtype(self.config.dtype, self.ranks.device):
@@ -231,23 +240,15 @@ class Run:
         if reason:
             self.fall_back(reason)
         model = self.ranks.wrap(state.model)
-        penalise = config.weight_decay > 0 and config.weight_decay_scope == "dense"
-        plain = TrainStep(
-            CompiledModel(model, self.fall_back) if self.kind == "compile" else model,
-            state.optimizer,
-            l2=config.weight_decay,
-            penalty=state.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
-            label_smoothing=config.label_smoothing,
-            mix=config.mixup,
-            dtype=config.torch_dtype,
-            scaler=state.scaler,
-            ema=(state.ema, state.model) if state.ema else None,
-            highest_label=self.highest_label,
-        )
-        step, batches = make_step(plain) if make_step else plain, self.batches
+        wrapped = CompiledModel(model, self.fall_back) if self.kind == "compile" else model
+        self.plain = state.train_step(wrapped)
+        step, batches = make_step(self.plain) if make_step else self.plain, self.batches
+        share = config.batch_size // self.ranks.world_size
 
-        def whole(indices: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-            return step(*batches.load(indices, draws))
+        def whole(*parts: Tensor) -> tuple[Tensor, Tensor]:
+            images, labels = batches.load(*parts)
+            loss, right = step(images, labels)
+            return loss, right if len(labels) == share else right * (share / len(labels))  # a loader's last batch
 
         return CapturedStep(whole, on_fallback=self.fall_back) if self.kind == "graph" else whole
 
@@ -276,10 +277,11 @@ class Run:
         first = shown = history.count
         start = time.perf_counter()
         images_per_second = 0.0
-        for indices, draws in self.batches.plan():
+        for parts in self.batches.plan():
+            self.plain.highest_label = self.batches.highest_label
             if state.given is None:
                 set_lr(state.optimizer, self.lr(history.count))
-            history.record(*self.step(indices, draws))
+            history.record(*self.step(*parts))
             if history.count == self.steps:
                 self.last_lr = self.lr(history.count - 1)
             if state.given:
@@ -353,9 +355,14 @@ class Run:
         self.progress.log(epoch_line(figures, config.epochs))
         self.tell(lambda callback: callback.on_epoch(figures, state))
 
-    def evaluate(self, dataset: CIFAR10) -> Evaluation:
-        model, dtype, mirror = self.state.eval_model, self.config.torch_dtype, self.config.test_mirror
-        return evaluate(model, dataset, self.normalize, dtype=dtype, mirror=mirror, ranks=self.ranks)
+    def evaluate(self, dataset: Source) -> Evaluation:
+        config, workers = self.config, self.workers
+        dtype, mirror = config.torch_dtype, config.test_mirror
+        size = 512 if isinstance(dataset, Images) else config.batch_size  # of others, an image may be of any size
+        model, normalize, ranks = self.state.eval_model, self.normalize, self.ranks
+        return evaluate(
+            model, dataset, normalize, batch_size=size, dtype=dtype, mirror=mirror, ranks=ranks, workers=workers
+        )
 
     def save(self) -> None:
         """Write ``last.pt``; where a weight is not finite, raise and keep the last good one."""
@@ -390,10 +397,3 @@ class Run:
         state = self.state
         own = state.figures[state.selected_epoch - 1] if self.ranks.first else None  # the others measured other times
         return self.files.read_selected(self.ranks.device, own)
-
-    def result(self, test: Evaluation | None, interrupted: bool) -> Result:
-        """What the run hands back."""
-        config, state = self.config, self.state
-        best, selected = state.stopping.best_epoch + 1 or None, state.selected_epoch or None
-        early = state.stopping.should_stop and state.epoch < config.epochs
-        return Result(config, state.figures, best, selected, test, state.seconds, early, interrupted, self.kind)

@@ -1,4 +1,4 @@
-"""The parts that a :class:`Config` names: batches, augmentation, mixup, optimizer, schedule, moving average, patience.
+"""The parts that a :class:`Config` names: batches, augmentation, mixup, optimizer, schedule, moving average.
 
 Schedule, moving average and augmentation are ours, not torch's or torchvision's, because a captured step holds them:
 one CUDA graph runs from the gathering of the images to the averaged weights, so none of them may read a value back to
@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,23 +22,31 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ..data import CIFAR10, Augment, Batches, Normalize
+from ..data import Augment, Batches, Images, Normalize, PictureFolder, split_validation
+from ..data.folders import Found
+from ..data.images import Labelled
+from ..data.loading import LoadedBatches, Source, count_batches, count_images, some_images
+from ..models import model_options
 from .config import Config
 from .system import Ranks
 
 
 def require_trainable(
-    model: nn.Module, train_set: CIFAR10, val_set: CIFAR10 | None, config: Config, ranks: Ranks
+    model: nn.Module, train_set: Source, val_set: Source | None, config: Config, ranks: Ranks
 ) -> None:
     """Raise ``ValueError`` where ``config`` does not fit the model, the images or the processes."""
-    if len(train_set) < config.batch_size:
+    steps = count_batches(train_set, config.batch_size)
+    if steps < 1:
         raise ValueError(
-            f"fit: train_set must hold at least one batch, got {len(train_set)} images and batch_size "
-            f"{config.batch_size}; lower batch_size"
+            f"fit: train_set must hold at least one batch, got {count_images(train_set, config.batch_size)} images and "
+            f"batch_size {config.batch_size}; lower batch_size"
         )
-    if config.batch_size % ranks.world_size:
+    if any(count != steps for count in ranks.gather(steps)):
+        raise ValueError(f"fit: train_set must have as many batches in each process, got {ranks.gather(steps)}")
+    if config.batch_size % (ranks.world_size * config.accumulate):
+        parts = f" times accumulate {config.accumulate}" if config.accumulate > 1 else ""
         raise ValueError(
-            f"fit: batch_size must be a multiple of the number of processes, got {config.batch_size} and "
+            f"fit: batch_size must be a multiple of the number of processes{parts}, got {config.batch_size} and "
             f"{ranks.world_size}"
         )
     if val_set is None and (config.select == "best" or config.patience):
@@ -53,16 +61,83 @@ def require_trainable(
         )
 
 
-def build_normalize(train_set: CIFAR10, config: Config) -> Normalize:
-    """``config.normalize``, from the training images' own statistics."""
+#: Share of pictures that are held out to validate, where none are.
+HELD_OUT = 0.2
+
+
+def fit_to_data(config: Config, found: Found, given: Collection[str], where: str) -> Config:
+    """The recipe with what follows from the data, where the user has not decided otherwise.
+
+    That is the network's outputs and channels; for pictures in files also the batch, at most a quarter of them, how
+    many are held out where none are, a fifth, and the augmentation.
+
+    Args:
+        config: of the run.
+        found: its data.
+        given: fields of ``config`` that the user has decided.
+        where: the data's place, for errors.
+
+    Raises:
+        ValueError: a setting contradicts the data.
+    """
+    train = found.train
+    defaults, network = model_options(config.model), dict(config.model_options)
+    for name, needed, what in (
+        ("num_classes", len(train.classes), "classes"),
+        ("in_channels", len(train[0][0]), "channels of the images"),
+    ):
+        if (got := network.get(name, needed)) != needed:
+            raise ValueError(f"--model-option {name} must be {needed}, the {what} of {where}, got {got}")
+        if defaults.get(name, needed) != needed:
+            network[name] = needed
+    changes: dict[str, Any] = {}
+    if found.pictures:
+        held_out = 0 if found.val else max(len(train.classes), round(HELD_OUT * len(train)))
+        batch = 2 ** int(math.log2(max(1, (len(train) - held_out) // 4)))
+        augment = "crop" if isinstance(train, PictureFolder) else "light"
+        changes = {"val_images": held_out, "batch_size": min(config.batch_size, batch), "augment": augment}
+    if found.val and "val_images" in given and config.val_images:
+        raise ValueError(f"--val-images must be 0, got {config.val_images}: {where} has validation pictures of its own")
+    if found.test is None and config.protocol == "report":
+        raise ValueError(f"--protocol report validates on test pictures, and {where} has none")
+    changes = {name: value for name, value in changes.items() if name not in given}
+    return dataclasses.replace(config, model_options=network, **changes)
+
+
+def split(found: Found, config: Config) -> tuple[Labelled, Labelled | None, Labelled | None]:
+    """Training, validation and test images, as ``config.protocol`` says.
+
+    The images held out are the same ones for every seed, so that seeds can be compared.
+
+    Raises:
+        ValueError: there are not so many images to hold out.
+    """
+    if config.protocol == "report":
+        return found.train, found.test, found.test
+    if found.val or not config.val_images:
+        return found.train, found.val, found.test
+    train_set, val_set = split_validation(found.train, config.val_images)
+    return train_set, val_set, found.test
+
+
+def build_normalize(train_set: Source, config: Config, workers: int = 0) -> Normalize | None:
+    """``config.normalize``, from the training images' own statistics.
+
+    Those of a data set or a loader are of 1,000 of its images; None where it gives floating images, which it has
+    normalised itself.
+    """
     build = {"per_pixel": Normalize.per_pixel, "per_channel": Normalize.per_channel}[config.normalize]
-    return build(train_set, torch.channels_last if config.channels_last else torch.contiguous_format)
+    images = some_images(train_set, workers=workers)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return None if images is None else build(images, layout)
 
 
 def build_augment(config: Config, normalize: Normalize) -> Augment | Normalize:
-    """``config.augment`` and ``config.cutout``."""
-    if config.augment == "none":
+    """``config.augment`` and ``config.cutout``; ``crop`` is made before, where pictures are read."""
+    if config.augment in ("none", "crop") and not config.cutout:
         return normalize
+    if config.augment == "crop":
+        return Augment(normalize, rotation=0, flip=0, shift=0, cutout=config.cutout)
     if config.augment == "report":
         return Augment(normalize, cutout=config.cutout)
     crop = {"light": 2, "standard": 4}[config.augment]
@@ -103,26 +178,39 @@ def given_augment(augment: Callable[[Tensor], Tensor], normalize: Normalize) -> 
 
 
 def train_batches(
-    train_set: CIFAR10,
+    train_set: Source,
     config: Config,
     ranks: Ranks,
-    normalize: Normalize,
+    normalize: Normalize | None,
     augment: Callable[[Tensor], Tensor] | None = None,
-) -> Batches:
+    workers: int = 0,
+) -> Batches | LoadedBatches:
     """The training batches, this process's share, determined by seed and epoch; a last, smaller one is left out.
 
-    ``augment`` takes the place of ``config.augment``, as :func:`given_augment` says.
+    ``augment`` takes the place of ``config.augment``, as :func:`given_augment` says. A loader has its own batches.
+
+    Raises:
+        ValueError: the images are floating, so that ``normalize`` is None, and an augmentation is asked for.
     """
-    return Batches(
-        train_set,
-        config.batch_size,
-        given_augment(augment, normalize) if augment else build_augment(config, normalize),
-        generator=torch.Generator().manual_seed(config.seed),
-        drop_last=True,
-        device=ranks.device,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-    )
+    if config.augment == "crop" and not augment:
+        if not isinstance(train_set, PictureFolder):
+            raise ValueError(f"fit: config.augment 'crop' is of a PictureFolder, got {type(train_set).__name__}")
+        train_set = train_set.cropped()
+    if normalize is None and (augment or config.augment != "none"):
+        got = "augment" if augment else f"config.augment {config.augment!r}"
+        raise ValueError(
+            f"fit: an augmentation is of uint8 images, and train_set gives floating ones, got {got}: set "
+            "config.augment='none', and augment in its transforms"
+        )
+    done: Callable[[Tensor], Tensor] | None = None
+    if normalize is not None:
+        done = given_augment(augment, normalize) if augment else build_augment(config, normalize)
+    device, rank, size = ranks.device, ranks.rank, config.batch_size
+    if isinstance(train_set, Images):
+        seed = torch.Generator().manual_seed(config.seed)
+        return Batches(train_set, size, done, True, seed, True, device, rank, ranks.world_size)
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return LoadedBatches(train_set, size, done, config.seed, device, rank, ranks.world_size, workers, layout)
 
 
 def mixup(batch: Tensor, share: Tensor) -> Tensor:
@@ -237,7 +325,7 @@ def given_optimizer(
     scheduler: LRScheduler | None,
     interval: str,
     model: nn.Module,
-    val_set: CIFAR10 | None,
+    val_set: Source | None,
 ) -> GivenOptimizer | None:
     """What ``fit`` was given, checked; None where it was given no optimizer."""
     if optimizer is None:
@@ -251,51 +339,6 @@ def given_optimizer(
     if val_set is None and isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError("fit: ReduceLROnPlateau needs val_set, by which it plans")
     return given
-
-
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a ``state_dict()``, also of another device, into the tensors that ``optimizer`` has already.
-
-    ``optimizer.load_state_dict`` puts new tensors in their place, which a captured step would not see.
-
-    >>> from copy import deepcopy
-    >>> weight = torch.ones(1, requires_grad=True)
-    >>> adam = torch.optim.Adam([weight], lr=torch.tensor(0.1), fused=True)
-    >>> weight.grad = torch.ones(1)
-    >>> adam.step()
-    >>> state, held = deepcopy(adam.state_dict()), adam.state[weight]["step"]
-    >>> adam.step()
-    >>> load_optimizer(adam, state)
-    >>> held
-    tensor(1.)
-    """
-    held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
-    names = ("lr", "capturable")  # as this device needs them
-    settings: list[dict[str, Any]] = [
-        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(dict(state))
-    for parameter, values in held.items():
-        loaded = optimizer.state[parameter]
-        for name, tensor in values.items():
-            loaded[name] = tensor.copy_(loaded.get(name, torch.zeros(())))  # none: a state before the first step
-    for group, mine in zip(optimizer.param_groups, settings, strict=True):
-        lr = float(group["lr"])
-        group.update(mine)
-        _set_group_lr(group, lr)
-
-
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Set the learning rate of every group, in place where it is a tensor."""
-    for group in optimizer.param_groups:
-        _set_group_lr(group, lr)
-
-
-def _set_group_lr(group: dict[str, Any], lr: float) -> None:
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr
 
 
 def learning_rate(config: Config, step: int, steps_per_epoch: int) -> float:
@@ -354,35 +397,3 @@ class ExponentialMovingAverage:
         torch._foreach_add_(average, change)
         for mine, theirs in zip(self.average.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)
-
-
-@dataclasses.dataclass
-class EarlyStopping:
-    """Remembers the best value and how many epochs have passed since.
-
-    Args:
-        patience: epochs without a better value after which :attr:`should_stop` turns true; 0 for never.
-
-    >>> stopping = EarlyStopping(patience=2)
-    >>> [stopping.update(epoch, value) for epoch, value in enumerate([0.5, 0.6, 0.6, 0.4])]
-    [True, True, False, False]
-    >>> stopping.should_stop, stopping.best_epoch
-    (True, 1)
-    """
-
-    patience: int
-    best: float = float("-inf")
-    best_epoch: int = -1
-    bad_epochs: int = 0
-
-    def update(self, epoch: int, value: float) -> bool:
-        """Count one epoch; whether ``value`` is the best so far (a tie is not)."""
-        if value > self.best:
-            self.best, self.best_epoch, self.bad_epochs = value, epoch, 0
-            return True
-        self.bad_epochs += 1
-        return False
-
-    @property
-    def should_stop(self) -> bool:
-        return 0 < self.patience <= self.bad_epochs

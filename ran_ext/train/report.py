@@ -16,9 +16,10 @@ from typing import Any, TextIO
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._attention_maps import attention_masks, has_attention, mask_picture, png
 from .._files import write_atomically, write_json
-from ..data import CLASSES, Normalize
-from .evaluation import EpochFigures, Result, attention_masks, has_attention, mask_picture, png
+from ..data import Normalize
+from .evaluation import FEW_CLASSES, EpochFigures, Result, by_class
 from .recipe import learning_rate
 from .state import Callback, TrainingState
 from .system import TrainingError, duration, write_failure
@@ -173,7 +174,7 @@ def clock(seconds: float) -> str:
 
 
 PROTOCOLS = {
-    "holdout": "validated on images held out of the training set; the test set was read once, at the end",
+    "holdout": "validated on images that were not trained on; a test set, if there is one, was read once, at the end",
     "report": "validated and selected on the test set, as the report did: the figure is optimistic",
 }
 
@@ -278,9 +279,9 @@ def table(result: Result, parameters: int, data: Mapping[str, Any], files: Path)
     if result.test:
         count = int(result.test.confusion.sum())
         rows.append(("test", f"loss {result.test.loss:.3f}, accuracy {result.test.accuracy:.4f} ({count:,} images)"))
-        if len(result.test.per_class) == len(CLASSES):
-            pairs = zip(CLASSES, result.test.per_class, strict=True)
-            rows.append(("by class", ", ".join(f"{name} {share:.2f}" for name, share in pairs)))
+        classes = data.get("classes", ())
+        if len(result.test.per_class) == len(classes) <= FEW_CLASSES:
+            rows.append(("by class", ", ".join(by_class(result.test, classes))))
     rate = max((row.images_per_second for row in result.figures), default=0.0)
     rows.append(("protocol", PROTOCOLS[result.config.protocol]))
     rows.append(("time", f"{duration(result.seconds)}, up to {rate:.0f} images/s in training, {result.step} step"))
@@ -375,15 +376,11 @@ class TensorBoardLogger(Callback):
             epoch = result.selected_epoch or result.figures[-1].epoch
             self.writers["test"].add_scalar("by epoch/loss", result.test.loss, epoch)
             self.writers["test"].add_scalar("by epoch/accuracy", result.test.accuracy, epoch)
-            settings = {name: _as_hparam(value) for name, value in result.config.to_dict().items()}
+            plain = (bool, int, float, str)  # what TensorBoard takes
+            settings = {key: v if isinstance(v, plain) else str(v) for key, v in result.config.to_dict().items()}
             self.writers["test"].add_hparams(settings, {"test accuracy": result.test.accuracy}, run_name=".")
         for writer in self.writers.values():
             writer.close()
-
-
-def _as_hparam(value: object) -> bool | int | float | str:
-    """A setting as TensorBoard takes it."""
-    return value if isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def _silence_the_writer() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from .. import ops
 from .._hardware import multiplies_bfloat16
 from .._lock import FolderInUseError, FolderLock
-from ..data import Normalize
+from .._optimizers import load_optimizer
+from ..data import Images, Normalize
+from ..data.loading import Source, class_names, image_shape
 from .checkpoint import (
     Misfit,
     describe,
+    kept_normalize,
     load_config,
     load_weights,
     misfit_explained,
@@ -26,9 +29,9 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import Config
-from .evaluation import EpochFigures, Result
-from .recipe import EarlyStopping, ExponentialMovingAverage, GivenOptimizer, build_optimizer, load_optimizer
-from .step import StepHistory
+from .evaluation import EarlyStopping, EpochFigures, Evaluation, Result
+from .recipe import ExponentialMovingAverage, GivenOptimizer, build_normalize, build_optimizer
+from .step import StepHistory, TrainStep
 from .system import CheckpointError, Ranks
 
 #: The whole state, to resume from; and the selected weights.
@@ -82,6 +85,23 @@ class TrainingState:
             given,
         )
 
+    def train_step(self, model: Callable[[Tensor], Tensor]) -> TrainStep:
+        """One of this run; ``model`` is the network as it is called, wrapped or compiled."""
+        config = self.config
+        penalise = config.weight_decay > 0 and config.weight_decay_scope == "dense"
+        return TrainStep(
+            model,
+            self.optimizer,
+            l2=config.weight_decay,
+            penalty=self.model.l2_penalty if penalise else None,  # type: ignore[arg-type]
+            label_smoothing=config.label_smoothing,
+            mix=config.mixup,
+            dtype=config.torch_dtype,
+            scaler=self.scaler,
+            ema=(self.ema, self.model) if self.ema else None,
+            accumulate=config.accumulate,
+        )
+
     @property
     def eval_model(self) -> nn.Module:
         """The weights that are validated and kept."""
@@ -107,6 +127,12 @@ class TrainingState:
         """Whether the selected weights are those of the epoch that has just ended."""
         chosen = self.stopping.best_epoch == self.epoch - 1 if self.config.select == "best" else self.finished
         return self.epoch > 0 and self.history.count == 0 and chosen
+
+    def result(self, test: Evaluation | None, interrupted: bool, step: str) -> Result:
+        """What a run hands back, with steps of the kind ``step``."""
+        best, selected = self.stopping.best_epoch + 1 or None, self.selected_epoch or None
+        early = self.stopping.should_stop and self.epoch < self.config.epochs
+        return Result(self.config, self.figures, best, selected, test, self.seconds, early, interrupted, step)
 
     def to_dict(self, ranks: Ranks, images: int) -> dict[str, Any]:
         """A checkpoint; every process must call it. ``images`` is the training set's size, checked when resuming."""
@@ -199,6 +225,16 @@ def _restore_rng(state: list[torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state[1].cpu(), device)
 
 
+def run_normalize(train_set: Source, config: Config, last: Path | None = None, workers: int = 0) -> Normalize | None:
+    """The normalisation of a run: that of the checkpoint ``last``, if it is there, else :func:`build_normalize`'s.
+
+    That of images in memory follows from them. A loader may give others each time.
+    """
+    if last is not None and os.path.lexists(last) and not isinstance(train_set, Images):
+        return kept_normalize(last, config)
+    return build_normalize(train_set, config, workers)
+
+
 class RunFiles:
     """The two checkpoints in a run's folder, whose lock the run holds.
 
@@ -207,9 +243,10 @@ class RunFiles:
         selected: recipe and selected weights.
     """
 
-    def __init__(self, folder: Path, lock: FolderLock, normalize: Normalize):
+    def __init__(self, folder: Path, lock: FolderLock, normalize: Normalize | None, train_set: Source):
         self.last, self.selected, self.lock = folder / LAST, folder / SELECTED, lock
         self.normalize = normalize
+        self.of_data = {"classes": class_names(train_set), "shape": image_shape(train_set)}
 
     def write_last(self, values: dict[str, Any]) -> None:
         """Write ``last.pt``: what :meth:`TrainingState.to_dict` made."""
@@ -238,8 +275,8 @@ class RunFiles:
             self.lock.require()
         except FolderInUseError as error:
             raise CheckpointError(f"cannot write {path}: {error}") from error
-        normalize = {"scale": self.normalize.scale, "offset": self.normalize.offset}
-        save_checkpoint(path, values | {"normalize": normalize})
+        normalize = self.normalize and {"scale": self.normalize.scale, "offset": self.normalize.offset}
+        save_checkpoint(path, values | {"normalize": normalize} | self.of_data)
 
 
 class Callback:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import reduce
 from typing import Generic, TypeVar
 
 import torch
@@ -59,6 +60,8 @@ class TrainStep:
         scaler: of the loss, for float16.
         ema: updated with ``source`` after the optimizer.
         highest_label: of all batches; the model must have an output for it.
+        accumulate: parts of the batch that go through the model one after the other, their gradients added, as large
+            batches must where memory is short. Batch statistics are each part's own.
 
     Returns (the call):
         The batch's mean cross entropy, without the penalty, and its count of right predictions (of a mixed image, the
@@ -85,37 +88,58 @@ class TrainStep:
         scaler: torch.amp.GradScaler | None = None,
         ema: tuple[ExponentialMovingAverage, nn.Module] | None = None,
         highest_label: int = 0,
+        accumulate: int = 1,
     ):
         self.model, self.optimizer, self.scaler, self.ema = model, optimizer, scaler, ema
         self.l2, self.penalty = l2, penalty
         self.label_smoothing, self.mix, self.dtype = label_smoothing, mix, dtype
-        self.highest_label = highest_label
+        self.highest_label, self.accumulate = highest_label, accumulate
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
         share = torch.rand(len(images), device=images.device) if self.mix else None
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            logits = self.model(images if share is None else mixup(images, share)).float()
-        require_classes("fit", logits, self.highest_label)
-        targets = labels
-        if share is not None:
-            classes = torch.arange(logits.shape[1], device=labels.device)
-            targets = mixup((labels[:, None] == classes).float(), share)  # F.one_hot reads the labels back on the CPU
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
-        objective = loss if self.penalty is None or not self.l2 else loss + self.l2 * self.penalty()
+        images = images if share is None else mixup(images, share)
+        losses, rights, first = list[Tensor](), list[Tensor](), 0
+        for part in images.chunk(self.accumulate):
+            last = first + len(part) == len(images)
+            with nullcontext() if last else getattr(self.model, "no_sync", nullcontext)():
+                loss, right = self._backward(part, labels, share, first, last)
+            losses.append(loss)
+            rights.append(right)
+            first += len(part)
         if self.scaler is None:
-            objective.backward()
             self.optimizer.step()
         else:
-            self.scaler.scale(objective).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         if self.ema is not None:
             average, source = self.ema
             average.update(source)
+        return reduce(torch.add, losses), reduce(torch.add, rights)
+
+    def _backward(
+        self, images: Tensor, labels: Tensor, share: Tensor | None, first: int, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a part of the batch, images ``first`` and on; its share of the loss, and what is right.
+
+        The penalty is added in the last part.
+        """
+        mine, parted = slice(first, first + len(images)), len(images) < len(labels)
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            logits = self.model(images).float()
+        require_classes("fit", logits, self.highest_label)
+        targets = labels
+        if share is not None:
+            classes = torch.arange(logits.shape[1], device=labels.device)
+            targets = mixup((labels[:, None] == classes).float(), share)  # F.one_hot reads the labels back on the CPU
+        targets = targets[mine] if parted else targets
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        loss = loss * (len(images) / len(labels)) if parted else loss
+        objective = loss if self.penalty is None or not self.l2 or not last else loss + self.l2 * self.penalty()
+        (objective if self.scaler is None else self.scaler.scale(objective)).backward()
         with torch.no_grad():
             predicted = logits.argmax(1, keepdim=True)
-            right = predicted == labels[:, None] if share is None else targets.gather(1, predicted)
+            right = predicted == targets[:, None] if share is None else targets.gather(1, predicted)
             return loss.detach(), right.sum(dtype=torch.float32)
 
 

@@ -14,6 +14,8 @@ from ran_ext import models
 from ran_ext import nn as ours
 
 WIDTH = 0.125
+#: The networks that have twins.
+REPORTS = ("ran_base", "ran_compact", "ran_paper")
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ SUBJECTS = {
                 (IMAGES,),
                 dtype=torch.float64,
             )
-            for name in models.list_models()
+            for name in REPORTS
         ),
         Subject(
             "folded", lambda: models.ran_compact(width=WIDTH), lambda: twins.ran_compact(WIDTH), (IMAGES,), folded=True
         ),
     )
 }
-NETWORKS = frozenset({*models.list_models(), "folded"})
+NETWORKS = frozenset({*REPORTS, "folded"})
