@@ -10,7 +10,7 @@ from torch import Tensor
 from ._choice import Choose, Setting
 
 # In the order of csrc/common/asked.h.
-CONV3X3_MODES = ("fast", "strict", "library")
+CONV3X3_MODES = ("fast", "strict", "library", "fused")
 CONV1X1_PATHS = ("auto", "fused", "library")
 BN_RELU_PATHS = ("auto", "resident", "streaming")
 
@@ -18,16 +18,20 @@ _conv3x3 = Setting("conv3x3", "fast")
 
 
 class set_conv3x3(Choose):
-    """Choose how accurate, and how fast, 3x3 convolutions in float32 are on the CPU; as a context manager, inside it.
+    """Choose what 3x3 convolutions run on, and on the CPU how accurate they are; as a context manager, inside it.
 
-    It concerns stride 1 and padding 1 on channels_last tensors, forward and backward, both as chosen at the forward
-    call. Error below is the root of the mean square against float64, on dense inputs; ``explain`` prints what each pass
-    of a layer takes. A block holds in its own thread (or asyncio task); a call outside of blocks for the process.
+    It concerns channels_last tensors, forward and backward, both as chosen at the forward call: on the CPU stride 1 and
+    padding 1, on a GPU 16-bit tensors with BN-ReLU before the convolution, stride 1 or 2, padding 0 or 1. Error below
+    is that in float32 on the CPU, the root of the mean square against float64, on dense inputs; ``explain`` prints what
+    each pass of a layer takes. A block holds in its own thread (or asyncio task); a call outside of blocks for the
+    process.
 
     Args:
         mode: ``"fast"`` (the default: Winograd's F(4x4, 3x3) or F(2x2, 3x3), whichever is fastest at no more than twice
-            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times) or ``"library"``
-            (PyTorch's convolution).
+            PyTorch's own error), ``"strict"`` (F(2x2, 3x3) at most, at no more than 1.2 times), ``"library"``
+            (PyTorch's convolution) or ``"fused"`` (on a GPU one kernel, wherever there is one for the shape; on the CPU
+            as ``"fast"``). On a GPU ``"fast"`` and ``"strict"`` mean the faster one by measurement,
+            :func:`ran_ext.tune`'s or the package's own, else the library's.
 
     Raises:
         ValueError: ``mode`` is none of these.
@@ -47,7 +51,7 @@ class set_conv3x3(Choose):
 
 
 def get_conv3x3() -> str:
-    """The mode of 3x3 convolutions chosen here: ``"fast"``, ``"strict"`` or ``"library"``."""
+    """The mode of 3x3 convolutions chosen here: ``"fast"``, ``"strict"``, ``"library"`` or ``"fused"``."""
     return _conv3x3.chosen()
 
 
@@ -121,7 +125,7 @@ def get_bn_relu() -> str:
 
 
 def paths(x: Tensor) -> int:
-    """What is asked for here of an op with a convolution, as it takes that: digits in base 3."""
+    """What is asked for here of an op with a convolution, as it takes that: csrc/common/asked.h."""
     return CONV3X3_MODES.index(_conv3x3.chosen()) + gpu_paths(x)
 
 
@@ -129,7 +133,7 @@ def gpu_paths(x: Tensor) -> int:
     """The same of an op without one: what concerns GPUs alone, so that a call on the CPU asks nothing."""
     if x.is_cpu:
         return 0
-    return 3 * CONV1X1_PATHS.index(_conv1x1.chosen()) + 9 * BN_RELU_PATHS.index(_bn_relu.chosen())
+    return 4 * CONV1X1_PATHS.index(_conv1x1.chosen()) + 12 * BN_RELU_PATHS.index(_bn_relu.chosen())
 
 
 def _require(asked: str, name: str, known: tuple[str, ...]) -> None:

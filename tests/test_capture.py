@@ -11,7 +11,7 @@ from cpu_graph import CpuGraph
 from test_train_fit import CONFIG, InterruptAt, assert_equal, assert_same_state, run
 from torch import nn
 
-from ran_ext import _backend, set_backend, set_conv1x1
+from ran_ext import _backend, set_backend, set_conv1x1, set_conv3x3
 from ran_ext.data import CIFAR10, Augment, Batches, Normalize
 from ran_ext.train import (
     CapturedStep,
@@ -322,10 +322,10 @@ def test_a_model_that_does_not_compile_runs_eagerly_with_the_reason(monkeypatch)
 
 @pytest.fixture(params=["library", "fused"])
 def native(request):
-    """The package's own kernels, and who does its 1x1 convolutions."""
+    """The package's own kernels, and who does its convolutions."""
     if not _backend.cuda_built():
         pytest.skip(f"no CUDA kernels: {_backend.why_not_native('cuda')}")
-    with set_backend("native"), set_conv1x1(request.param):
+    with set_backend("native"), set_conv1x1(request.param), set_conv3x3(request.param):
         yield
 
 

@@ -115,7 +115,7 @@ def test_the_mode_holds_inside_and_is_named():
             assert get_conv3x3() == "library"
         assert paths((32, 128, 16, 16, 128), "strict")["forward"] == "Winograd F(2x2, 3x3)"
     assert get_conv3x3() == "fast"
-    with pytest.raises(ValueError, match="set_conv3x3: mode must be one of fast, strict, library, got 'exact'"):
+    with pytest.raises(ValueError, match="set_conv3x3: mode must be one of fast, strict, library, fused, got 'exact'"):
         set_conv3x3("exact")
     assert get_conv3x3() == "fast"
 

@@ -19,19 +19,24 @@ from accuracy import DTYPES, LAYOUTS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ran_ext import _backend, ops, set_backend, set_bn_relu, set_conv1x1
+from ran_ext import _backend, ops, set_backend, set_bn_relu, set_conv1x1, set_conv3x3
 from ran_ext._explain import layers
 from ran_ext.nn import AttentionModule, BNReLUConv2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
 
-#: 1x1 convolutions that the fused kernels take, and others: n, c_in, h, w, c_out, kernel, stride, padding.
+#: 1x1 and 3x3 convolutions that the fused kernels take, and others: n, c_in, h, w, c_out, kernel, stride, padding.
 CASES = [
     *conv.CASES,
     (2, 8, 7, 5, 24, 1, 1, 0),
     (2, 16, 7, 5, 24, 1, 2, 0),
     (4, 128, 16, 16, 512, 1, 1, 0),
     (4, 1024, 4, 4, 64, 1, 1, 0),
+    (3, 24, 9, 7, 40, 3, 1, 1),
+    (3, 24, 9, 6, 40, 3, 2, 1),
+    (2, 72, 8, 5, 136, 3, 2, 0),
+    (4, 128, 16, 16, 128, 3, 1, 1),
+    (16, 64, 4, 4, 64, 3, 1, 1),
 ]
 #: Library convolutions and streamed normalisation; every fused and resident kernel that takes the shape.
 CHOICES = {"library": ("library", "streaming"), "fused": ("fused", "resident")}
@@ -50,8 +55,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=CHOICES)
 def choice(request: pytest.FixtureRequest) -> Iterator[str]:
-    conv1x1, bn_relu = CHOICES[request.param]
-    with set_conv1x1(conv1x1), set_bn_relu(bn_relu):
+    convolutions, bn_relu = CHOICES[request.param]
+    with set_conv1x1(convolutions), set_conv3x3(convolutions), set_bn_relu(bn_relu):
         yield request.param
 
 
@@ -191,8 +196,31 @@ def test_explain_says_what_was_asked_for(choice):
     [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), torch.randn(2, 64, 4, 4).bfloat16())
     assert "channels_last" in row.paths["forward"][1]
     x = torch.randn(2, 64, 4, 4).bfloat16().contiguous(memory_format=torch.channels_last)
-    [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, 1).bfloat16()), x)
-    assert {path for path, _ in row.paths.values()} == {choice}
+    for kernel in (1, 3):
+        [row] = layers(nn.Sequential(BNReLUConv2d(64, 64, kernel, padding=kernel // 2).bfloat16()), x)
+        assert {path for path, _ in row.paths.values()} == {choice}
+
+
+def test_fused_3x3_convolutions_write_no_activation_out():
+    """Beside what goes in and out, no pass takes half of x: there is no copy of it, normalised or not."""
+    x = torch.randn(256, 64, 32, 32).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight = torch.randn(64, 64, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    scale, shift = torch.ones(64), torch.zeros(64)
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        outputs.append(ops.bn_relu_conv2d(x, scale, shift, None, None, weight, padding=1, training=True))
+
+    def peak(run: Callable[[], object]) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / x.nbytes
+
+    with set_conv3x3("fused"):
+        assert peak(forward) < 1.5  # the output
+    dout = torch.randn_like(outputs[0])
+    assert peak(lambda: outputs[0].backward(dout)) < 2.5  # the gradients of relu(bn(x)) and of x
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -39,10 +39,10 @@ def test_a_block_holds_inside_and_in_its_thread(name):
 @pytest.mark.parametrize("conv1x1", _paths.CONV1X1_PATHS)
 @pytest.mark.parametrize("bn_relu", _paths.BN_RELU_PATHS)
 def test_what_the_ops_are_told(conv3x3, conv1x1, bn_relu):
-    """On the CPU the 3x3 mode alone; elsewhere all three, in base 3, as csrc/common/asked.h takes them apart."""
+    """On the CPU the 3x3 mode alone; elsewhere all three, as csrc/common/asked.h takes them apart."""
     with ran_ext.set_conv3x3(conv3x3), ran_ext.set_conv1x1(conv1x1), ran_ext.set_bn_relu(bn_relu):
         mode = _paths.CONV3X3_MODES.index(conv3x3)
-        others = 3 * _paths.CONV1X1_PATHS.index(conv1x1) + 9 * _paths.BN_RELU_PATHS.index(bn_relu)
+        others = 4 * _paths.CONV1X1_PATHS.index(conv1x1) + 12 * _paths.BN_RELU_PATHS.index(bn_relu)
         assert _paths.paths(torch.empty(1)) == mode
         assert _paths.gpu_paths(torch.empty(1)) == 0
         assert _paths.paths(torch.empty(1, device="meta")) == mode + others
@@ -50,7 +50,7 @@ def test_what_the_ops_are_told(conv3x3, conv1x1, bn_relu):
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("paths", [-1, 27, 2**40])
+@pytest.mark.parametrize("paths", [-1, 36, 2**40])
 def test_the_ops_take_no_other_number(paths):
     x, weight = torch.randn(2, 4, 3, 3), torch.randn(4, 4, 1, 1)
     ops = torch.ops.ran_ext
@@ -60,7 +60,7 @@ def test_the_ops_take_no_other_number(paths):
         lambda: ops.bn_relu_conv2d(x, weight, running=[], paths=paths),
         lambda: ops.conv_attention_gate(x, x, weight, None, 1, paths),
     ):
-        with pytest.raises(ValueError, match=f"paths must be from 0 to 26, got {paths}"):
+        with pytest.raises(ValueError, match=f"paths must be from 0 to 35, got {paths}"):
             call()
 
 

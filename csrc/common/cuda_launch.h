@@ -22,6 +22,9 @@ inline at::Tensor scratch(size_t bytes) { return at::empty({int64_t(bytes)}, cur
 
 // The kernels read and write 16 bytes at a time; a slice may begin elsewhere.
 inline bool on_16_bytes(const at::Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+// The tensor as the kernels read it: itself, or a copy where it begins elsewhere, or is not channels_last.
+inline at::Tensor aligned(const at::Tensor& t) { return on_16_bytes(t) ? t : t.clone(at::MemoryFormat::Preserve); }
+inline at::Tensor aligned_pixels(const at::Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
 
 inline void check_launch(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;

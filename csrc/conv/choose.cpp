@@ -3,6 +3,7 @@
 #include "../common/kernels.h"
 #include "../cpu/parallel.h"
 #include "cuda.h"
+#include "cuda_conv3x3.h"
 
 namespace ran {
 namespace {
@@ -75,7 +76,8 @@ PassShape pass_shape(Pass pass, const Tensor& x, const Tensor& weight, const Con
 ConvChoice choose_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
   if (x.numel() == 0) return {ConvPath::library_empty};
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return choose_cuda_conv1x1(pass, x, weight, conv);
+  if (x.is_cuda())
+    return is_3x3(weight) ? choose_cuda_conv3x3(pass, x, weight, conv) : choose_cuda_conv1x1(pass, x, weight, conv);
 #endif
   return choose_on_cpu(pass, x, weight, conv, /*with_norm=*/true);
 }
@@ -123,7 +125,8 @@ std::string describe(const ConvChoice& choice, ConvPass pass, const Tensor& x, c
     case ConvPath::library_decided:
       if (choice.source == Source::asked) return "set_conv1x1('library') was chosen";
       if (choice.source != Source::rule) return "PyTorch's is faster";
-      return "not measured at these channels on this GPU: ran_ext.tune measures, set_conv1x1('fused') takes the kernel";
+      return std::string("not measured at these channels on this GPU: ran_ext.tune measures, set_conv") +
+             (weight.size(2) == 3 ? "3x3" : "1x1") + "('fused') takes the kernel";
     case ConvPath::product:
       return "a matrix product in channels_last";
     case ConvPath::library_shape:
@@ -131,7 +134,9 @@ std::string describe(const ConvChoice& choice, ConvPass pass, const Tensor& x, c
       break;
   }
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return describe_cuda_conv1x1(choice.path, pass, x, weight, conv);
+  if (x.is_cuda())
+    return is_3x3(weight) ? describe_cuda_conv3x3(choice.path, pass, x, weight, conv)
+                          : describe_cuda_conv1x1(choice.path, pass, x, weight, conv);
 #endif
   return "only 1x1 at stride 1, most 3x3 at stride 1 and padding 1, and weight gradients have kernels";
 }

@@ -12,7 +12,7 @@ namespace ran {
 enum class ConvPath {
   winograd_f4x4,
   winograd_f2x2,
-  product,  // a 1x1 convolution, or a weight gradient, as a matrix product
+  product,  // a 1x1 convolution, or a weight gradient, as a matrix product; on a GPU a 3x3 one, too
   last_of_ours = product,
   library_empty,    // x is
   library_layout,   // x is not channels_last

@@ -27,9 +27,6 @@ cuda::Conv1x1Pass pass_of(ConvPass pass) {
   }
 }
 
-Tensor aligned(const Tensor& t) { return on_16_bytes(t) ? t : t.clone(at::MemoryFormat::Preserve); }
-Tensor aligned_pixels(const Tensor& t) { return aligned(t.contiguous(at::MemoryFormat::ChannelsLast)); }
-
 ScratchWithCounters scratch_of(cuda::Conv1x1Pass pass, const cuda::Conv1x1Shape& shape) {
   return {cuda::conv1x1_workspace(pass, shape), cuda::conv1x1_counters(pass, shape), kBnReluConv2d};
 }
@@ -99,7 +96,7 @@ ConvChoice choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const 
 std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
                                   const Convolution& conv) {
   if (path == ConvPath::library_shape)
-    return "only 1x1 convolutions without padding, of one stride in height and width, have fused kernels";
+    return "only 1x1 convolutions without padding, and 3x3 ones, of one stride in height and width, have fused kernels";
   const c10::cuda::CUDAGuard guard(x.device());
   std::string why;
   cuda::conv1x1_supported(pass_of(pass), shape_of(x, weight, conv.stride[0]), dtype_of(x, kBnReluConv2d, "x"), &why);
