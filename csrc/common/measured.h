@@ -79,8 +79,8 @@ struct Choice {
   Path path;
   Source source;
 };
-// The fastest of `allowed` by measurement (the rule's, where it is as fast), or what the rule says; of the path that this thread tries, where it is
-// allowed.
+// The fastest of `allowed` by measurement (the rule's, where it is as fast), or what the rule says; of the path that
+// this thread tries, where it is allowed.
 Choice choose_measured(const PassShape& shape, Paths allowed, Path rule, bool tunes_now = false);
 
 // From now on this thread's choices fall on `path` wherever it is allowed; nothing ends that.

@@ -12,8 +12,6 @@
 namespace ran {
 namespace {
 
-constexpr const char* kOp = "bn_relu_conv2d";
-
 cuda::Conv3x3Shape shape_of(const Tensor& x, const Tensor& weight, const Convolution& conv) {
   return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), int(conv.stride[0]), int(conv.padding[0])};
 }
@@ -30,7 +28,7 @@ ConvChoice choose_cuda_conv3x3(ConvPass pass, const Tensor& x, const Tensor& wei
   if (conv.stride[0] != conv.stride[1] || conv.padding[0] != conv.padding[1]) return {ConvPath::library_shape};
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return {ConvPath::library_layout};
   const c10::cuda::CUDAGuard guard(x.device());
-  if (!cuda::conv3x3_supported(pass, shape_of(x, weight, conv), dtype_of(x, kOp, "x"), nullptr))
+  if (!cuda::conv3x3_supported(pass, shape_of(x, weight, conv), dtype_of(x, kBnReluConv2d, "x"), nullptr))
     return {ConvPath::library_refused};
   if (conv.asked.conv3x3 == Conv3x3Mode::fused) return {ConvPath::product, Source::asked};
   if (conv.asked.conv3x3 == Conv3x3Mode::library) return {ConvPath::library_asked, Source::asked};
@@ -45,7 +43,7 @@ std::string describe_cuda_conv3x3(ConvPath path, ConvPass pass, const Tensor& x,
     return "only 3x3 convolutions of one stride and one padding in height and width have fused kernels";
   const c10::cuda::CUDAGuard guard(x.device());
   std::string why;
-  cuda::conv3x3_supported(pass, shape_of(x, weight, conv), dtype_of(x, kOp, "x"), &why);
+  cuda::conv3x3_supported(pass, shape_of(x, weight, conv), dtype_of(x, kBnReluConv2d, "x"), &why);
   return why;
 }
 
@@ -56,7 +54,8 @@ void cuda_conv3x3_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
   const Tensor x = aligned(x_), weight = aligned_weight(weight_);
   const Tensor bias = present(bias_) ? aligned(bias_->contiguous()) : Tensor();
   y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
-  const Tensor residual = present(residual_) ? aligned_pixels(gradient_like(kOp, *residual_, y.out)) : Tensor();
+  const Tensor residual =
+      present(residual_) ? aligned_pixels(gradient_like(kBnReluConv2d, *residual_, y.out)) : Tensor();
   const cuda::Conv3x3Shape shape = shape_of(x, weight, conv);
   const Tensor workspace = scratch_of(ConvPass::forward, shape);
   cuda::Conv3x3Forward args{};
@@ -75,7 +74,7 @@ void cuda_conv3x3_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& 
     args.statistics = {y.next_mean.mutable_data_ptr<float>(), y.next_var.mutable_data_ptr<float>(),
                        kept.value_or(cuda::RunningStatistics{})};
   }
-  check_launch(cuda::conv3x3_forward(args, dtype_of(x, kOp, "x"), current_stream()), kOp);
+  check_launch(cuda::conv3x3_forward(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()), kBnReluConv2d);
   if (next.wanted && next.running.kept() && !kept) next.running.update(y.next_mean, y.next_var, shape.rows());
 }
 
@@ -97,7 +96,8 @@ std::tuple<Tensor, BackwardSums> cuda_conv3x3_dgrad(const Tensor& dout, const Te
   args.weight = weight.const_data_ptr();
   args.shape = shape;
   args.workspace = workspace.mutable_data_ptr();
-  check_launch(cuda::conv3x3_dgrad(args, dtype_of(x, kOp, "x"), current_stream()), "bn_relu_conv2d (backward, dx)");
+  check_launch(cuda::conv3x3_dgrad(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()),
+               "bn_relu_conv2d (backward, dx)");
   return {dz, sums};
 }
 
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> cuda_conv3x3_wgrad(const Tensor& dout, const Tensor& 
   args.norm = norm_of(bn);
   args.shape = shape;
   args.workspace = workspace.mutable_data_ptr();
-  check_launch(cuda::conv3x3_wgrad(args, dtype_of(x, kOp, "x"), current_stream()),
+  check_launch(cuda::conv3x3_wgrad(args, dtype_of(x, kBnReluConv2d, "x"), current_stream()),
                "bn_relu_conv2d (backward, dweight)");
   return {dweight, dbias};
 }
