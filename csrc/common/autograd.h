@@ -10,11 +10,12 @@
 
 // What follows registers an op's kernels, once for each device that has them:  RAN_KERNELS(m) { m.impl("op", op); }
 #ifdef RAN_WITH_CUDA
-#define RAN_KERNELS(m)                                          \
-  static void register_kernels(torch::Library&);                \
-  TORCH_LIBRARY_IMPL(ran_ext, CPU, m) { register_kernels(m); }  \
-  TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) { register_kernels(m); } \
-  static void register_kernels(torch::Library& m)
+#define RAN_KERNELS(m) RAN_NAMED_KERNELS(m, C10_CONCATENATE(register_kernels_, C10_UID))
+#define RAN_NAMED_KERNELS(m, name)                  \
+  static void name(torch::Library&);                \
+  TORCH_LIBRARY_IMPL(ran_ext, CPU, m) { name(m); }  \
+  TORCH_LIBRARY_IMPL(ran_ext, CUDA, m) { name(m); } \
+  static void name(torch::Library& m)
 #else
 #define RAN_KERNELS(m) TORCH_LIBRARY_IMPL(ran_ext, CPU, m)
 #endif
