@@ -121,7 +121,7 @@ def measure(case: str, attention: bool, seed: int, steps: int = STEPS) -> dict[s
         "seed": seed,
         "loss_first": round(sum(losses[:fifth]) / fifth, 4),
         "loss_last": round(sum(losses[-fifth:]) / fifth, 4),
-        "test_accuracy": round((told == split.labels_test).float().mean().item(), 4),
+        "accuracy": round((told == split.labels_test).float().mean().item(), 4),
     }
 
 
@@ -138,7 +138,7 @@ def parameters(case: str, attention: bool) -> int:
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Means over the seeds, in Markdown.
 
-    >>> row = {"case": "LSTM, rows", "loss_first": 2.0, "loss_last": 1.0, "test_accuracy": 0.4}
+    >>> row = {"case": "LSTM, rows", "loss_first": 2.0, "loss_last": 1.0, "accuracy": 0.4}
     >>> print(table([row | {"attention": attention} for attention in (True, False)]).splitlines()[-1])
     | LSTM, rows | 95,690 / 42,122 | 2.00 to 1.00 | 2.00 to 1.00 | 0.400 | 0.400 |
     """
@@ -153,7 +153,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
             losses = [f"{a:.2f} to {b:.2f}" for a, b in zip(mean("loss_first"), mean("loss_last"), strict=True)]
             sizes = " / ".join(f"{parameters(case, one):,}" for one in (True, False))
-            accuracies = [f"{value:.3f}" for value in mean("test_accuracy")]
+            accuracies = [f"{value:.3f}" for value in mean("accuracy")]
             lines.append(f"| {' | '.join([case, sizes, *losses, *accuracies])} |")
     return "\n".join(lines)
 

@@ -1,6 +1,8 @@
 """Attention in other backbones and along time: values of plain PyTorch, and training as without attention."""
 
 import doctest
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,12 @@ def test_the_loss_falls_on_real_data_as_without_attention(case):
     for row in found:
         assert row["loss_last"] < row["loss_first"]
     assert found[0]["loss_last"] < found[1]["loss_last"] + 0.1
+
+
+def test_the_table_in_the_docs_is_that_of_the_file():
+    root = Path(__file__).resolve().parent.parent
+    table = attention_gain.table(json.loads(attention_gain.RESULTS.read_text())["rows"])
+    assert table in (root / "docs" / "networks.md").read_text()
 
 
 def test_examples_of_the_command():
