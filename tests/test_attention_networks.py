@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ran_ext import explain, fold_for_inference, models, set_backend
+from ran_ext._attention_maps import attention_maps, depths
 from ran_ext._explain import layers
 from ran_ext.models import attention56, attention92_cifar, create_model
 from ran_ext.nn import AttentionGate, AttentionModule, ResidualUnit, SoftMaskBranch
-from ran_ext.train.evaluation import attention_maps, depths
 
 SMALL = {"attention92_cifar": {"width": 0.25}, "attention56": {"width": 0.125, "num_classes": 7}}
 
