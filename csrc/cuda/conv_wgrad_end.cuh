@@ -7,8 +7,8 @@ namespace ran::cuda::conv1x1 {
 
 // Four results a column of threads: the weight's, then the bias's.
 template <typename T>
-__global__ void merge_splits_kernel(T* dweight, T* dbias, const float* partials, int splits, int64_t weights,
-                                    int64_t all) {
+static __global__ void merge_splits_kernel(T* dweight, T* dbias, const float* partials, int splits, int64_t weights,
+                                           int64_t all) {
   RAN_SHARED(Sum4, scratch, kMergeWidth * kMergeRows / 2);
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kMergeWidth + threadIdx.x, index = vector * 4;
   const Sum4 sum = merge_blocks(reinterpret_cast<const Sum4*>(partials), splits, all / 4, vector, scratch);
