@@ -82,6 +82,18 @@ def test_bilinear_masks(scale, dtype, layout, backend):
     assert found[0].is_contiguous(memory_format=LAYOUTS[layout])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bilinear_masks_are_differentiated_twice_and_kept_small(layout):
+    inputs = [t.contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for t in make((2, 3, 5, 4), 2)[:2]]
+    assert torch.autograd.gradgradcheck(lambda t, m: ops.attention_gate(t, m, 2, "bilinear"), inputs)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ops.attention_gate(*inputs, 2, "bilinear")
+    assert sorted(tuple(t.shape) for t in kept) == [(2, 3, 3, 2), (2, 3, 5, 4)]
+    empty = torch.zeros(0, 3, 5, 4), torch.zeros(0, 3, 3, 2)
+    assert ops.attention_gate(*empty, 2, "bilinear").shape == (0, 3, 5, 4)
+
+
 def test_interpolation_is_a_choice():
     trunk, mask = torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 2, 2)
     with pytest.raises(ValueError, match="attention_gate: interpolation must be one of 'nearest', 'bilinear'"):
@@ -150,6 +162,8 @@ def test_opcheck():
         trunk, mask, dout = (t.float().contiguous(memory_format=layout) for t in make((2, 8, 5, 6), scale))
         torch.library.opcheck(torch.ops.ran_ext.attention_gate, (trunk.requires_grad_(), mask.requires_grad_(), scale))
         torch.library.opcheck(torch.ops.ran_ext.attention_gate_backward, (dout, trunk.detach(), mask.detach(), scale))
+    leaves = trunk.detach().requires_grad_(), mask.detach().requires_grad_()
+    torch.library.opcheck(torch.ops.ran_ext.attention_gate, (*leaves, scale, True))
 
 
 def test_compiles_to_one_graph():

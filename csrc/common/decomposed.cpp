@@ -24,8 +24,11 @@ Tensor window_sums(const Tensor& t, int64_t scale) {
 
 }  // namespace
 
-Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale) {
-  return (at::sigmoid(upsampled(mask, trunk.sizes(), scale)) + 1) * trunk;
+Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear) {
+  const Tensor wide = bilinear && scale > 1
+                          ? at::upsample_bilinear2d(mask, trunk.sizes().slice(2), /*align_corners=*/false)
+                          : upsampled(mask, trunk.sizes(), scale);
+  return (at::sigmoid(wide) + 1) * trunk;
 }
 
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,

@@ -8,8 +8,8 @@
 
 namespace ran::decomposed {
 
-Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale);
-// dtrunk and dmask.
+Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear = false);
+// dtrunk and dmask, of the nearest mask.
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
                                                    int64_t scale);
 

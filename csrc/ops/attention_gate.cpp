@@ -48,9 +48,16 @@ Tensor in_layout_of(const Tensor& t, const Tensor& trunk, int64_t scale) {
   return t.strides() == trunk.strides() ? t : at::empty_like(trunk).copy_(t);
 }
 
-Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale) {
+// The mask between its pixels, at the trunk's resolution. It is written out, and made again in backward, so that the
+// low one alone is kept.
+Tensor bilinear_mask(const Tensor& mask, const Tensor& trunk) {
+  return at::upsample_bilinear2d(mask.contiguous(format_of(trunk)), trunk.sizes().slice(2), /*align_corners=*/false);
+}
+
+Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale, bool bilinear) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
+  if (bilinear && scale > 1 && trunk.numel() > 0) return attention_gate(trunk, bilinear_mask(mask_, trunk), 1, false);
   const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale);
   Tensor out = at::empty_like(trunk);
@@ -62,10 +69,15 @@ Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale) 
 }
 
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Tensor& trunk_, const Tensor& mask_,
-                                                   int64_t scale) {
+                                                   int64_t scale, bool bilinear) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
   check_as(kGate, "dout", dout_, trunk.sizes(), trunk);
+  if (bilinear && scale > 1 && trunk.numel() > 0) {
+    const auto [dtrunk, dwide] = attention_gate_backward(dout_, trunk, bilinear_mask(mask_, trunk), 1, false);
+    return {dtrunk, at::upsample_bilinear2d_backward(dwide, trunk.sizes().slice(2), mask_.sizes(),
+                                                     /*align_corners=*/false)};
+  }
   const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);
@@ -80,40 +92,44 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
 }
 
 struct AttentionGateFunction : torch::autograd::Function<AttentionGateFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& trunk, const Tensor& mask, int64_t scale) {
-    static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("ran_ext::attention_gate");
+  static Tensor forward(AutogradContext* ctx, const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear) {
+    static const auto op = find_op<decltype(attention_gate)>("ran_ext::attention_gate");
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({trunk, mask});
     ctx->saved_data["scale"] = scale;
-    return op.call(trunk, mask, scale);
+    ctx->saved_data["bilinear"] = bilinear;
+    return op.call(trunk, mask, scale, bilinear);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t)>(
-        "ran_ext::attention_gate_backward");
+    static const auto op = find_op<decltype(attention_gate_backward)>("ran_ext::attention_gate_backward");
     const variable_list saved = ctx->get_saved_variables();
     const int64_t scale = ctx->saved_data["scale"].toInt();
-    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+    const bool bilinear = ctx->saved_data["bilinear"].toBool();
+    variable_list result(4);
+    if (!grads[0].defined()) return result;
     if (at::GradMode::is_enabled()) {
-      variable_list result =
-          differentiate(decomposed::attention_gate(saved[0], saved[1], scale), {saved[0], saved[1]}, grads[0]);
-      result.emplace_back();
-      return result;
+      const Tensor out = decomposed::attention_gate(saved[0], saved[1], scale, bilinear);
+      const variable_list found = differentiate(out, {saved[0], saved[1]}, grads[0]);
+      std::copy_n(found.begin(), 2, result.begin());
+    } else {
+      std::tie(result[0], result[1]) = op.call(grads[0], saved[0], saved[1], scale, bilinear);
     }
-    auto [dtrunk, dmask] = op.call(grads[0], saved[0], saved[1], scale);
-    return {dtrunk, dmask, Tensor()};
+    return result;
   }
 };
 
-Tensor attention_gate_autograd(const Tensor& trunk, const Tensor& mask, int64_t scale) {
-  return AttentionGateFunction::apply(trunk, mask, scale);
+Tensor attention_gate_autograd(const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear) {
+  return AttentionGateFunction::apply(trunk, mask, scale, bilinear);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
-  m.def("attention_gate(Tensor trunk, Tensor mask, int scale_factor) -> Tensor");
-  m.def("attention_gate_backward(Tensor dout, Tensor trunk, Tensor mask, int scale_factor) -> (Tensor, Tensor)");
+  m.def("attention_gate(Tensor trunk, Tensor mask, int scale_factor, bool bilinear=False) -> Tensor");
+  m.def(
+      "attention_gate_backward(Tensor dout, Tensor trunk, Tensor mask, int scale_factor, bool bilinear=False) -> "
+      "(Tensor, Tensor)");
 }
 RAN_KERNELS(m) {
   m.impl("attention_gate", attention_gate);

@@ -14,8 +14,8 @@ namespace {
 constexpr const char* kConvGate = "conv_attention_gate";
 
 using Tensors2 = std::tuple<Tensor, Tensor>;
-using GateOp = Tensor(const Tensor&, const Tensor&, int64_t);
-using GateBackwardOp = Tensors2(const Tensor&, const Tensor&, const Tensor&, int64_t);
+using GateOp = Tensor(const Tensor&, const Tensor&, int64_t, bool bilinear);
+using GateBackwardOp = Tensors2(const Tensor&, const Tensor&, const Tensor&, int64_t, bool bilinear);
 
 void check(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale) {
   RAN_CHECK_VALUE(scale >= 1, kConvGate, "scale_factor must be at least 1, got ", scale);
@@ -48,7 +48,7 @@ Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor&
     return cuda_conv1x1_gate(trunk, x, weight, bias, scale);
 #endif
   const Tensor mask = library::conv2d(x, weight, bias, {1, 1}, {0, 0});
-  return {gate.call(trunk, mask, scale), mask};
+  return {gate.call(trunk, mask, scale, false), mask};
 }
 
 struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFunction> {
@@ -76,7 +76,7 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
       std::copy_n(found.begin(), 4, result.begin());
       return result;
     }
-    auto [dtrunk, dmask] = gate_backward.call(grads[0], trunk, mask, scale);
+    auto [dtrunk, dmask] = gate_backward.call(grads[0], trunk, mask, scale, false);
     result[0] = dtrunk;
     const std::array<bool, 3> wanted{x.requires_grad(), weight.requires_grad(), bias.defined() && bias.requires_grad()};
     if (wanted[0] || wanted[1] || wanted[2])
@@ -105,7 +105,7 @@ Tensors2 conv_attention_gate_autocast(const Tensor& trunk, const Tensor& x, cons
   if (trunk.scalar_type() == lower) return op.call(trunk, cast(x), cast(weight), bias_cast, scale, paths);
   const Tensor mask = library::conv2d(cast(x), cast(weight), bias_cast, {1, 1}, {0, 0});
   const at::ScalarType wider = c10::promoteTypes(trunk.scalar_type(), lower);
-  return {gate.call(trunk.to(wider), mask.to(wider), scale), mask};
+  return {gate.call(trunk.to(wider), mask.to(wider), scale, false), mask};
 }
 
 }  // namespace

@@ -39,11 +39,13 @@ def _register() -> None:
         return register_flop_formula(op)
 
     @fake("ran_ext::attention_gate")
-    def _(trunk: Tensor, mask: Tensor, scale_factor: int) -> Tensor:
+    def _(trunk: Tensor, mask: Tensor, scale_factor: int, bilinear: bool = False) -> Tensor:
         return _gate_like(trunk, scale_factor)
 
     @fake("ran_ext::attention_gate_backward")
-    def _(dout: Tensor, trunk: Tensor, mask: Tensor, scale_factor: int) -> tuple[Tensor, Tensor]:
+    def _(
+        dout: Tensor, trunk: Tensor, mask: Tensor, scale_factor: int, bilinear: bool = False
+    ) -> tuple[Tensor, Tensor]:
         dtrunk = _gate_like(trunk, scale_factor)
         if scale_factor == 1:
             return dtrunk, torch.empty_like(dtrunk)

@@ -20,7 +20,8 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpola
 
     in one pass forward and one backward: the up-sampled mask and the sigmoid are never written out, and
     backward keeps ``trunk`` and ``mask`` alone. With ``interpolation="bilinear"`` the mask is
-    ``F.interpolate(mask, size=(H, W), mode="bilinear", align_corners=False)``, which is written out.
+    ``F.interpolate(mask, size=(H, W), mode="bilinear", align_corners=False)``, which is written out in either pass and
+    not kept between them.
 
     Args:
         trunk: ``(N, C, H, W)``, contiguous or channels_last (kept as given), float16, bfloat16, float32 or float64.
@@ -46,12 +47,10 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpola
         return attention_gate_ref(trunk, mask, scale_factor, interpolation)
     trunk, mask = checks.alike("attention_gate", ("trunk", "mask"), trunk, mask)
     scale_factor = _check(trunk, mask, scale_factor, interpolation)
-    if interpolation == "bilinear" and scale_factor != 1:
-        mask, scale_factor = upsampled(mask, trunk, scale_factor, interpolation), 1
     # Inductor fuses the plain form into its neighbours; it cannot fuse an opaque op.
     if torch.compiler.is_compiling() or not _backend.use_native(trunk, mask):
-        return attention_gate_ref(trunk, mask, scale_factor)
-    return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor)
+        return attention_gate_ref(trunk, mask, scale_factor, interpolation)
+    return torch.ops.ran_ext.attention_gate(trunk, mask, scale_factor, interpolation == "bilinear")
 
 
 def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpolation: str = "nearest") -> Tensor:
