@@ -293,9 +293,9 @@ class SoftMaskBranch(nn.Module):
             x = units(ops.max_pool2d(x))
             pyramid.append(x)
         for level in range(len(self.up) - 1, 0, -1):
-            upper = pyramid[level]
+            lower, upper = self.up[level](x), pyramid[level]
             skip = self.skip[level - 1](upper) if len(self.skip) else None
-            x = ops.upsample_add(self.up[level](x), skip, upper.shape[2:], self.interpolation)
+            x = ops.upsample_add(lower, skip, upper.shape[2:], self.interpolation)
         x = self.up[0](x)
         if self.full_size:
             x = ops.upsample_add(x, None, pyramid[0].shape[2:], self.interpolation)
