@@ -30,6 +30,15 @@ def no_mode_stays_on():
     assert torch._C._len_torch_function_stack() == 0
 
 
+@pytest.fixture(autouse=True)
+def threads_stay():
+    """What a test, or a command that it runs, sets: libraries sum differently with more threads."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """``full_disk(True)``: from now on every write of a checkpoint or a result fails as on a full disk."""

@@ -138,8 +138,8 @@ ran_ext.info()
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: {info,tune}; --help explains every flag"),
-        (["inf"], "argument {info,tune}: invalid choice: 'inf'"),
+        ([], "the following arguments are required: {info,tune,train,predict}; --help explains every flag"),
+        (["inf"], "argument {info,tune,train,predict}: invalid choice: 'inf'"),
         (["info", "--brief"], "unrecognized arguments: --brief; --help explains every flag"),
     ],
 )

@@ -92,6 +92,17 @@ def test_error_within_the_rule_without_a_floor(case, kind):
 
 
 @has_kernels
+@pytest.mark.parametrize("threads", [2, 4, 8])
+def test_weight_gradients_stay_within_the_rule_with_more_threads(threads):
+    """The library splits a sum among the threads where channels are few, and so rounds less."""
+    torch.set_num_threads(threads)
+    for case in ((16, 16, 11, 13, 16), (48, 32, 8, 8, 32), (32, 32, 16, 16, 32), (32, 64, 8, 8, 64)):
+        for mode, most in (("fast", 2.0), ("strict", 1.2)):
+            ratios = error_ratios(case, mode, "dense", seeds=2)
+            assert max(ratios.values()) <= most, (case, mode, ratios, paths(case, mode))
+
+
+@has_kernels
 def test_what_each_pass_takes():
     small, large, none = "Winograd F(2x2, 3x3)", "Winograd F(4x4, 3x3)", LIBRARY
     assert paths((32, 128, 16, 16, 128)) == dict.fromkeys(PASSES, large)

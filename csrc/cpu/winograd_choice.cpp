@@ -3,6 +3,7 @@
 // dense inputs (measured for 8 to 512 channels, 1 to 57 pixels and batches of 1 to 64, float32; the tests repeat it).
 // Then speed: what is fastest of the allowed, by a rule for shapes that nobody has measured on the machine at hand.
 #include "kernels.h"
+#include "parallel.h"
 #include "winograd_tiles.h"
 
 namespace ran::cpu::RAN_ISA {
@@ -20,9 +21,19 @@ bool channels_suffice(ConvPass pass, const ConvShape& s) {
   return terms >= (pass == ConvPass::forward ? 36 : 28);
 }
 
+// Into how many sums oneDNN splits a weight gradient among the threads, where channels are few: each sum is shorter,
+// and the result more accurate. Measured with 1 to 8 threads and 16 to 256 channels.
+int64_t library_splits(const ConvShape& s) {
+  const int64_t blocks = ((s.ci + 15) / 16) * ((s.co + 15) / 16), threads = max_threads();
+  return std::max<int64_t>(1, std::min(threads, 4 * threads / blocks));
+}
+
 // The weight gradient sums over tiles. Measured against oneDNN's kernels for AVX-512, which are more accurate than
 // those for AVX2.
-bool tiles_suffice(const ConvShape& s, int64_t tiles) { return tiles >= 192 || (tiles >= 128 && s.n >= 32); }
+bool tiles_suffice(const ConvShape& s, int64_t tiles) {
+  const int64_t splits = library_splits(s);
+  return tiles >= 192 * splits || (splits == 1 && tiles >= 128 && s.n >= 32);
+}
 
 bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
   return pass == ConvPass::wgrad ? tiles_suffice(s, TileGrid<4>(s).count) : channels_suffice(pass, s);
@@ -31,7 +42,8 @@ bool f4x4_is_accurate(ConvPass pass, const ConvShape& s) {
 bool f2x2_is_accurate(ConvPass pass, const ConvShape& s, bool strict) {
   const int64_t pixels = std::min(s.h, s.w), tiles = TileGrid<2>(s).count;
   if (pass != ConvPass::wgrad) return !strict || pixels > 1;
-  return pixels > 2 && tiles >= (strict ? 512 : 32);
+  const int64_t splits = library_splits(s);
+  return pixels > 2 && tiles >= (strict ? std::max<int64_t>(512, 256 * splits) : 32 * splits);
 }
 
 // Multiplications, for one channel in and out.
