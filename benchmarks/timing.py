@@ -51,6 +51,7 @@ def interleave(
     device: torch.device,
     flush: bool = False,
     warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call of each function in each round.
 
@@ -63,36 +64,41 @@ def interleave(
         device: CUDA is timed by events, the CPU by the clock.
         flush: on CUDA, write ``FLUSH_BYTES`` before each call.
         warm_up: calls of each function before the first round.
+        clock: of the CPU; ``time.process_time`` where one thread is timed beside other programs.
 
     >>> times = interleave({"a": lambda: None, "b": lambda: None}, rounds=3, device=torch.device("cpu"))
     >>> [len(values) for values in times.values()]
     [3, 3]
     """
     cache = torch.empty(FLUSH_BYTES if flush and device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    calls = {name: _warm_up(function, warm_up, device, cache) for name, function in functions.items()}
+    calls = {name: _warm_up(function, warm_up, device, cache, clock) for name, function in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_sample(functions[name], calls[name], device, cache))
+            seconds[name].append(_sample(functions[name], calls[name], device, cache, clock))
     return seconds
 
 
-def _warm_up(function: Callable[[], object], times: int, device: torch.device, cache: Tensor) -> int:
+def _warm_up(
+    function: Callable[[], object], times: int, device: torch.device, cache: Tensor, clock: Callable[[], float]
+) -> int:
     """Calls the function ``times`` times; then, how many calls make one sample."""
     for _ in range(times):
         function()
-    once = _sample(function, 1, device, cache)
+    once = _sample(function, 1, device, cache, clock)
     return max(1, min(MOST_CALLS[device.type], round(SAMPLE_SECONDS / max(once, 1e-9))))
 
 
-def _sample(function: Callable[[], object], calls: int, device: torch.device, cache: Tensor) -> float:
+def _sample(
+    function: Callable[[], object], calls: int, device: torch.device, cache: Tensor, clock: Callable[[], float]
+) -> float:
     if device.type != "cuda":
-        began = time.perf_counter()
+        began = clock()
         for _ in range(calls):
             function()
-        return (time.perf_counter() - began) / calls
+        return (clock() - began) / calls
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
     torch.cuda.synchronize(device)
     for begin, end in events:

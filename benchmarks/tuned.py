@@ -26,7 +26,7 @@ from ran_ext._measured import CPU
 
 from . import isa
 from .table import Table
-from .timing import ratios
+from .timing import interleave, ratios
 
 
 def measure(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> list[str | float]:
@@ -54,23 +54,12 @@ def measure(options: argparse.Namespace, batch: int, dtype: torch.dtype) -> list
     with autocast():
         tuning = ran_ext.tune(model, images)
     rows = [(one.shape, one.times) for one in tuning.passes]
-    seconds = interleaved({"rule": step([]), "tuned": step(rows)}, options.rounds)
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    steps = {"rule": step([]), "tuned": step(rows)}
+    seconds = interleave(steps, options.rounds, torch.device("cpu"), warm_up=2, clock=clock)
     gain = ratios(seconds, "rule")["tuned"]
     least = [1e3 * min(seconds[kind]) for kind in ("rule", "tuned")]
     return [len(rows), len(tuning.changed), *least, gain.median, f"{gain.q25:.2f} to {gain.q75:.2f}"]
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each kind of step in each round, which begins with another one each time."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(-2, rounds):  # two rounds of warm-up
-        for name in sorted(steps, reverse=bool(number % 2)):
-            began = clock()
-            steps[name]()
-            if number >= 0:
-                seconds[name].append(clock() - began)
-    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> None:

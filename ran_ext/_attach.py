@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._wrappers import eagerly, unwrapped
+from ._wrappers import eagerly, evaluating, unwrapped
 from .nn import AttentionModule, ResidualUnit
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -176,13 +176,10 @@ def _shapes(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor) -
         layer.register_forward_hook(lambda _layer, _args, out, name=name: seen[name].append(out))  # type: ignore[misc]
         for name, layer in layers.items()
     ]
-    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), eagerly():
-            model.eval()(images)
+        with torch.no_grad(), eagerly(), evaluating(model):
+            model(images)
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for hook in hooks:
             hook.remove()
     for name, outs in seen.items():
