@@ -4,7 +4,6 @@
 
 #include "cpu.h"
 #include "cuda.h"
-#include "cuda_conv3x3.h"
 #include "library.h"
 
 namespace ran {
@@ -42,11 +41,8 @@ Tensor fused_backward(ConvGradients& g, const BackwardPaths& paths, const Tensor
   const bool dgrad = is_fused(paths.dgrad), wgrad = is_fused(paths.wgrad);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
-    const auto of_weight = is_3x3(weight) ? cuda_conv3x3_wgrad : cuda_conv1x1_wgrad;
-    if (wgrad) std::tie(g.dweight, g.dbias) = of_weight(dy, x, *bn, weight, conv, want_bias);
-    if (dgrad)
-      std::tie(dz, g.sums) =
-          is_3x3(weight) ? cuda_conv3x3_dgrad(dy, x, *bn, weight, conv) : cuda_conv1x1_dgrad(dy, x, *bn, weight);
+    if (wgrad) std::tie(g.dweight, g.dbias) = cuda_conv_wgrad(dy, x, *bn, weight, conv, want_bias);
+    if (dgrad) std::tie(dz, g.sums) = cuda_conv_dgrad(dy, x, *bn, weight, conv);
     return dz;
   }
 #endif
@@ -86,8 +82,7 @@ ConvOutput bn_relu_conv_forward(const Tensor& x, const PreActivation& norm, cons
                          given ? *norm.var : y.var, norm.eps);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
-    const auto forward = is_3x3(weight) ? cuda_conv3x3_forward : cuda_conv1x1_forward;
-    forward(y, x, bn, weight, bias, residual, conv, next);
+    cuda_conv_forward(y, x, bn, weight, bias, residual, conv, next);
     return y;
   }
 #endif

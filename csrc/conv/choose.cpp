@@ -3,7 +3,6 @@
 #include "../common/kernels.h"
 #include "../cpu/parallel.h"
 #include "cuda.h"
-#include "cuda_conv3x3.h"
 
 namespace ran {
 namespace {
@@ -76,8 +75,7 @@ PassShape pass_shape(Pass pass, const Tensor& x, const Tensor& weight, const Con
 ConvChoice choose_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv) {
   if (x.numel() == 0) return {ConvPath::library_empty};
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda())
-    return is_3x3(weight) ? choose_cuda_conv3x3(pass, x, weight, conv) : choose_cuda_conv1x1(pass, x, weight, conv);
+  if (x.is_cuda()) return choose_cuda_conv(pass, x, weight, conv);
 #endif
   return choose_on_cpu(pass, x, weight, conv, /*with_norm=*/true);
 }
@@ -87,7 +85,7 @@ ConvChoice choose_conv_gate(const Tensor& trunk, [[maybe_unused]] const Tensor& 
                             [[maybe_unused]] const Asked& asked) {
   if (trunk.numel() == 0) return {ConvPath::library_empty};
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return choose_cuda_conv1x1_gate(trunk, x, weight, scale, asked);
+  if (x.is_cuda()) return choose_cuda_conv_gate(trunk, x, weight, scale, asked);
 #endif
   return {ConvPath::library_apart};
 }
@@ -134,9 +132,7 @@ std::string describe(const ConvChoice& choice, ConvPass pass, const Tensor& x, c
       break;
   }
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda())
-    return is_3x3(weight) ? describe_cuda_conv3x3(choice.path, pass, x, weight, conv)
-                          : describe_cuda_conv1x1(choice.path, pass, x, weight, conv);
+  if (x.is_cuda()) return describe_cuda_conv(choice.path, pass, x, weight, conv);
 #endif
   return "only 1x1 at stride 1, most 3x3 at stride 1 and padding 1, and weight gradients have kernels";
 }

@@ -1,4 +1,4 @@
-// The fused 1x1 convolutions of the GPU on tensors; CPU builds have none of them.
+// The fused 1x1 and 3x3 convolutions of the GPU on tensors; CPU builds have none of them.
 #pragma once
 
 #include <tuple>
@@ -9,29 +9,29 @@ namespace ran {
 
 #ifdef RAN_WITH_CUDA
 
-// `product` for a channels_last 1x1 convolution without padding, of a shape that the kernel takes, where it is the
-// faster one by measurement.
-ConvChoice choose_cuda_conv1x1(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
-// The same of the gate in the forward kernel's epilogue.
-ConvChoice choose_cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale,
-                                    const Asked& asked);
+// `product` for a channels_last convolution of a shape that the kernels take, where they were asked for or are the
+// faster ones by measurement.
+ConvChoice choose_cuda_conv(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv);
+// The same of the gate in the 1x1 forward kernel's epilogue.
+ConvChoice choose_cuda_conv_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight, int64_t scale,
+                                 const Asked& asked);
 // Why there is no kernel, in words.
-std::string describe_cuda_conv1x1(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
-                                  const Convolution& conv);
+std::string describe_cuda_conv(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
+                               const Convolution& conv);
 
 // y.out = conv(relu(bn(x))) + bias + residual, and the next statistics where they are wanted.
-void cuda_conv1x1_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
-                          const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
-                          const NextStatistics& next);
+void cuda_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
+                       const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
+                       const NextStatistics& next);
 // The gated trunk, and the mask that gates it: conv(x) + bias.
-std::tuple<Tensor, Tensor> cuda_conv1x1_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight,
-                                             const OptTensor& bias, int64_t scale);
-// dz, the gradient of bn(x), and its sums; stride 1.
-std::tuple<Tensor, BackwardSums> cuda_conv1x1_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                                                    const Tensor& weight);
+std::tuple<Tensor, Tensor> cuda_conv_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight,
+                                          const OptTensor& bias, int64_t scale);
+// dz, the gradient of bn(x), and its sums.
+std::tuple<Tensor, BackwardSums> cuda_conv_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                                                 const Tensor& weight, const Convolution& conv);
 // dweight, and dbias, undefined where it is not wanted.
-std::tuple<Tensor, Tensor> cuda_conv1x1_wgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                                              const Tensor& weight, const Convolution& conv, bool want_bias);
+std::tuple<Tensor, Tensor> cuda_conv_wgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
+                                           const Tensor& weight, const Convolution& conv, bool want_bias);
 
 #endif
 
