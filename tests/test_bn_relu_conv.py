@@ -295,12 +295,21 @@ def test_special_numbers_reach_what_they_touch_and_no_further_than_a_tile(specia
 def test_results_do_not_depend_on_the_number_of_threads():
     case = (9, 64, 16, 15, 96, 3, 1, 1)
     inputs = [t.float() for t in tensors(case)]
-    dout, threads, results = torch.randn_like(inputs[-1]), torch.get_num_threads(), []
-    for count in (1, threads):
+    dout, results = torch.randn_like(inputs[-1]), []
+    for count in (1, 4):
         torch.set_num_threads(count)
         results.append(run(ops.bn_relu_conv2d, inputs, dout, case, True, torch.channels_last))
-    torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+@pytest.mark.parametrize(
+    "case", [(8, 64, 8, 8, 64, 1, 1, 0), (16, 16, 12, 12, 16, 1, 1, 0), (32, 32, 16, 16, 32, 5, 1, 2)]
+)
+def test_products_stay_within_the_rule_with_more_threads(case, threads):
+    """The library splits a weight's gradient among them, and so rounds less."""
+    torch.set_num_threads(threads)
+    check(case, torch.float32, torch.channels_last)
 
 
 def test_empty_batch_in_evaluation():

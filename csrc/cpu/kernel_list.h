@@ -64,7 +64,8 @@ RAN_KERNEL(void, conv3x3_data_gradient,
 RAN_KERNEL(void, conv3x3_weight_gradient,
            (Conv3x3, void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape,
             const BatchNorm<void>* bn))
-// Whether a tile is accurate enough for a pass of a supported one; `strict`, F(2x2) at most.
+// Whether a tile is accurate enough for a pass of a supported one, beside the library with as many threads as are set;
+// `strict`, F(2x2) at most.
 RAN_KERNEL(bool, conv3x3_allowed, (Conv3x3, ConvPass, DType, ConvShape, bool strict))
 // The one of these that is fastest, by rule, or the library.
 RAN_KERNEL(Conv3x3, conv3x3_choice, (ConvPass, DType, ConvShape, bool strict))
