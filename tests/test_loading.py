@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
 from ran_ext.data import Batches, Images, Normalize
-from ran_ext.data.loading import LoadedBatches, class_names, count_images, mixed, some_images
+from ran_ext.data.loading import LoadedBatches, mixed, some_images
+from ran_ext.data.sources import class_names, count_images
 from ran_ext.train import (
     CheckpointError,
     evaluate,

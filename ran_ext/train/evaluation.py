@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from .._wrappers import evaluating
 from ..data import Normalize
-from ..data.loading import Source, count_images, evaluation_batches, require_source
+from ..data.loading import evaluation_batches
+from ..data.sources import Source, count_images, require_source
 from .config import Config
 from .step import require_classes
 from .system import Ranks

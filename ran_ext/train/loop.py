@@ -18,7 +18,7 @@ from .._errors import one_line
 from .._lock import FolderLock
 from .._optimizers import set_lr
 from ..data import Images, Normalize
-from ..data.loading import Source, count_images, require_source
+from ..data.sources import Source, count_images, require_source
 from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
 from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but

@@ -4,8 +4,7 @@ Schedule, moving average and augmentation are ours, not torch's or torchvision's
 one CUDA graph runs from the gathering of the images to the averaged weights, so none of them may read a value back to
 the host or depend on a Python number. ``torch.optim.swa_utils.AveragedModel`` reads its count of updates back at every
 step; torchvision's transforms draw their random numbers on the host; of torch's schedulers some change a momentum that
-is a Python number, which a graph would freeze. A rate that is a function of the step also needs no state in a
-checkpoint. ``fit(optimizer=..., scheduler=...)`` takes torch's own, in an eager step.
+is a Python number, which a graph would freeze. ``fit(optimizer=..., scheduler=...)`` takes torch's own, eagerly.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..data import Augment, Batches, Images, Normalize, PictureFolder, split_validation
 from ..data.folders import Found
 from ..data.images import Labelled
-from ..data.loading import LoadedBatches, Source, count_batches, count_images, some_images
+from ..data.loading import LoadedBatches, some_images
+from ..data.sources import Source, count_batches, count_images
 from .config import Config
 from .system import Ranks
 

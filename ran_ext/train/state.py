@@ -17,7 +17,7 @@ from .._hardware import multiplies_bfloat16
 from .._lock import FolderInUseError, FolderLock
 from .._optimizers import load_optimizer
 from ..data import Images, Normalize
-from ..data.loading import Source, class_names, image_shape
+from ..data.sources import Source, class_names, image_shape
 from .checkpoint import (
     Misfit,
     describe,
