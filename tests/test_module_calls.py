@@ -16,11 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ran_ext import _fusion, explain
-from ran_ext import nn as ran_nn
 from ran_ext._explain import FUSED, layers
 from ran_ext._explain import PLAIN as RUNS_PLAIN
 from ran_ext.models import ran_compact
 from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit
+from ran_ext.nn.units import _UNITS
 
 
 def image(*size: int) -> Tensor:
@@ -113,7 +113,7 @@ def test_a_forward_replaced_on_a_class_is_taken(kind, monkeypatch):
         monkeypatch.setattr(PLAIN[kind], "forward", lambda self, *args: original(self, *args) * 2)
     torch.testing.assert_close(network(x), plain(x))
     unit = network[0].conv1
-    known = _fusion.why_unfused(unit.bn, unit.conv) or _fusion.why_called("conv1", unit, ran_nn._UNITS)
+    known = _fusion.why_unfused(unit.bn, unit.conv) or _fusion.why_called("conv1", unit, _UNITS)
     assert known == (f"forward of {kind.__name__} was replaced" if kind is not AttentionGate else "")
 
 

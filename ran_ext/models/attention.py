@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _fusion
-from ..nn import AttentionModule, BNReLUConv2d, ResidualUnit, Skip
+from ..nn import AttentionModule, BNReLUConv2d, ResidualUnit
+from ..nn.attention import Skip
 from ..ops import _checks as checks
 from .classifier import StagedNetwork, no_pool, pool3, require_options, scaled
 
