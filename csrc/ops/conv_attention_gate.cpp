@@ -44,8 +44,7 @@ Tensors2 conv_attention_gate(const Tensor& trunk, const Tensor& x, const Tensor&
   check_bias(kConvGate, bias, weight);
   [[maybe_unused]] const Asked asked = asked_of(kConvGate, paths);
 #ifdef RAN_WITH_CUDA
-  if (is_fused(choose_conv_gate(trunk, x, weight, scale, asked)))
-    return cuda_conv_gate(trunk, x, weight, bias, scale);
+  if (is_fused(choose_conv_gate(trunk, x, weight, scale, asked))) return cuda_conv_gate(trunk, x, weight, bias, scale);
 #endif
   const Tensor mask = library::conv2d(x, weight, bias, {1, 1}, {0, 0});
   return {gate.call(trunk, mask, scale, false), mask};
