@@ -5,24 +5,30 @@ Each network as it is written, in channels_last, against a converted copy, inter
 
 python -m benchmarks.converted --rounds 9 --out benchmarks/results/cpu_convert.json
 python -m benchmarks.converted --isa avx2                   the same as on a processor without AVX-512
+python -m benchmarks.converted --compiled --network PreActResNet-18 DenseNet-BC-100-12      both under torch.compile
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
+import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ran_ext
 from ran_ext._command import Parser
+from ran_ext._compare import bytes_kept
 
 from . import isa
 from .other_cnns import UNet, densenet_bc, preact_resnet18, resnet18, silu_stack, vgg16_bn, wide_resnet
 from .table import Table
+from .timing import interleave
 
 #: Name, network, batch, pixels.
 NETWORKS: list[tuple[str, Callable[[], nn.Module], int, int]] = [
@@ -41,15 +47,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="JSON")
+    parser.add_argument("--network", nargs="+", choices=[row[0] for row in NETWORKS], help="these alone")
+    parser.add_argument("--compiled", action="store_true", help="eager, compiled, and converted and compiled")
     options = isa.parse(parser, argv)
+    chosen = [row for row in NETWORKS if not options.network or row[0] in options.network]
+    if options.compiled:
+        return compiled(chosen, options.rounds, options.out)
     columns = ["network", "batch", "pixels", "eager, ms", "converted, ms", "times as fast", "bytes kept, of eager's"]
     table = Table("training step, float32, channels_last", columns, options.out)
-    for name, build, batch, pixels in NETWORKS:
+    for name, build, batch, pixels in chosen:
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
             found = ran_ext.compare(build(), torch.randn(batch, 3, pixels, pixels), rounds=options.rounds)
         milliseconds = 1e3 * found.plain_seconds, 1e3 * found.converted_seconds
         table.add(name, batch, pixels, *milliseconds, found.speedup, found.converted_bytes / found.plain_bytes)
+
+
+def compiled(chosen: Sequence[tuple[str, Callable[[], nn.Module], int, int]], rounds: int, out: Path | None) -> None:
+    """Print a row a network: as it is written, under ``torch.compile``, and converted under ``torch.compile``."""
+    columns = ["network", "batch", "pixels", "eager, ms", "compiled, ms", "converted and compiled, ms"]
+    columns += ["times as fast as eager", "as compiled", "bytes kept compiled, of eager's", "converted and compiled"]
+    table = Table("training step, float32, channels_last, torch.compile", columns, out)
+    for name, build, batch, pixels in chosen:
+        torch.manual_seed(0)
+        plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        networks = {
+            "eager": plain,
+            "compiled": torch.compile(copy.deepcopy(plain)),
+            "converted": torch.compile(ran_ext.convert(copy.deepcopy(plain))),
+        }
+        steps = {key: partial(step, network, x) for key, network in networks.items()}
+        seconds = interleave(steps, rounds, torch.device("cpu"))
+        kept = {key: bytes_kept(network, [x]) for key, network in networks.items()}
+        milliseconds = [1e3 * statistics.median(times) for times in seconds.values()]
+        ratios = [
+            statistics.median(a / b for a, b in zip(seconds[key], seconds["converted"], strict=True))
+            for key in ("eager", "compiled")
+        ]
+        shares = [kept[key] / kept["eager"] for key in ("compiled", "converted")]
+        table.add(name, batch, pixels, *milliseconds, *ratios, *shares)
+
+
+def step(network: nn.Module, x: Tensor) -> None:
+    """Forward and backward."""
+    network.zero_grad(set_to_none=True)
+    network(x).sum().backward()
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ def convert(model: Network, channels_last: bool = True) -> Network:
     :func:`ran_ext.explain`.
 
     Modules, parameters, buffers, their order, hooks and state_dict stay what and where they are; ``isinstance`` holds,
-    the exact type of converted modules is another of the same name. Compiled by ``torch.compile`` (afterwards), batch
-    normalisations run as they were written, and the 3x3 convolutions keep their kernels. Networks of this package
-    fuse by themselves: their modules are left as they are.
+    the exact type of converted modules is another of the same name. Compiled by ``torch.compile`` (afterwards), BN, ReLU
+    and convolution are fused in Inductor's graphs on the CPU, and 3x3 convolutions keep their kernels. Networks of this
+    package fuse by themselves: their modules are left as they are.
 
     Args:
         model: any network. Weights and optimizers may be made before or after.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import _backend, _fusion, _tracing
+from . import _backend, _compiled, _fusion, _tracing
 from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
+from ._paths import paths
 from ._recipe import Recipe, identity, version
 from .ops.bn_relu import in_backward
 from .ops.conv2d import conv2d, is_3x3
@@ -95,7 +96,9 @@ class Deferring(Converted):
     learned = ("_written_out",)
 
     def forward(self: Any, x: Any) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # the pass fuses it, by what is chosen now: Dynamo guards on both choices
+            if _backend.get_backend() != "reference" and paths(x) >= 0:
+                _fuse_in_graphs()
             return self.base.forward(self, x)  # type: ignore[no-any-return]
         native = type(x) in _fusion.PLAIN and _backend.use_native(x)
         own = self.__dict__  # through nn.Module's attributes it would take many times as long
@@ -121,6 +124,19 @@ class Deferring(Converted):
     def train(self: Any, mode: bool = True) -> Any:
         self.__dict__.pop("_written_out", None)  # asked anew
         return super().train(mode)  # type: ignore[misc]
+
+
+def defers(kind: type) -> bool:
+    """Whether modules of a class are converted batch normalisations."""
+    return issubclass(kind, Deferring)
+
+
+def _fuse_in_graphs() -> None:
+    """Have the normalisations of converted networks fused in the graph that is being traced."""
+    _compiled.install(defers)
+
+
+_fuse_in_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called while tracing, not traced
 
 
 def _defers(bn: Any, x: Any, native: bool) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from . import _backend, _fusion
 from ._compare import bytes_kept
+from ._compiled import outcomes
 from ._convert import revert
+from ._converted import defers
 from ._deferred import FUSED, Deferred, watch
 from ._explain_converted import (
     LIBRARY,
@@ -25,7 +28,7 @@ from ._explain_converted import (
     taken_paths,
 )
 from ._paths import gpu_paths
-from ._wrappers import copied, eagerly, unwrapped
+from ._wrappers import copied, eagerly, is_compiled, unwrapped
 from .nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d
 
 #: What a pass runs on, for the table.
@@ -50,6 +53,9 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     paths, the reason ends with who chose: ``tuned here`` (:func:`ran_ext.tune`), ``shipped measurement``, ``asked for``
     (:func:`ran_ext.set_conv1x1`, :func:`ran_ext.set_bn_relu`) or ``by rule``.
 
+    Of a compiled network the table says how it runs uncompiled; of a converted one a last line says which
+    normalisations ``torch.compile``'s graphs fuse, and why it leaves the others to Inductor.
+
     Copies of the network run, in the mode that the network is in and under the autocast that is on; its weights,
     buffers and torch's random numbers are left as they are.
 
@@ -72,6 +78,22 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     rows = layers(model, *inputs)
     print(summary(rows, kept(model, *inputs)))
     print(table(rows))
+    if is_compiled(model) and is_converted(unwrapped(model)):
+        print(in_graphs(copied(unwrapped(model)), inputs))
+
+
+def in_graphs(network: nn.Module, inputs: Sequence[Tensor]) -> str:
+    """The normalisations of a converted network that ``torch.compile`` fuses, and why not the others."""
+    devices = [x.device for x in inputs if x.is_cuda]
+    with torch.random.fork_rng(devices):
+        found = outcomes(network, inputs, defers)
+    left: dict[str, list[str]] = {}
+    for name, why in found:
+        if why:
+            left.setdefault(why, []).append(name)
+    done = len(found) - sum(map(len, left.values()))
+    line = f"under torch.compile: {done} of {len(found)} batch normalisations fused with the convolutions behind them"
+    return "\n".join([line, *(f"left to Inductor: {', '.join(names)}: {why}" for why, names in left.items())])
 
 
 def kept(model: nn.Module, *inputs: Tensor) -> tuple[int, int] | None:

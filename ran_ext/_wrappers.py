@@ -22,10 +22,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, DistributedDataParallel)):
             model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):  # the name alone: dynamo imports slowly
+        elif is_compiled(model) and isinstance(inner := model._modules["_orig_mod"], nn.Module):
             model = inner
         else:
             return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` made ``model``."""
+    return "_orig_mod" in model._modules  # the name alone: dynamo imports slowly
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -12,6 +12,18 @@ CELLS: dict[tuple[str, str], str] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tools-table", type=Path, help="write the table of this run to a file")
+    parser.addoption("--every-cell", action="store_true", help="also those that CI takes from docs/tools.md as they are")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "rare: a cell of the table that is tried with --every-cell alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("every_cell", False):
+        left_out = [item for item in items if item.get_closest_marker("rare")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -26,7 +38,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     to: Any = session.config.getoption("tools_table", None)
     if to is not None and not hasattr(session.config, "workerinput"):
         import ecosystem.tools  # noqa: F401  fills the table, which with pytest-xdist only the workers have done
-        from ecosystem.table import page
+        from ecosystem.table import PAGE, page, rare_cells
 
+        known = {} if session.config.getoption("every_cell") else rare_cells(PAGE.read_text())
         to.parent.mkdir(parents=True, exist_ok=True)
-        to.write_text(page(CELLS))
+        to.write_text(page({**known, **CELLS}))

@@ -18,6 +18,8 @@ from ecosystem.subjects import NETWORKS, SUBJECTS, Subject
 from torch import Tensor, nn
 
 EQUAL, NOTHING, LEFT_OUT = "=", "·", ""
+#: Networks of the same modules as ran_compact: tried with --every-cell alone.
+RARE = ("ran_base", "ran_paper")
 
 
 @dataclass
@@ -59,12 +61,16 @@ class Tool:
     remark: str | Mapping[str, str] = ""
     tolerance: float | Mapping[str, float] | None = None
     slow: Collection[str] = ()
+    rare: Collection[str] = ()
     single: bool = False
 
     def acts_on(self, subject: Subject) -> bool:
         if not self.on(subject):
             return False
         return self.needs is None or any(type(module) is self.needs for module in list(subject.twin().modules())[1:])
+
+    def is_rare(self, subject: str) -> bool:
+        return subject in RARE or subject in self.rare
 
 
 TOOLS: dict[str, Tool] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +15,8 @@ outputs, gradients, buffers and counts. This page is written by the tests themse
 environment of `tests/ecosystem/requirements.txt`):
 
 ```bash
-.ci/ecosystem           # makes the environment, tests, compares with this page
-.ci/ecosystem --write   # writes this page
+.ci/ecosystem           # makes the environment, tests, compares with this page; ran_compact stands for all networks
+.ci/ecosystem --write   # tests every cell, writes this page
 ```
 
 `=`: equal to the twin. A number: the sentence below, either an error's own words or what to know of equal results.
@@ -23,12 +24,25 @@ environment of `tests/ecosystem/requirements.txt`):
 `fold_for_inference(ran_compact)`, which is for evaluation.
 Versions: {versions}.
 """
+PAGE = Path(__file__).parents[2] / "docs" / "tools.md"
 VERSIONS = ("torch", "torchvision", "timm", "peft", "accelerate", "lightning", "captum", "onnxruntime", "torchao")
 
 
 def pinned() -> dict[str, str]:
     lines = Path(__file__).with_name("requirements.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if "==" in line)
+
+
+def rare_cells(text: str) -> dict[tuple[str, str], str]:
+    """What a page says of the cells that are not tried each time."""
+    notes = dict(re.findall(r"^\[(\d+)\] (.*?) *$", text, re.MULTILINE))
+    rows = {cells[0]: cells[1:] for line in text.splitlines() if len(cells := line.strip("| ").split(" | ")) > 1}
+    return {
+        (tool.name, subject): notes.get(found.strip("[]"), found)
+        for tool in TOOLS.values()
+        for subject, found in zip(SUBJECTS, rows.get(tool.name, []), strict=False)
+        if tool.is_rare(subject)
+    }
 
 
 def page(cells: Mapping[tuple[str, str], str]) -> str:

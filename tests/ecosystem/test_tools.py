@@ -26,14 +26,19 @@ from torch.nn import functional as F  # noqa: E402
 from benchmarks.reference import networks  # noqa: E402
 
 CELLS = [
-    (tool, subject)
+    pytest.param(
+        tool,
+        subject,
+        id=f"{tool.act.__name__}-{subject.name}",
+        marks=[pytest.mark.rare] if tool.is_rare(subject.name) else [],
+    )
     for tool in TOOLS.values()
     for subject in SUBJECTS.values()
     if tool.acts_on(subject) and subject.name not in tool.slow
 ]
 
 
-@pytest.mark.parametrize(("tool", "subject"), CELLS, ids=[f"{t.act.__name__}-{s.name}" for t, s in CELLS])
+@pytest.mark.parametrize(("tool", "subject"), CELLS)
 def test_cell(tool, subject, tmp_path, record_property):
     record_property("cell", [tool.name, subject.name, run(tool, subject, tmp_path)])
 

@@ -42,6 +42,7 @@ def sizes(case: Case, model: Any) -> Any:
     "`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)",
     plain=sizes_plainly,
     slow=("AttentionModule", "ran_base", "ran_paper"),
+    rare=("ran_compact",),
 )
 def dynamic(case: Case) -> Any:
     model = compiled(case, dynamic=True, fullgraph=True, backend="aot_eager")
@@ -61,6 +62,7 @@ def all_but(*names: str) -> tuple[str, ...]:
     "Inductor, default mode: a training step",
     plain=stepped_plainly,
     slow=all_but("AttentionGate", "BNReLUConv2d", "ran_compact"),
+    rare=("ran_compact",),
     single=True,
 )
 def default(case: Case) -> Any:
