@@ -12,7 +12,7 @@ CELLS: dict[tuple[str, str], str] = {}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--tools-table", type=Path, help="write the table of this run to a file")
-    parser.addoption("--every-cell", action="store_true", help="also those that CI takes from docs/tools.md as they are")
+    parser.addoption("--every-cell", action="store_true", help="also those that CI takes from docs/tools.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
