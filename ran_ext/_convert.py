@@ -27,7 +27,7 @@ def convert(model: Network, channels_last: bool = True) -> Network:
     :func:`ran_ext.explain`.
 
     Modules, parameters, buffers, their order, hooks and state_dict stay what and where they are; ``isinstance`` holds,
-    the exact type of converted modules is another of the same name. Under ``torch.compile`` (called afterwards) BN, ReLU
+    the exact type of converted modules is another of the same name. Under ``torch.compile`` (called later) BN, ReLU
     and convolution are fused in Inductor's graphs on the CPU, and 3x3 convolutions keep their kernels. Networks of this
     package fuse by themselves: their modules are left as they are.
 
