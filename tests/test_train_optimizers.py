@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from test_train_fit import InterruptAt, assert_equal
+from tiny_run import network
 from torch import nn, optim
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
@@ -24,8 +25,6 @@ from ran_ext.train import (
 from ran_ext.train.step import choose_step
 
 CONFIG = Config(
-    model_options={"width": 0.125},
-    dropout=0.3,
     weight_decay=0.0,
     batch_size=8,
     epochs=3,
@@ -86,8 +85,7 @@ PAIRS["CountingSGD"] = (lambda p: CountingSGD(p, lr=0.1), lambda o: None, "epoch
 
 
 def start(pair):
-    torch.manual_seed(3)
-    model = CONFIG.create_model()
+    model = network()
     make_optimizer, make_scheduler, interval = PAIRS[pair]
     optimizer = make_optimizer(model.parameters())
     return model, optimizer, make_scheduler(optimizer), interval
@@ -171,12 +169,12 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
 
 
 def test_an_older_checkpoint_has_no_scheduler(tmp_path):
-    model = CONFIG.create_model()
+    model = network()
     fit(model, IMAGES, VALIDATION, CONFIG, tmp_path, ranks=ALONE, quiet=True)
     state = load_checkpoint(tmp_path / "last.pt")
     assert state.pop("scheduler") is None
     save_checkpoint(tmp_path / "last.pt", state)
-    resumed = fit(CONFIG.create_model(), IMAGES, VALIDATION, CONFIG, tmp_path, ranks=ALONE, resume=True, quiet=True)
+    resumed = fit(network(), IMAGES, VALIDATION, CONFIG, tmp_path, ranks=ALONE, resume=True, quiet=True)
     assert len(resumed.figures) == CONFIG.epochs
 
 
@@ -191,7 +189,7 @@ def test_no_graph_is_captured_of_numbers_that_change():
 
 
 def test_what_does_not_fit_together_is_refused(tmp_path):
-    model = CONFIG.create_model()
+    model = network()
     own = optim.SGD(model.parameters(), lr=0.1)
     other = optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     plateau = schedulers.ReduceLROnPlateau(own)
