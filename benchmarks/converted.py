@@ -6,6 +6,7 @@ Each network as it is written, in channels_last, against a converted copy, inter
 python -m benchmarks.converted --rounds 9 --out benchmarks/results/cpu_convert.json
 python -m benchmarks.converted --isa avx2                   the same as on a processor without AVX-512
 python -m benchmarks.converted --compiled --network PreActResNet-18 DenseNet-BC-100-12      both under torch.compile
+python -m benchmarks.converted --overhead                   what a converted layer costs beside its kernels
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=None, help="JSON")
     parser.add_argument("--network", nargs="+", choices=[row[0] for row in NETWORKS], help="these alone")
     parser.add_argument("--compiled", action="store_true", help="eager, compiled, and converted and compiled")
+    parser.add_argument("--overhead", action="store_true", help="microseconds a layer on tiny tensors")
     options = isa.parse(parser, argv)
+    if options.overhead:
+        return overhead(options.out)
     chosen = [row for row in NETWORKS if not options.network or row[0] in options.network]
     if options.compiled:
         return compiled(chosen, options.rounds, options.out)
@@ -87,6 +91,23 @@ def compiled(chosen: Sequence[tuple[str, Callable[[], nn.Module], int, int]], ro
         ]
         shares = [kept[key] / kept["eager"] for key in ("compiled", "converted")]
         table.add(name, batch, pixels, *milliseconds, *ratios, *shares)
+
+
+def overhead(out: Path | None, layers: int = 20, rounds: int = 400) -> None:
+    """Print what a BN-ReLU-convolution of 8 channels and 4 pixels takes, one thread: nearly all of it is calls."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    parts = [part for _ in range(layers) for part in (nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1, bias=False))]
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), *parts).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    networks = {"eager": plain, "converted": ran_ext.convert(copy.deepcopy(plain))}
+    steps = {name: partial(step, network, x) for name, network in networks.items()}
+    seconds = interleave(steps, rounds, torch.device("cpu"))
+    eager, converted = (1e6 * min(times) / layers for times in seconds.values())  # the least: what is more is waiting
+    columns = ["layers", "eager, us a layer", "converted, us a layer", "more, us a layer"]
+    Table("forward and backward, the least of the rounds", columns, out).add(
+        layers, eager, converted, converted - eager
+    )
 
 
 def step(network: nn.Module, x: Tensor) -> None:
