@@ -16,7 +16,7 @@ void check_dgrad(const Conv1x1Inputs<T>& in) {
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dz(in.x.size());
   const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
-  const Conv1x1Scratch scratch(Conv1x1Pass::dgrad, s);
+  const Conv1x1Scratch scratch(ConvPass::dgrad, s);
   const ran::cuda::Conv1x1Dgrad args{dz.data(),
                                      sum_dz.data(),
                                      sum_dz_xhat.data(),

@@ -92,20 +92,13 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
   const Outputs<T> out{s, options};
   const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(out.y.size(), -2, 2, in.c.whole);
   const Filled<T> trunk(out.gated.size(), -2, 2, in.c.whole);
-  const Conv1x1Scratch scratch(Conv1x1Pass::forward, s);
+  const Conv1x1Scratch scratch(ConvPass::forward, s);
   ran::cuda::Conv1x1Gate gate{};
   if (options.gate_scale) gate = {out.gated.data(), trunk.data(), out.gate_h, out.gate_w, options.gate_scale};
-  const ran::cuda::Conv1x1Forward args{out.y.data(),
-                                       gate,
-                                       out.statistics(),
-                                       in.x.data(),
-                                       in.norm(),
-                                       in.weight.data(),
-                                       options.bias ? bias.data() : nullptr,
-                                       options.residual ? residual.data() : nullptr,
-                                       s,
-                                       scratch.workspace.data(),
-                                       scratch.counters.data()};
+  const ran::cuda::Conv1x1Forward args{
+      {out.y.data(), out.statistics(), in.x.data(), in.norm(), in.weight.data(), options.bias ? bias.data() : nullptr,
+       options.residual ? residual.data() : nullptr, s, scratch.workspace.data(), scratch.counters.data()},
+      gate};
   run_schedules(
       [&] {
         out.reset_running();
@@ -132,7 +125,7 @@ void check_far_statistics() {
   check_forward(in, 0);
 }
 
-void expect_refusal(Conv1x1Pass pass, const Conv1x1Shape& shape, ran::DType dtype, const char* part) {
+void expect_refusal(ConvPass pass, const Conv1x1Shape& shape, ran::DType dtype, const char* part) {
   std::string why;
   if (conv1x1_supported(pass, shape, dtype, &why) || why.find(part) == std::string::npos)
     mismatch("refusal is \"%s\", without \"%s\"", why.c_str(), part);
@@ -141,7 +134,7 @@ void expect_refusal(Conv1x1Pass pass, const Conv1x1Shape& shape, ran::DType dtyp
 void check_refusals() {
   using ran::DType;
   begin_case("conv1x1 refusals");
-  const auto forward = Conv1x1Pass::forward, dgrad = Conv1x1Pass::dgrad, wgrad = Conv1x1Pass::wgrad;
+  const auto forward = ConvPass::forward, dgrad = ConvPass::dgrad, wgrad = ConvPass::wgrad;
   expect_refusal(forward, {1, 4, 4, 12, 8, 1}, DType::f16, "multiples of 8; got x [1, 12, 4, 4], weight [8, 12, 1, 1]");
   expect_refusal(forward, {1, 4, 4, 8, 8, 3}, DType::f16, "the stride must be 1 or 2");
   expect_refusal(dgrad, {1, 4, 4, 8, 8, 2}, DType::f16, "stride 1 only");
@@ -149,7 +142,7 @@ void check_refusals() {
   expect_refusal(wgrad, {1 << 20, 1 << 6, 1 << 6, 8, 8, 1}, DType::f16, "2^30 output pixels");
   expect_refusal(forward, {1, 4, 4, 65536, 8, 1}, DType::bf16, "shared memory");
   std::string why = "unset";
-  EXPECT(conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
+  EXPECT(ran::cuda::conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
   ran::cuda::conv1x1::emulated_device.capability = 75;
   expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
 }
@@ -166,7 +159,7 @@ void check_limits() {
     for (const int64_t rows : {1, 63, 64, 129, 2048, 8192, 16384, 32768, 262144, 1 << 30})
       for (const int64_t c_in : {8, 64, 72, 256, 1024, 4096, 65536})
         for (const int64_t c_out : {8, 64, 128, 136, 1024, 65536})
-          for (const auto pass : {Conv1x1Pass::forward, Conv1x1Pass::dgrad}) {
+          for (const auto pass : {ConvPass::forward, ConvPass::dgrad}) {
             const Conv1x1Shape s{1, rows, 1, c_in, c_out, 1};
             begin_case("limits: %ld rows, %ld to %ld, %d SMs", rows, c_in, c_out, device.sm_count);
             if (!conv1x1_supported(pass, s, ran::DType::bf16, nullptr)) continue;
@@ -180,10 +173,10 @@ void check_limits() {
   }
   ran::cuda::conv1x1::emulated_device = devices[2];
   begin_case("128 tiles on 132 SMs");
-  const auto plan = ran::cuda::plan_of(Conv1x1Pass::forward, {128, 8, 16, 256, 128, 1});
+  const auto plan = ran::cuda::plan_of(ConvPass::forward, {128, 8, 16, 256, 128, 1});
   EXPECT(plan.tile == ran::cuda::conv1x1::TileKind::large && plan.row_blocks == 128);
   begin_case("32 tiles on 132 SMs");
-  const auto split = ran::cuda::plan_of(Conv1x1Pass::forward, {32, 8, 8, 1024, 64, 1});
+  const auto split = ran::cuda::plan_of(ConvPass::forward, {32, 8, 8, 1024, 64, 1});
   EXPECT(split.tiles() == 32 && split.splits == 4 && split.chunks_a_split == 4);
 }
 

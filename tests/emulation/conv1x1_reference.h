@@ -10,7 +10,7 @@
 
 namespace check {
 
-using ran::cuda::Conv1x1Pass;
+using ran::ConvPass;
 using ran::cuda::Conv1x1Shape;
 
 struct Conv1x1Case {
@@ -119,7 +119,7 @@ struct Conv1x1Scratch {
   emu::Buffer<unsigned char> workspace;
   emu::Buffer<unsigned> counters;
 
-  Conv1x1Scratch(Conv1x1Pass pass, const Conv1x1Shape& s)
+  Conv1x1Scratch(ConvPass pass, const Conv1x1Shape& s)
       : workspace(conv1x1_workspace(pass, s)), counters(conv1x1_counters(pass, s)) {
     std::memset(counters.data(), 0, counters.bytes());
   }

@@ -13,7 +13,7 @@ void check_wgrad(const Conv1x1Inputs<T>& in, bool with_bias) {
   if (!in.c.normalise) return;
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dweight(in.weight.size()), dbias(s.c_out);
-  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::wgrad, s));
+  const Buffer<unsigned char> workspace(conv1x1_workspace(ConvPass::wgrad, s));
   const ran::cuda::Conv1x1Wgrad args{
       dweight.data(), with_bias ? dbias.data() : nullptr, dy.data(), in.x.data(), in.norm(), s, workspace.data()};
   run_schedules([&] { return ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr); }, dweight, dbias);
