@@ -220,6 +220,7 @@ def test_fused_3x3_convolutions_write_no_activation_out():
     with set_conv3x3("fused"):
         assert peak(forward) < 1.5  # the output
     dout = torch.randn_like(outputs[0])
+    assert peak(lambda: torch.autograd.grad(outputs[0], weight, dout, retain_graph=True)) < 0.9  # partial sums
     assert peak(lambda: outputs[0].backward(dout)) < 2.5  # the gradients of relu(bn(x)) and of x
 
 

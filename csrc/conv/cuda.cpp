@@ -26,21 +26,11 @@ struct Kernels1x1 {
   static Shape shape_of(const Tensor& x, const Tensor& weight, const Convolution& conv) {
     return {x.size(0), x.size(2), x.size(3), x.size(1), weight.size(0), int(conv.stride[0])};
   }
-  static cuda::Conv1x1Pass pass_of(ConvPass pass) {
-    switch (pass) {
-      case ConvPass::dgrad:
-        return cuda::Conv1x1Pass::dgrad;
-      case ConvPass::wgrad:
-        return cuda::Conv1x1Pass::wgrad;
-      default:
-        return cuda::Conv1x1Pass::forward;
-    }
-  }
   static bool supported(ConvPass pass, const Shape& shape, DType dtype, std::string* why) {
-    return cuda::conv1x1_supported(pass_of(pass), shape, dtype, why);
+    return cuda::conv1x1_supported(pass, shape, dtype, why);
   }
-  static size_t workspace(ConvPass pass, const Shape& s) { return cuda::conv1x1_workspace(pass_of(pass), s); }
-  static size_t counters(ConvPass pass, const Shape& s) { return cuda::conv1x1_counters(pass_of(pass), s); }
+  static size_t workspace(ConvPass pass, const Shape& s) { return cuda::conv1x1_workspace(pass, s); }
+  static size_t counters(ConvPass pass, const Shape& s) { return cuda::conv1x1_counters(pass, s); }
 };
 
 struct Kernels3x3 {

@@ -2,11 +2,9 @@
 // gate and statistics around them fused in. bf16 or fp16 tensors, fp32 accumulation and vectors. No torch here.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string>
 
-#include "kernels.h"
+#include "conv_args.h"
 
 namespace ran::cuda {
 
@@ -20,17 +18,6 @@ struct Conv1x1Shape {
   int64_t rows() const { return n * out_h() * out_w(); }
 };
 
-enum class Conv1x1Pass { forward, dgrad, wgrad };
-
-// Whether the kernels below take this shape on the current device; where they do not, `why` (if given) says so in
-// words.
-bool conv1x1_supported(Conv1x1Pass pass, const Conv1x1Shape& shape, DType dtype, std::string* why);
-
-// Bytes of scratch a pass needs on the current device; 16-byte aligned, contents irrelevant before and after. And the
-// words that it counts in, zero before and after.
-size_t conv1x1_workspace(Conv1x1Pass pass, const Conv1x1Shape& shape);
-size_t conv1x1_counters(Conv1x1Pass pass, const Conv1x1Shape& shape);
-
 // out = (1 + sigmoid(y)) * trunk, where y is up-sampled (nearest) by `scale` and cropped to the trunk's h and w.
 struct Conv1x1Gate {
   void* out;  // null: no gate
@@ -39,54 +26,22 @@ struct Conv1x1Gate {
   int scale;  // 1 or 2
 };
 
-// Mean and biased variance of the stored output (of the gate's where there is one), for the next batch normalisation.
-struct ConvStatistics {
-  float* mean = nullptr;  // null: no statistics
-  float* var = nullptr;
-  RunningStatistics running;
+// With a gate y is the mask's logits, which its backward pass needs. Without norm.mean x is taken as it is, also
+// without the ReLU.
+struct Conv1x1Forward : ConvForward<Conv1x1Shape> {
+  Conv1x1Gate gate{};
 };
+using Conv1x1Dgrad = ConvDgrad<Conv1x1Shape>;  // stride 1 only
+using Conv1x1Wgrad = ConvWgrad<Conv1x1Shape>;
 
-// y = conv(relu(bn(x))) + bias + residual, added in fp32 and rounded once.
-struct Conv1x1Forward {
-  void* y;  // where there is a gate, the mask's logits, which its backward pass needs
-  Conv1x1Gate gate;
-  ConvStatistics statistics;
-  const void* x;
-  BatchNorm<float> norm;  // mean null: x as it is, without ReLU
-  const void* weight;
-  const void* bias;      // (c_out) of x's dtype, or null
-  const void* residual;  // of y's shape, or null
-  Conv1x1Shape shape;
-  void* workspace;
-  unsigned* counters;
-};
+// Whether the kernels below take this shape on the current device; where they do not, `why` (if given) says so in
+// words.
+bool conv1x1_supported(ConvPass pass, const Conv1x1Shape& shape, DType dtype, std::string* why);
 
-// dz = (dy * weight) where z = bn(x) > 0, else 0; and the two sums over pixels that batch normalisation's backward
-// takes (sum_dz is also the gradient of its bias, sum_dz_xhat that of its weight). Sums are over dz as stored. Stride 1
-// only.
-struct Conv1x1Dgrad {
-  void* dz;            // of x's shape
-  float* sum_dz;       // (c_in)
-  float* sum_dz_xhat;  // (c_in)
-  const void* dy;
-  const void* x;
-  BatchNorm<float> norm;
-  const void* weight;
-  Conv1x1Shape shape;
-  void* workspace;
-  unsigned* counters;
-};
-
-// dweight = dy^T * relu(bn(x)), with relu(bn(x)) computed again from x; dbias = sum of dy over pixels.
-struct Conv1x1Wgrad {
-  void* dweight;  // (c_out, c_in)
-  void* dbias;    // (c_out) or null
-  const void* dy;
-  const void* x;
-  BatchNorm<float> norm;
-  Conv1x1Shape shape;
-  void* workspace;
-};
+// Bytes of scratch a pass needs on the current device; 16-byte aligned, contents irrelevant before and after. And the
+// words that it counts in, zero before and after.
+size_t conv1x1_workspace(ConvPass pass, const Conv1x1Shape& shape);
+size_t conv1x1_counters(ConvPass pass, const Conv1x1Shape& shape);
 
 // Each returns what cudaGetLastError() does after its launches, and cudaErrorInvalidValue for a shape not supported or
 // a tensor off a 16-byte boundary. Nothing allocates or synchronises, the order of every sum is fixed on a given

@@ -73,7 +73,7 @@ cudaError_t dgrad(const Conv1x1Dgrad& p, cudaStream_t stream) {
 }  // namespace conv1x1
 
 cudaError_t conv1x1_dgrad(const Conv1x1Dgrad& p, DType dtype, cudaStream_t stream) {
-  if (!conv1x1_supported(Conv1x1Pass::dgrad, p.shape, dtype, nullptr) ||
+  if (!conv1x1_supported(ConvPass::dgrad, p.shape, dtype, nullptr) ||
       !aligned16(p.dz, p.dy, p.x, p.weight, p.workspace))
     return cudaErrorInvalidValue;
   return dtype == DType::bf16 ? conv1x1::dgrad<bf16>(p, stream) : conv1x1::dgrad<f16>(p, stream);

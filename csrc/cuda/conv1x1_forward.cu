@@ -128,7 +128,7 @@ bool gate_fits(const Conv1x1Gate& gate, const Conv1x1Shape& s) {
 }  // namespace conv1x1
 
 cudaError_t conv1x1_forward(const Conv1x1Forward& p, DType dtype, cudaStream_t stream) {
-  if (!conv1x1_supported(Conv1x1Pass::forward, p.shape, dtype, nullptr) || !conv1x1::gate_fits(p.gate, p.shape) ||
+  if (!conv1x1_supported(ConvPass::forward, p.shape, dtype, nullptr) || !conv1x1::gate_fits(p.gate, p.shape) ||
       !aligned16(p.y, p.gate.out, p.gate.trunk, p.x, p.weight, p.bias, p.residual, p.workspace))
     return cudaErrorInvalidValue;
   if (p.shape.rows() == 0) return cudaSuccess;

@@ -184,7 +184,7 @@ size_t wgrad_workspace(const Conv1x1Shape& s) { return make_wgrad_plan(s).splits
 }  // namespace conv1x1
 
 cudaError_t conv1x1_wgrad(const Conv1x1Wgrad& p, DType dtype, cudaStream_t stream) {
-  if (!conv1x1_supported(Conv1x1Pass::wgrad, p.shape, dtype, nullptr) ||
+  if (!conv1x1_supported(ConvPass::wgrad, p.shape, dtype, nullptr) ||
       !aligned16(p.dweight, p.dbias, p.dy, p.x, p.workspace))
     return cudaErrorInvalidValue;
   return dtype == DType::bf16 ? conv1x1::wgrad<bf16>(p, stream) : conv1x1::wgrad<f16>(p, stream);

@@ -5,7 +5,7 @@
 
 namespace compare {
 
-using ran::cuda::Conv1x1Pass;
+using ran::ConvPass;
 using ran::cuda::Conv1x1Shape;
 
 struct Fused {
@@ -31,8 +31,8 @@ void conv1x1_forward(const Run& run, const Conv1x1Shape& s, const Fused& fused) 
   const int64_t gate_h = s.out_h() * fused.gate_scale, gate_w = s.out_w() * fused.gate_scale;
   const auto trunk = run.input<T>(s.n * gate_h * gate_w * s.c_out, -2, 2);
   const Array<T> y(outputs), gated(trunk.size());
-  const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::forward, s));
-  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(Conv1x1Pass::forward, s), 0));
+  const Array<char> workspace(conv1x1_workspace(ConvPass::forward, s));
+  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(ConvPass::forward, s), 0));
   ran::cuda::Conv1x1Forward args{};
   args.y = y.data();
   if (fused.gate_scale) args.gate = {gated.data(), trunk.data(), gate_h, gate_w, fused.gate_scale};
@@ -59,8 +59,8 @@ void conv1x1_dgrad(const Run& run, const Conv1x1Shape& s) {
   const Norm norm(run, s.c_in);
   const Array<T> dz(x.size());
   const Array<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
-  const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::dgrad, s));
-  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(Conv1x1Pass::dgrad, s), 0));
+  const Array<char> workspace(conv1x1_workspace(ConvPass::dgrad, s));
+  const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(ConvPass::dgrad, s), 0));
   const ran::cuda::Conv1x1Dgrad args{dz.data(),        sum_dz.data(),  sum_dz_xhat.data(), dy.data(),
                                      x.data(),         norm.get(),     weight.data(),      s,
                                      workspace.data(), counters.data()};
@@ -75,7 +75,7 @@ void conv1x1_wgrad(const Run& run, const Conv1x1Shape& s) {
   const auto x = run.input<T>(s.n * s.h * s.w * s.c_in, -2, 2), dy = run.input<T>(s.rows() * s.c_out, -2, 2);
   const Norm norm(run, s.c_in);
   const Array<T> dweight(s.c_out * s.c_in), dbias(s.c_out);
-  const Array<char> workspace(conv1x1_workspace(Conv1x1Pass::wgrad, s));
+  const Array<char> workspace(conv1x1_workspace(ConvPass::wgrad, s));
   const ran::cuda::Conv1x1Wgrad args{dweight.data(),  dbias.data(), dy.data(), x.data(), norm.get(), s,
                                      workspace.data()};
   run.launch(ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr));

@@ -16,7 +16,7 @@ void check_dgrad(const Conv1x1Inputs<T>& in) {
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dz(in.x.size());
   const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
-  const Conv1x1Scratch scratch(Conv1x1Pass::dgrad, s);
+  const ConvScratch scratch(ConvPass::dgrad, s);
   const ran::cuda::Conv1x1Dgrad args{dz.data(),
                                      sum_dz.data(),
                                      sum_dz_xhat.data(),
@@ -29,18 +29,8 @@ void check_dgrad(const Conv1x1Inputs<T>& in) {
                                      scratch.counters.data()};
   run_schedules([&] { return ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr); }, dz, sum_dz, sum_dz_xhat);
 
-  auto want = multiply({values(dy), s.c_out, 1}, {values(in.weight), s.c_in, 1}, s.rows(), s.c_out, s.c_in);
-  std::vector<Sum> want_sum(s.c_in), want_xhat(s.c_in);
-  for (size_t i = 0; i < want.size(); ++i) {
-    const int64_t channel = i % s.c_in;
-    if (in.z(i) <= 0) want[i] = {};
-    const double xhat = (value(in.x[i]) - in.mean[channel]) / std::sqrt(in.var[channel] + in.eps());
-    want_sum[channel].add(value(dz[i]));
-    want_xhat[channel].add(value(dz[i]) * xhat);
-  }
-  expect_sums("dz", dz, want, in.c.whole);
-  expect_sums("sum_dz", sum_dz, want_sum, in.c.whole);
-  expect_sums("sum_dz_xhat", sum_dz_xhat, want_xhat, in.c.whole);
+  expect_gradients(in, dz, sum_dz, sum_dz_xhat,
+                   multiply({values(dy), s.c_out, 1}, {values(in.weight), s.c_in, 1}, s.rows(), s.c_out, s.c_in));
 }
 
 // Without pixels both sums are zero.
@@ -50,7 +40,7 @@ void check_empty() {
 }
 
 int main() {
-  for_each_conv1x1([](const auto& in, int) { check_dgrad(in); });
+  for_each_case(kConv1x1Cases, [](const auto& in, int) { check_dgrad(in); });
   check_empty();
   finish("conv1x1_dgrad");
 }

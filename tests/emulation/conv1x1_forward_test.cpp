@@ -28,29 +28,24 @@ struct Outputs {
   int64_t gate_h = options.gate_scale == 2 ? s.out_h() * 2 - 1 : s.out_h();  // the last row is cropped
   int64_t gate_w = options.gate_scale == 2 ? s.out_w() * 2 : s.out_w();
   Buffer<T> y{size_t(s.rows() * s.c_out)}, gated{size_t(options.gate_scale ? s.n * gate_h * gate_w * s.c_out : 0)};
-  Buffer<float> mean{size_t(s.c_out)}, var{size_t(s.c_out)}, running_mean{size_t(s.c_out)},
-      running_var{size_t(s.c_out)};
-  Buffer<int64_t> batches{1};
+  StatisticsBuffers batch{size_t(s.c_out)};
 
   ran::cuda::ConvStatistics statistics() const {
     switch (options.statistics) {
       case Statistics::none:
         return {};
       case Statistics::of_batch:
-        return {mean.data(), var.data(), {}};
+        return {batch.mean.data(), batch.var.data(), {}};
       case Statistics::momentum:
-        return {mean.data(), var.data(), {running_mean.data(), running_var.data(), nullptr, 0.25f}};
+        return {
+            batch.mean.data(), batch.var.data(), {batch.running_mean.data(), batch.running_var.data(), nullptr, 0.25f}};
       default:
-        return {mean.data(), var.data(), {running_mean.data(), running_var.data(), batches.data(), -1.0f}};
+        return batch.cumulative();
     }
   }
   // The weight of this batch in the running statistics; the cumulative average has seen four before.
   double factor() const {
     return options.statistics == Statistics::cumulative ? 0.2 : options.statistics == Statistics::momentum ? 0.25 : 0;
-  }
-  void reset_running() const {
-    for (int64_t i = 0; i < s.c_out; ++i) running_mean[i] = 1, running_var[i] = 2;
-    batches[0] = 4;
   }
 };
 
@@ -69,20 +64,8 @@ void check_gate(const Outputs<T>& out, const Buffer<T>& trunk) {
 
 template <typename T>
 void check_statistics(const Outputs<T>& out) {
-  const std::vector<double> stored = values(out.options.gate_scale ? out.gated : out.y);
-  const int64_t channels = out.s.c_out, count = stored.size() / channels;
-  const double factor = out.factor();
-  for (int64_t c = 0; c < channels; ++c) {
-    Sum mean, var;
-    for (int64_t r = 0; r < count; ++r) mean.add(stored[r * channels + c] / count);
-    for (int64_t r = 0; r < count; ++r) var.add(std::pow(stored[r * channels + c] - mean.value, 2) / count);
-    const double unbiased = var.value * count / (count - 1), spread = std::sqrt(var.value) * mean.magnitude;
-    expect_close("mean", out.mean, c, mean.value, mean.magnitude);
-    expect_close("var", out.var, c, var.value, var.value + spread);
-    expect_close("running_mean", out.running_mean, c, 1 - factor + factor * mean.value, 1 + mean.magnitude);
-    expect_close("running_var", out.running_var, c, 2 * (1 - factor) + factor * unbiased, 2 + unbiased + spread);
-  }
-  EXPECT(out.batches[0] == (out.options.statistics == Statistics::cumulative ? 5 : 4));
+  out.batch.expect(values(out.options.gate_scale ? out.gated : out.y), out.factor());
+  EXPECT(out.batch.batches[0] == (out.options.statistics == Statistics::cumulative ? 5 : 4));
 }
 
 template <typename T>
@@ -92,28 +75,21 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
   const Outputs<T> out{s, options};
   const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(out.y.size(), -2, 2, in.c.whole);
   const Filled<T> trunk(out.gated.size(), -2, 2, in.c.whole);
-  const Conv1x1Scratch scratch(Conv1x1Pass::forward, s);
+  const ConvScratch scratch(ConvPass::forward, s);
   ran::cuda::Conv1x1Gate gate{};
   if (options.gate_scale) gate = {out.gated.data(), trunk.data(), out.gate_h, out.gate_w, options.gate_scale};
-  const ran::cuda::Conv1x1Forward args{out.y.data(),
-                                       gate,
-                                       out.statistics(),
-                                       in.x.data(),
-                                       in.norm(),
-                                       in.weight.data(),
-                                       options.bias ? bias.data() : nullptr,
-                                       options.residual ? residual.data() : nullptr,
-                                       s,
-                                       scratch.workspace.data(),
-                                       scratch.counters.data()};
+  const ran::cuda::Conv1x1Forward args{
+      {out.y.data(), out.statistics(), in.x.data(), in.norm(), in.weight.data(), options.bias ? bias.data() : nullptr,
+       options.residual ? residual.data() : nullptr, s, scratch.workspace.data(), scratch.counters.data()},
+      gate};
   run_schedules(
       [&] {
-        out.reset_running();
+        out.batch.reset_running(4);
         return ran::cuda::conv1x1_forward(args, Type<T>::dtype, nullptr);
       },
-      out.y, out.gated, out.mean, out.var);
+      out.y, out.gated, out.batch.mean, out.batch.var);
 
-  auto want = multiply({in.activation(), s.c_in, 1}, {values(in.weight), 1, s.c_in}, s.rows(), s.c_in, s.c_out);
+  auto want = multiply({activation_rows(in), s.c_in, 1}, {values(in.weight), 1, s.c_in}, s.rows(), s.c_in, s.c_out);
   for (size_t i = 0; i < want.size(); ++i) {
     if (options.bias) want[i].add(value(bias[i % s.c_out]));
     if (options.residual) want[i].add(value(residual[i]));
@@ -132,7 +108,7 @@ void check_far_statistics() {
   check_forward(in, 0);
 }
 
-void expect_refusal(Conv1x1Pass pass, const Conv1x1Shape& shape, ran::DType dtype, const char* part) {
+void expect_refusal(ConvPass pass, const Conv1x1Shape& shape, ran::DType dtype, const char* part) {
   std::string why;
   if (conv1x1_supported(pass, shape, dtype, &why) || why.find(part) == std::string::npos)
     mismatch("refusal is \"%s\", without \"%s\"", why.c_str(), part);
@@ -141,7 +117,7 @@ void expect_refusal(Conv1x1Pass pass, const Conv1x1Shape& shape, ran::DType dtyp
 void check_refusals() {
   using ran::DType;
   begin_case("conv1x1 refusals");
-  const auto forward = Conv1x1Pass::forward, dgrad = Conv1x1Pass::dgrad, wgrad = Conv1x1Pass::wgrad;
+  const auto forward = ConvPass::forward, dgrad = ConvPass::dgrad, wgrad = ConvPass::wgrad;
   expect_refusal(forward, {1, 4, 4, 12, 8, 1}, DType::f16, "multiples of 8; got x [1, 12, 4, 4], weight [8, 12, 1, 1]");
   expect_refusal(forward, {1, 4, 4, 8, 8, 3}, DType::f16, "the stride must be 1 or 2");
   expect_refusal(dgrad, {1, 4, 4, 8, 8, 2}, DType::f16, "stride 1 only");
@@ -149,7 +125,7 @@ void check_refusals() {
   expect_refusal(wgrad, {1 << 20, 1 << 6, 1 << 6, 8, 8, 1}, DType::f16, "2^30 output pixels");
   expect_refusal(forward, {1, 4, 4, 65536, 8, 1}, DType::bf16, "shared memory");
   std::string why = "unset";
-  EXPECT(conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
+  EXPECT(ran::cuda::conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
   ran::cuda::conv1x1::emulated_device.capability = 75;
   expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
 }
@@ -166,7 +142,7 @@ void check_limits() {
     for (const int64_t rows : {1, 63, 64, 129, 2048, 8192, 16384, 32768, 262144, 1 << 30})
       for (const int64_t c_in : {8, 64, 72, 256, 1024, 4096, 65536})
         for (const int64_t c_out : {8, 64, 128, 136, 1024, 65536})
-          for (const auto pass : {Conv1x1Pass::forward, Conv1x1Pass::dgrad}) {
+          for (const auto pass : {ConvPass::forward, ConvPass::dgrad}) {
             const Conv1x1Shape s{1, rows, 1, c_in, c_out, 1};
             begin_case("limits: %ld rows, %ld to %ld, %d SMs", rows, c_in, c_out, device.sm_count);
             if (!conv1x1_supported(pass, s, ran::DType::bf16, nullptr)) continue;
@@ -180,15 +156,15 @@ void check_limits() {
   }
   ran::cuda::conv1x1::emulated_device = devices[2];
   begin_case("128 tiles on 132 SMs");
-  const auto plan = ran::cuda::plan_of(Conv1x1Pass::forward, {128, 8, 16, 256, 128, 1});
+  const auto plan = ran::cuda::plan_of(ConvPass::forward, {128, 8, 16, 256, 128, 1});
   EXPECT(plan.tile == ran::cuda::conv1x1::TileKind::large && plan.row_blocks == 128);
   begin_case("32 tiles on 132 SMs");
-  const auto split = ran::cuda::plan_of(Conv1x1Pass::forward, {32, 8, 8, 1024, 64, 1});
+  const auto split = ran::cuda::plan_of(ConvPass::forward, {32, 8, 8, 1024, 64, 1});
   EXPECT(split.tiles() == 32 && split.splits == 4 && split.chunks_a_split == 4);
 }
 
 int main() {
-  for_each_conv1x1([](const auto& in, int number) { check_forward(in, number); });
+  for_each_case(kConv1x1Cases, [](const auto& in, int number) { check_forward(in, number); });
   check_far_statistics();
   check_limits();
   check_refusals();

@@ -1,31 +1,13 @@
-// The 1x1 convolutions in double, with the rounding points of the kernels: relu(bn(x)) and every tensor are rounded to
-// 16 bits, sums over outputs are of what is stored. And the cases that all three passes are run on.
+// The 1x1 convolutions in double, and the cases that all three passes are run on.
 #pragma once
 
-#include <vector>
-
-#include "../../csrc/common/formulas.h"
-#include "../../csrc/cuda/conv1x1_plan.h"
-#include "check.h"
+#include "conv_reference.h"
 
 namespace check {
 
-using ran::cuda::Conv1x1Pass;
-using ran::cuda::Conv1x1Shape;
-
-struct Conv1x1Case {
-  const char* name;
-  Conv1x1Shape shape;  // n, h, w, c_in, c_out, stride
-  bool normalise;      // else x goes into the product as it is; the forward pass alone takes it so
-  int sm_count;        // few make large tiles and several tiles a block, many make small tiles
-  int shared_bytes;    // a block may have; decides whether the weight stays in shared memory
-  bool whole = false;  // small integers: every sum is exact, so the bits are known
-  double shift = 0;    // of the batch normalisation's bias
-  int nan_at = -1;     // index in x
-  bool affine = true;  // else the batch normalisation has neither weight nor bias
-};
-
-inline constexpr int kSmall = 99 << 10, kHopper = 227 << 10;
+using Conv1x1Case = ConvCase<Conv1x1Shape>;
+template <typename T>
+using Conv1x1Inputs = ConvInputs<T, Conv1x1Shape>;
 
 inline const Conv1x1Case kConv1x1Cases[] = {
     {"network 32-32", {3, 5, 7, 32, 32, 1}, true, 1, kHopper},
@@ -66,80 +48,19 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     {"pixels split, large tile", {1, 17, 33, 72, 72, 1}, true, 2, kHopper},
 };
 
-// A buffer with numbers in it.
+// relu(bn(x)) of the pixels that the output rows read, (rows, c_in).
 template <typename T>
-struct Filled : emu::Buffer<T> {
-  Filled(int64_t count, double low, double high, bool whole) : emu::Buffer<T>(count) { fill(*this, low, high, whole); }
-};
-
-// What all passes of a case read. Where numbers are whole the standard deviation is 1, so that z is whole, too.
-template <typename T>
-struct Conv1x1Inputs {
-  const Conv1x1Case& c;
-  const Conv1x1Shape& s = c.shape;
-  Filled<T> x{s.n * s.h * s.w * s.c_in, -2, 2, c.whole}, weight{s.c_out * s.c_in, -1, 1, c.whole};
-  Filled<float> mean{s.c_in, -1, 1, c.whole}, var{s.c_in, 0.5, 2, false}, scale{s.c_in, -2, 2, c.whole},
-      bias{s.c_in, c.shift - 1, c.shift + 1, c.whole};
-
-  explicit Conv1x1Inputs(const Conv1x1Case& c) : c(c) {
-    begin_case("conv1x1 %s, %s", c.name, Type<T>::name);
-    ran::cuda::conv1x1::emulated_device = {80, c.sm_count, c.shared_bytes, c.shared_bytes + 1024};
-    for (int64_t i = 0; c.whole && i < s.c_in; ++i) var[i] = 1;
-    for (int64_t i = 0; !c.affine && i < s.c_in; ++i) scale[i] = 1, bias[i] = 0;  // what null stands for
-    if (c.nan_at >= 0) x[c.nan_at] = make<T>(NAN);
+std::vector<double> activation_rows(const Conv1x1Inputs<T>& in) {
+  const Conv1x1Shape& s = in.s;
+  const std::vector<double> all = in.activation();
+  std::vector<double> a(s.rows() * s.c_in);
+  for (size_t i = 0; i < a.size(); ++i) {
+    const int64_t row = i / s.c_in, y = row / s.out_w() % s.out_h(), image = row / (s.out_w() * s.out_h());
+    const int64_t source = (image * s.h + y * s.stride) * s.w + row % s.out_w() * s.stride;
+    a[i] = all[source * s.c_in + i % s.c_in];
   }
-  ran::BatchNorm<float> norm() const {
-    if (!c.normalise) return {};
-    return {mean.data(), var.data(), c.affine ? scale.data() : nullptr, c.affine ? bias.data() : nullptr, eps()};
-  }
-  double eps() const { return c.whole ? 0.0 : 1e-5; }
-  float z(int64_t at) const {  // of x[at]
-    const int64_t i = at % s.c_in;
-    return ran::normalise(static_cast<float>(value(x[at])),
-                          ran::scale_shift(mean[i], var[i], scale[i], bias[i], static_cast<float>(eps())));
-  }
-  // Of x that an output row reads.
-  int64_t source_row(int64_t row) const {
-    const int64_t column = row % s.out_w(), y = row / s.out_w() % s.out_h(), image = row / (s.out_w() * s.out_h());
-    return (image * s.h + y * s.stride) * s.w + column * s.stride;
-  }
-  // relu(bn(x)) as the product sees it, (rows, c_in); x itself where nothing is normalised.
-  std::vector<double> activation() const {
-    std::vector<double> a(s.rows() * s.c_in);
-    for (size_t i = 0; i < a.size(); ++i) {
-      const int64_t at = source_row(i / s.c_in) * s.c_in + i % s.c_in;
-      a[i] = c.normalise ? value(make<T>(ran::relu(z(at)))) : value(x[at]);
-    }
-    return a;
-  }
-};
-
-// What a pass works in; its counters are zero again after it.
-struct Conv1x1Scratch {
-  emu::Buffer<unsigned char> workspace;
-  emu::Buffer<unsigned> counters;
-
-  Conv1x1Scratch(Conv1x1Pass pass, const Conv1x1Shape& s)
-      : workspace(conv1x1_workspace(pass, s)), counters(conv1x1_counters(pass, s)) {
-    std::memset(counters.data(), 0, counters.bytes());
-  }
-  ~Conv1x1Scratch() {
-    for (size_t i = 0; i < counters.size(); ++i) EXPECT(counters[i] == 0);
-  }
-};
-
-template <typename T>
-std::vector<double> values(const emu::Buffer<T>& buffer) {
-  std::vector<double> out(buffer.size());
-  for (size_t i = 0; i < out.size(); ++i) out[i] = value(buffer[i]);
-  return out;
+  return a;
 }
-
-// A sum and that of its terms' magnitudes, which bounds what a sum in float may be off by.
-struct Sum {
-  double value = 0, magnitude = 0;
-  void add(double term) { value += term, magnitude += std::fabs(term); }
-};
 
 // A matrix in any layout.
 struct View {
@@ -154,25 +75,6 @@ inline std::vector<Sum> multiply(View a, View b, int64_t rows, int64_t depth, in
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < columns; ++j) sums[i * columns + j].add(a.at(i, k) * b.at(k, j));
   return sums;
-}
-
-template <typename T>
-void expect_sums(const char* what, const emu::Buffer<T>& got, const std::vector<Sum>& want, bool exact) {
-  EXPECT(got.size() == want.size());
-  for (size_t i = 0; i < want.size(); ++i)
-    exact ? expect_equal(what, got, i, want[i].value)
-          : expect_close(what, got, i, want[i].value, want[i].magnitude, 24);
-}
-
-// Calls check(inputs, number of the case) for every case and dtype.
-template <typename Check>
-void for_each_conv1x1(Check&& check) {
-  int number = 0;
-  for (const Conv1x1Case& c : kConv1x1Cases) {
-    if (wanted("RAN_DTYPES", Type<bf16>::name)) check(Conv1x1Inputs<bf16>(c), number);
-    if (wanted("RAN_DTYPES", Type<f16>::name)) check(Conv1x1Inputs<f16>(c), number);
-    ++number;
-  }
 }
 
 }  // namespace check

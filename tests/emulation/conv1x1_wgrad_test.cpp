@@ -13,14 +13,15 @@ void check_wgrad(const Conv1x1Inputs<T>& in, bool with_bias) {
   if (!in.c.normalise) return;
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dweight(in.weight.size()), dbias(s.c_out);
-  const Buffer<unsigned char> workspace(conv1x1_workspace(Conv1x1Pass::wgrad, s));
+  const ConvScratch scratch(ConvPass::wgrad, s);
   const ran::cuda::Conv1x1Wgrad args{
-      dweight.data(), with_bias ? dbias.data() : nullptr, dy.data(), in.x.data(), in.norm(), s, workspace.data()};
+      dweight.data(),          with_bias ? dbias.data() : nullptr, dy.data(), in.x.data(), in.norm(), s,
+      scratch.workspace.data()};
   run_schedules([&] { return ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr); }, dweight, dbias);
 
   const std::vector<double> dy_values = values(dy), ones(s.rows(), 1.0);
   const View dy_transposed{dy_values, 1, s.c_out};
-  expect_sums("dweight", dweight, multiply(dy_transposed, {in.activation(), s.c_in, 1}, s.c_out, s.rows(), s.c_in),
+  expect_sums("dweight", dweight, multiply(dy_transposed, {activation_rows(in), s.c_in, 1}, s.c_out, s.rows(), s.c_in),
               in.c.whole);
   if (with_bias) expect_sums("dbias", dbias, multiply(dy_transposed, {ones, 1, 1}, s.c_out, s.rows(), 1), in.c.whole);
 }
@@ -32,7 +33,7 @@ void check_empty() {
 }
 
 int main() {
-  for_each_conv1x1([](const auto& in, int number) { check_wgrad(in, number % 3 != 0); });
+  for_each_case(kConv1x1Cases, [](const auto& in, int number) { check_wgrad(in, number % 3 != 0); });
   check_empty();
   finish("conv1x1_wgrad");
 }

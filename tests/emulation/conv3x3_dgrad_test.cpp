@@ -13,40 +13,30 @@ void check_dgrad(const Conv3x3Inputs<T>& in) {
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dz(in.x.size());
   const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
-  const auto workspace = conv3x3_scratch(ConvPass::dgrad, s);
-  const ran::cuda::Conv3x3Dgrad args{dz.data(),       sum_dz.data(), sum_dz_xhat.data(), dy.data(),
-                                     in.x.data(),     in.norm(),     in.weight.data(),   s,
-                                     workspace.data()};
+  const ConvScratch scratch(ConvPass::dgrad, s);
+  const ran::cuda::Conv3x3Dgrad args{
+      dz.data(), sum_dz.data(),           sum_dz_xhat.data(), dy.data(), in.x.data(), in.norm(), in.weight.data(),
+      s,         scratch.workspace.data()};
   run_schedules([&] { return ran::cuda::conv3x3_dgrad(args, Type<T>::dtype, nullptr); }, dz, sum_dz, sum_dz_xhat);
 
   const std::vector<double> dy_values = values(dy), weight = values(in.weight);
   std::vector<Sum> want(in.x.size());
-  in.for_each_product([&](int64_t row, int64_t pixel, int64_t tap) {
+  for_each_product(s, [&](int64_t row, int64_t pixel, int64_t tap) {
     for (int64_t k = 0; k < s.c_out; ++k)
       for (int64_t c = 0; c < s.c_in; ++c)
         want[pixel * s.c_in + c].add(dy_values[row * s.c_out + k] * weight[(k * 9 + tap) * s.c_in + c]);
   });
-  std::vector<Sum> want_sum(s.c_in), want_xhat(s.c_in);
-  for (size_t i = 0; i < want.size(); ++i) {
-    const int64_t channel = i % s.c_in;
-    if (in.z(i) <= 0) want[i] = {};
-    const double xhat = (value(in.x[i]) - in.mean[channel]) / std::sqrt(in.var[channel] + in.eps());
-    want_sum[channel].add(value(dz[i]));
-    want_xhat[channel].add(value(dz[i]) * xhat);
-  }
-  expect_sums("dz", dz, want, in.c.whole);
-  expect_sums("sum_dz", sum_dz, want_sum, in.c.whole);
-  expect_sums("sum_dz_xhat", sum_dz_xhat, want_xhat, in.c.whole);
+  expect_gradients(in, dz, sum_dz, sum_dz_xhat, want);
 }
 
 // Without pixels both sums are zero.
 void check_empty() {
-  const Conv3x3Case c{"no pixels", {0, 4, 4, 8, 16, 2, 1}, 1, kHopper};
+  const Conv3x3Case c{"no pixels", {0, 4, 4, 8, 16, 2, 1}, true, 1, kHopper};
   check_dgrad(Conv3x3Inputs<bf16>(c));
 }
 
 int main() {
-  for_each_conv3x3([](const auto& in, int) { check_dgrad(in); });
+  for_each_case(kConv3x3Cases, [](const auto& in, int) { check_dgrad(in); });
   check_empty();
   finish("conv3x3_dgrad");
 }

@@ -12,26 +12,6 @@ struct Options {
 };
 const Options kOptions[] = {{true, true, true}, {true, false, true}, {false, true, true}, {false, false, false}};
 
-// Of the stored values, with running ones that take half of the batch's.
-template <typename T>
-void check_statistics(const Buffer<T>& y, const Buffer<float>& mean, const Buffer<float>& var,
-                      const Buffer<float>& running_mean, const Buffer<float>& running_var) {
-  const std::vector<double> stored = values(y);
-  const int64_t channels = mean.size(), count = stored.size() / channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    Sum want_mean, want_var;
-    for (int64_t r = 0; r < count; ++r) want_mean.add(stored[r * channels + c] / count);
-    for (int64_t r = 0; r < count; ++r) want_var.add(std::pow(stored[r * channels + c] - want_mean.value, 2) / count);
-    const double spread = std::sqrt(want_var.value) * want_mean.magnitude;
-    expect_close("mean", mean, c, want_mean.value, want_mean.magnitude);
-    expect_close("var", var, c, want_var.value, want_var.value + spread);
-    expect_close("running_mean", running_mean, c, (1 + want_mean.value) / 2, 1 + want_mean.magnitude);
-    if (count > 1)
-      expect_close("running_var", running_var, c, 1 + want_var.value * count / (count - 1) / 2,
-                   2 + want_var.value + spread);
-  }
-}
-
 template <typename T>
 void check_forward(const Conv3x3Inputs<T>& in, int number) {
   const Conv3x3Shape& s = in.s;
@@ -39,31 +19,28 @@ void check_forward(const Conv3x3Inputs<T>& in, int number) {
   const int64_t outputs = s.rows() * s.c_out;
   const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(outputs, -2, 2, in.c.whole);
   const Buffer<T> y(outputs);
-  const Buffer<float> mean(s.c_out), var(s.c_out), running_mean(s.c_out), running_var(s.c_out);
-  const Buffer<int64_t> batches(1);
-  const auto workspace = conv3x3_scratch(ConvPass::forward, s);
+  const StatisticsBuffers out(s.c_out);
+  const ConvScratch scratch(ConvPass::forward, s);
   ran::cuda::Conv3x3Forward args{};
   args.y = y.data();
-  if (options.statistics)
-    args.statistics = {mean.data(), var.data(), {running_mean.data(), running_var.data(), batches.data(), -1.0f}};
+  if (options.statistics) args.statistics = out.cumulative();
   args.x = in.x.data();
   args.norm = in.norm();
   args.weight = in.weight.data();
   if (options.bias) args.bias = bias.data();
   if (options.residual) args.residual = residual.data();
   args.shape = s;
-  args.workspace = workspace.data();
+  args.workspace = scratch.workspace.data();
   run_schedules(
       [&] {
-        for (int64_t i = 0; i < s.c_out; ++i) running_mean[i] = 1, running_var[i] = 2;
-        batches[0] = 1;
+        out.reset_running(1);
         return ran::cuda::conv3x3_forward(args, Type<T>::dtype, nullptr);
       },
-      y, mean, var);
+      y, out.mean, out.var);
 
   const std::vector<double> a = in.activation(), weight = values(in.weight);
   std::vector<Sum> want(outputs);
-  in.for_each_product([&](int64_t row, int64_t pixel, int64_t tap) {
+  for_each_product(s, [&](int64_t row, int64_t pixel, int64_t tap) {
     for (int64_t k = 0; k < s.c_out; ++k)
       for (int64_t c = 0; c < s.c_in; ++c)
         want[row * s.c_out + k].add(a[pixel * s.c_in + c] * weight[(k * 9 + tap) * s.c_in + c]);
@@ -73,8 +50,8 @@ void check_forward(const Conv3x3Inputs<T>& in, int number) {
     if (options.residual) want[i].add(value(residual[i]));
   }
   expect_sums("y", y, want, in.c.whole);
-  EXPECT(batches[0] == (options.statistics ? 2 : 1));
-  if (options.statistics) check_statistics(y, mean, var, running_mean, running_var);
+  EXPECT(out.batches[0] == (options.statistics ? 2 : 1));
+  if (options.statistics) out.expect(values(y), 0.5);
 }
 
 void expect_refusal(ConvPass pass, const Conv3x3Shape& shape, ran::DType dtype, const char* part) {
@@ -141,7 +118,7 @@ void check_limits() {
 }
 
 int main() {
-  for_each_conv3x3([](const auto& in, int number) { check_forward(in, number); });
+  for_each_case(kConv3x3Cases, [](const auto& in, int number) { check_forward(in, number); });
   check_limits();
   check_refusals();
   finish("conv3x3_forward");

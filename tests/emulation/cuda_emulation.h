@@ -159,6 +159,7 @@ struct Compiled {
 };
 inline std::map<const void*, Compiled> compiled;  // by the kernel's address
 inline bool run_sources = false;                  // all the same
+inline bool skip_kernels = false;                 // launches do nothing
 
 struct Shape {
   dim3 grid, block;
@@ -178,6 +179,7 @@ inline std::unique_ptr<Gang> make_gang(const Shape& shape, size_t first, size_t 
 
 // Runs a kernel in every thread of the grid; gangs from the last to the first under the reverse schedule.
 inline void run(Launched& launched, Shape shape, const Kernel& ours) {
+  if (skip_kernels) return;
   const size_t blocks = size_t(shape.grid.x) * shape.grid.y * shape.grid.z;
   const unsigned threads = shape.block.x * shape.block.y * shape.block.z;
   kernel = launched.name.c_str();
