@@ -38,13 +38,17 @@ def objects(folder: Path) -> list[str]:
             path.write_text("#pragma once\n")
     macros = {**MACROS, "RAN_TORCH_VERSION": f'"{torch.__version__}"'}
     flags = [*FLAGS, *(f"-D{name}={value}" for name, value in macros.items())]
-    flags += [f"-iquote{ROOT / 'tests' / 'emulation'}", f"-isystem{folder / 'include'}"]
+    flags += [f"-iquote{ROOT}", f"-iquote{ROOT / 'tests' / 'emulation'}", f"-isystem{folder / 'include'}"]
     flags += [f"-isystem{place}" for place in (*include_paths(), sysconfig.get_paths()["include"])]
     torch_side = [*native.torch_units(folder / "units"), HERE / "memory.cpp"]
     kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    gpu = HERE / "gpu.h"
+    if headers := native.precompilation(gpu, folder, flags):
+        native.compile_all(headers)
+        gpu = headers[0].source
     tasks = [
         native.Compile(source, folder / f"{source.stem}.o", (*native.cxx(), *flags, *more, "-x", "c++"))
-        for sources, more in ((torch_side, ("-include", str(HERE / "gpu.h"))), (kernels, ()))
+        for sources, more in ((torch_side, ("-include", str(gpu))), (kernels, ()))
         for source in sources
     ]
     tasks += [task for task in native.cpu_tasks() if task.object.parent.name == "baseline"]

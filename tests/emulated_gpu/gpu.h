@@ -5,14 +5,14 @@
 #include <ATen/Version.h>
 #include <c10/core/impl/alloc_cpu.h>
 
-#include "../../csrc/common/torch_headers.h"
+#include "csrc/common/torch_headers.h"
 
 // Every tensor is one of the GPU, in memory that both see.
 #define is_cuda defined
 #define is_cpu is_meta
 #define kCUDA kCPU
 
-#include "../emulation/cuda_emulation.h"
+#include "cuda_emulation.h"
 
 enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMajor,
