@@ -43,17 +43,33 @@ struct Axis {
   }
 };
 
+// Whole vectors where there is `room` for them behind `to` and `from`, be it of what comes next: part of one takes a
+// call of memcpy.
+template <typename To, typename From>
+void convert_row(To* to, const From* from, int64_t size, int64_t room) {
+  constexpr int lanes = VecOf<Acc<To>>::lanes;
+  for (int64_t i = 0; i < size; i += lanes)
+    i + lanes <= room ? store(to + i, load(from + i)) : store(to + i, load(from + i, int(size - i)), int(size - i));
+}
+
 // NCHW is n * c planes of one value a pixel, channels_last n planes of c values.
 template <typename T, typename A = Acc<T>>
 struct Planes {
+  static constexpr int64_t kBlock = 1024;  // values of a row, so that four stay in the first-level cache
+
   const GateShape g;
   const int64_t inner = g.channels_last ? g.c : 1, width = g.w * inner, low_width = g.mask_w() * inner;
+  const int64_t low_size = (g.channels_last ? g.n : g.n * g.c) * g.mask_h() * low_width;
   const Axis<A> y{g.h, g.mask_h()}, x{g.w, g.mask_w()};
 
-  // A low row at the trunk's width. `line`: scratch of low_width.
-  void stretch(A* wide, const T* low, A* line) const {
+  // Of scratch for a row: whole vectors.
+  int64_t padded(int64_t size) const { return round_up(size, VecOf<A>::lanes); }
+
+  // Low row `row` of all at the trunk's width. `line`: scratch for a low row.
+  void stretch(A* wide, const T* mask, int64_t row, A* line) const {
+    const T* const low = mask + row * low_width;
     if (inner == 1) {
-      convert(line, low, low_width);
+      convert_row(line, low, low_width, low_size - row * low_width);
       for (int64_t i = 0; i < g.w; ++i)
         wide[i] = x.at[i].weight0 * line[x.at[i].low0] + x.at[i].weight1 * line[x.at[i].low1];
       return;
@@ -67,8 +83,8 @@ struct Planes {
     }
   }
 
-  // Its transpose: of gradients at the trunk's width those of the low row.
-  void fold(T* low, const A* wide, A* line) const {
+  // Its transpose: of gradients at the trunk's width those of the low row. `room`: behind `low`, to be written later.
+  void fold(T* low, const A* wide, A* line, int64_t room) const {
     for (int64_t j = 0; j < x.low(); ++j) {
       if (inner == 1) {
         A sum = 0;
@@ -82,7 +98,7 @@ struct Planes {
         store(low + j * inner + c, sum, n);
       });
     }
-    if (inner == 1) convert(low, line, low_width);
+    if (inner == 1) convert_row(low, line, low_width, room);
   }
 
   // Runs body(plane, first, end) for low rows of one plane that together are all.
@@ -97,35 +113,59 @@ struct Planes {
       }
     });
   }
+
+  // Runs body(y, offset, i, n) for the vectors of the trunk's rows y between `low` and the next low row, i being the
+  // first value's place in its row. Those at a row's end may reach into the next row, which comes later, up to low row
+  // `end`; the scratch is padded.
+  template <typename Body>
+  void for_vectors(int64_t plane, int64_t low, int64_t end, Body&& body) const {
+    constexpr int lanes = VecOf<A>::lanes;
+    for (int64_t block = 0; block < width; block += kBlock)
+      for (int64_t row = y.start[low]; row < y.start[low + 1]; ++row) {
+        const int64_t at = (plane * g.h + row) * width;
+        const int64_t room = width <= kBlock ? (y.start[end] - row) * width : width;
+        for (int64_t i = block; i < std::min(block + kBlock, width); i += lanes)
+          i + lanes <= room ? body(row, at + i, i, lanes) : body(row, at + i, i, int(width - i));
+      }
+  }
 };
 
 // The two stretched rows of the mask between which the trunk's rows lie.
 template <typename T, typename A = Acc<T>>
 class Pair {
  public:
-  Pair(const Planes<T>& planes, const T* mask)
-      : planes_(planes), mask_(mask), memory_(2 * planes.width + planes.low_width), first_(memory_.get()) {}
+  Pair(const Planes<T>& planes, const T* mask, int64_t plane)
+      : planes_(planes),
+        mask_(mask),
+        top_(plane * planes.y.low()),
+        memory_(2 * planes.padded(planes.width) + planes.padded(planes.low_width)),
+        first_(memory_.get()),
+        second_(first_ + planes.padded(planes.width)),
+        line_(second_ + planes.padded(planes.width)) {
+    std::fill(first_, line_, A(0));
+  }
 
-  // Before row i, and row i again where it is the last.
+  // To before row i, and row i again where it is the last.
   void move_to(int64_t i) {
     if (i == next_) {
       std::swap(first_, second_);
     } else {
-      planes_.stretch(first_, mask_ + i * planes_.low_width, line());
+      planes_.stretch(first_, mask_, top_ + i, line_);
     }
     next_ = std::min(i + 1, planes_.y.low() - 1);
-    planes_.stretch(second_, mask_ + next_ * planes_.low_width, line());
+    planes_.stretch(second_, mask_, top_ + next_, line_);
   }
-  Vec<A> mixed(int64_t i, int n, const Stencil<A, int64_t>& s) const {
-    return fma(splat(s.weight0), load(first_ + i, n), load(second_ + i, n) * s.weight1);
+  Vec<A> mixed(int64_t i, const Stencil<A, int64_t>& s) const {
+    return fma(splat(s.weight0), load(first_ + i), load(second_ + i) * s.weight1);
   }
-  A* line() const { return memory_.get() + 2 * planes_.width; }
+  A* line() const { return line_; }
 
  private:
   const Planes<T>& planes_;
   const T* const mask_;
+  const int64_t top_;
   const Scratch<A> memory_;
-  A *first_, *second_ = first_ + planes_.width;
+  A *first_, *second_, *const line_;
   int64_t next_ = -1;
 };
 
@@ -133,15 +173,12 @@ template <typename T, typename A = Acc<T>>
 void forward(T* out, const T* trunk, const T* mask, GateShape g) {
   const Planes<T> planes{g};
   planes.for_low_rows([&](int64_t plane, int64_t first, int64_t end) {
-    Pair<T> pair(planes, mask + plane * planes.y.low() * planes.low_width);
+    Pair<T> pair(planes, mask, plane);
     for (int64_t low = first; low < end; ++low) {
       pair.move_to(low);
-      for_lanes<A>(planes.width, [&](int64_t i, int n) {
-        for (int64_t y = planes.y.start[low]; y < planes.y.start[low + 1]; ++y) {
-          const int64_t at = (plane * g.h + y) * planes.width + i;
-          const Vec<A> t = load(trunk + at, n);
-          store(out + at, fma(Sigmoid<T>(pair.mixed(i, n, planes.y.at[y])).s, t, t), n);
-        }
+      planes.for_vectors(plane, low, end, [&](int64_t y, int64_t at, int64_t i, int n) {
+        const Vec<A> t = load(trunk + at, n);
+        store(out + at, fma(Sigmoid<T>(pair.mixed(i, planes.y.at[y])).s, t, t), n);
       });
     }
   });
@@ -151,32 +188,30 @@ template <typename T, typename A = Acc<T>>
 void backward(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
   const Planes<T> planes{g};
   planes.for_low_rows([&](int64_t plane, int64_t first, int64_t end) {
-    const int64_t low_plane = plane * planes.y.low() * planes.low_width;
-    Pair<T> pair(planes, mask + low_plane);
-    const Scratch<A> memory(2 * planes.width);
-    A *const carried = memory.get(), *const whole = carried + planes.width;  // from the rows above; with those below
-    std::fill_n(carried, planes.width, A(0));
+    Pair<T> pair(planes, mask, plane);
+    const int64_t width = planes.padded(planes.width);
+    const Scratch<A> memory(2 * width);
+    A *above = memory.get(), *below = above + width;  // gradients of the low row above the trunk's rows, and below
+    std::fill_n(below, width, A(0));
     // The rows above the first low row belong to the part that has the low row before: there they are written.
     for (int64_t low = std::max<int64_t>(first - 1, 0); low < end; ++low) {
       pair.move_to(low);
+      std::swap(above, below);
+      std::fill_n(below, width, A(0));
       const bool own = low >= first, last = low + 1 == planes.y.low();
-      for_lanes<A>(planes.width, [&](int64_t i, int n) {
-        Vec<A> above{}, below{};  // gradients of the low row above the trunk's rows, and of the one below
-        for (int64_t y = planes.y.start[low]; y < planes.y.start[low + 1]; ++y) {
-          const int64_t at = (plane * g.h + y) * planes.width + i;
-          const auto& s = planes.y.at[y];
-          const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(i, n, s);
-          const Sigmoid<T> gate(logits);
-          if (own) store(dtrunk + at, fma(gate.s, d, d), n);
-          const Vec<A> gradient = gate.gradient(product, logits);
-          above = fma(splat(s.weight0), gradient, above);
-          below = fma(splat(s.weight1), gradient, below);
-        }
-        above += load(carried + i, n);
-        store(whole + i, last ? above + below : above, n);
-        store(carried + i, below, n);
+      planes.for_vectors(plane, low, end, [&](int64_t y, int64_t at, int64_t i, int n) {
+        const auto& s = planes.y.at[y];
+        const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(i, s);
+        const Sigmoid<T> gate(logits);
+        if (own) store(dtrunk + at, fma(gate.s, d, d), n);
+        const Vec<A> gradient = gate.gradient(product, logits);
+        store(above + i, fma(splat(s.weight0), gradient, load(above + i)));
+        store(below + i, fma(splat(s.weight1), gradient, load(below + i)));
       });
-      if (own) planes.fold(dmask + low_plane + low * planes.low_width, whole, pair.line());
+      if (last)
+        for (int64_t i = 0; i < width; ++i) above[i] += below[i];
+      const int64_t row = plane * planes.y.low() + low;
+      if (own) planes.fold(dmask + row * planes.low_width, above, pair.line(), (end - low) * planes.low_width);
     }
   });
 }
