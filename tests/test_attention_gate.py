@@ -73,7 +73,7 @@ def plain_bilinear(trunk: Tensor, mask: Tensor, scale: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1, 2, 3, 100])
 @pytest.mark.parametrize("shape", [(2, 5, 7, 6), (1, 1, 1, 1), (3, 37, 1, 9), (1, 3, 34, 2), (1, 16, 5, 70)])
-def test_bilinear_masks(shape, scale, dtype, layout, backend):
+def test_bilinear_values_and_gradients(shape, scale, dtype, layout, backend):
     """Up-sampled as PyTorch does, then gated; of odd sizes too."""
     check_bilinear(shape, scale, dtype, LAYOUTS[layout], backend=backend)
 
@@ -85,7 +85,7 @@ def test_bilinear_masks(shape, scale, dtype, layout, backend):
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(list(LAYOUTS.values())),
 )
-def test_bilinear_masks_of_any_shape(shape, scale, dtype, layout):
+def test_bilinear_values_and_gradients_of_any_shape(shape, scale, dtype, layout):
     check_bilinear(shape, scale, dtype, layout, times=4)
 
 
@@ -148,6 +148,7 @@ def test_infinities_and_nan_around_bilinear_masks_as_in_pytorch(dtype, layout, w
                     assert torch.equal(a.isneginf(), b.isneginf())
 
 
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="PyTorch's place has a rounding more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bilinear_neighbours_are_pytorchs(dtype):
     """By the rounding of a pixel's place: told by where NaN comes through at weight 0."""
