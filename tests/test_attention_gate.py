@@ -148,7 +148,6 @@ def test_infinities_and_nan_around_bilinear_masks_as_in_pytorch(dtype, layout, w
                     assert torch.equal(a.isneginf(), b.isneginf())
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="PyTorch's place has a rounding more")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bilinear_neighbours_are_pytorchs(dtype):
     """By the rounding of a pixel's place: told by where NaN comes through at weight 0."""

@@ -17,6 +17,16 @@ namespace {
 
 constexpr int64_t kGrain = 8192;  // values that are worth a thread
 
+// Where torch is compiled for instructions that multiply and add, the two are one rounding.
+template <typename A>
+A source(int64_t x, A ratio) {
+#if defined(RAN_FMA)
+  return std::fma(ratio, A(x) + A(0.5), A(-0.5));
+#else
+  return ratio * (A(x) + A(0.5)) - A(0.5);
+#endif
+}
+
 // Height or width in both resolutions.
 template <typename A>
 struct Axis {
@@ -25,7 +35,7 @@ struct Axis {
 
   Axis(int64_t high, int64_t low) : at(size_t(high)), start(size_t(low + 1), high) {
     for (int64_t x = high - 1; x >= 0; --x) {
-      at[x] = stencil(x, low, A(low) / A(high));
+      at[x] = stencil(source(x, A(low) / A(high)), low);
       start[at[x].low0] = x;
     }
   }

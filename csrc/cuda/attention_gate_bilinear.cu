@@ -18,6 +18,10 @@ struct Bilinear {
       : planes(s), ratio_y(float(planes.low_h) / float(planes.h)), ratio_x(float(planes.low_w) / float(planes.w)) {}
 };
 
+__device__ __forceinline__ Stencil<float, int> stencil_at(int x, int low, float ratio) {
+  return stencil(std::fma(ratio, static_cast<float>(x) + 0.5f, -0.5f), low);
+}
+
 template <int V>
 __device__ __forceinline__ void mix(const float (&a)[V], const float (&b)[V], float weight0, float weight1,
                                     float (&mixed)[V]) {
@@ -45,7 +49,7 @@ __global__ void __launch_bounds__(kCellThreads, 4)
   for_each_cell(p.planes * p.h, p.w * vectors, [&](int64_t row, int column) {
     const auto [plane, y] = divide(row, p.h);
     const int x = column / vectors, channel = (column - x * vectors) * V;
-    const auto v = stencil(y, p.low_h, bilinear.ratio_y), u = stencil(x, p.low_w, bilinear.ratio_x);
+    const auto v = stencil_at(y, p.low_h, bilinear.ratio_y), u = stencil_at(x, p.low_w, bilinear.ratio_x);
     const int64_t low_row = int64_t(p.low_w) * p.inner, at = (row * p.w + x) * p.inner + channel;
     const T* const top = mask + (plane * p.low_h + v.low0) * low_row + channel;
     const T* const bottom = mask + (plane * p.low_h + v.low1) * low_row + channel;
@@ -65,8 +69,8 @@ __device__ __forceinline__ int start_of(int low, int low_size, int high_size, fl
   if (low <= 0) return 0;
   if (low >= low_size) return high_size;
   int x = min(static_cast<int>((low + 0.5f) / ratio - 0.5f), high_size);  // but for rounding
-  while (x > 0 && stencil(x - 1, low_size, ratio).low0 >= low) --x;
-  while (x < high_size && stencil(x, low_size, ratio).low0 < low) ++x;
+  while (x > 0 && stencil_at(x - 1, low_size, ratio).low0 >= low) --x;
+  while (x < high_size && stencil_at(x, low_size, ratio).low0 < low) ++x;
   return x;
 }
 
@@ -98,7 +102,7 @@ __global__ void __launch_bounds__(kCellThreads, 2)
 #pragma unroll
       for (int i = 0; i < V; ++i) whole[i] = carried[i];
       for (; y < p.h; ++y) {
-        const auto v = stencil(y, p.low_h, bilinear.ratio_y);
+        const auto v = stencil_at(y, p.low_h, bilinear.ratio_y);
         if (v.low0 != low_y) break;
         const T *const top = low_plane + v.low0 * low_row, *const bottom = low_plane + v.low1 * low_row;
         float left[V], own[V], right[V], sum[V] = {};
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kCellThreads, 2)
         mix_rows<V>(top, bottom, own_column, v, own);
         mix_rows<V>(top, bottom, right_column, v, right);
         for (int x = left_x; x < end_x; ++x) {
-          const auto u = stencil(x, p.low_w, bilinear.ratio_x);
+          const auto u = stencil_at(x, p.low_w, bilinear.ratio_x);
           const int64_t at = ((plane * p.h + y) * p.w + x) * p.inner + channel;
           const bool is_own = x >= own_x;
           float d[V], t[V];
