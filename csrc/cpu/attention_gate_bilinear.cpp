@@ -5,6 +5,7 @@
 // trunk's width; where a low row's sum is whole it is folded to the mask's width. Nothing wider than four such rows
 // is written beside the results. Each sum has one order, whichever thread takes it.
 #include <algorithm>
+#include <functional>
 #include <vector>
 
 #include "../common/stencil.h"
@@ -111,29 +112,34 @@ struct Planes {
     if (inner == 1) convert_row(low, line, low_width, room);
   }
 
-  // Runs body(plane, first, end) for low rows of one plane that together are all.
-  template <typename Body>
-  void for_low_rows(Body&& body) const {
-    const int64_t rows = y.low(), grain = std::max<int64_t>(1, kGrain * rows / (g.h * width));
-    parallel_for(0, (g.channels_last ? g.n : g.n * g.c) * rows, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end;) {
-        const int64_t plane = row / rows, first = row % rows, count = std::min(end - row, rows - first);
-        body(plane, first, first + count);
-        row += count;
-      }
-    });
+  // Runs body(begin, end) for low rows, counted through all planes, that together are all.
+  void for_parts(const std::function<void(int64_t, int64_t)>& body) const {
+    const int64_t grain = std::max<int64_t>(1, kGrain * y.low() / (g.h * width));
+    parallel_for(0, low_size / low_width, grain, body);
   }
 
-  // Runs body(y, offset, i, n) for the vectors of the trunk's rows y between `low` and the next low row, i being the
-  // first value's place in its row. Those at a row's end may reach into the next row, which comes later, up to low row
-  // `end`; the scratch is padded.
+  // Runs body(plane, first, end) for those of each plane.
   template <typename Body>
-  void for_vectors(int64_t plane, int64_t low, int64_t end, Body&& body) const {
+  void for_planes(int64_t begin, int64_t end, Body&& body) const {
+    for (int64_t row = begin; row < end;) {
+      const int64_t plane = row / y.low(), first = row % y.low(), count = std::min(end - row, y.low() - first);
+      body(plane, first, first + count);
+      row += count;
+    }
+  }
+
+  // Where in the trunk the rows behind low row `row` of all planes begin that no low row before has.
+  int64_t trunk_at(int64_t row) const { return (row / y.low() * g.h + y.start[row % y.low()]) * width; }
+
+  // Runs body(y, offset, i, n) for the vectors of the trunk's rows y between `low` and the next low row, i being the
+  // first value's place in its row. Those at a row's end may reach into the next row, which comes later, as long as it
+  // lies before `limit`; the scratch is padded.
+  template <typename Body>
+  void for_vectors(int64_t plane, int64_t low, int64_t limit, Body&& body) const {
     constexpr int lanes = VecOf<A>::lanes;
     for (int64_t block = 0; block < width; block += kBlock)
       for (int64_t row = y.start[low]; row < y.start[low + 1]; ++row) {
-        const int64_t at = (plane * g.h + row) * width;
-        const int64_t room = width <= kBlock ? (y.start[end] - row) * width : width;
+        const int64_t at = (plane * g.h + row) * width, room = width <= kBlock ? limit - at : width;
         for (int64_t i = block; i < std::min(block + kBlock, width); i += lanes)
           i + lanes <= room ? body(row, at + i, i, lanes) : body(row, at + i, i, int(width - i));
       }
@@ -144,10 +150,9 @@ struct Planes {
 template <typename T, typename A = Acc<T>>
 class Pair {
  public:
-  Pair(const Planes<T>& planes, const T* mask, int64_t plane)
+  Pair(const Planes<T>& planes, const T* mask)
       : planes_(planes),
         mask_(mask),
-        top_(plane * planes.y.low()),
         memory_(2 * planes.padded(planes.width) + planes.padded(planes.low_width)),
         first_(memory_.get()),
         second_(first_ + planes.padded(planes.width)),
@@ -155,15 +160,16 @@ class Pair {
     std::fill(first_, line_, A(0));
   }
 
-  // To before row i, and row i again where it is the last.
-  void move_to(int64_t i) {
-    if (i == next_) {
+  // To a low row of a plane and the next; the last one has itself.
+  void move_to(int64_t plane, int64_t low) {
+    const int64_t row = plane * planes_.y.low() + low;
+    if (row == next_) {
       std::swap(first_, second_);
     } else {
-      planes_.stretch(first_, mask_, top_ + i, line_);
+      planes_.stretch(first_, mask_, row, line_);
     }
-    next_ = std::min(i + 1, planes_.y.low() - 1);
-    planes_.stretch(second_, mask_, top_ + next_, line_);
+    next_ = low + 1 == planes_.y.low() ? row : row + 1;
+    planes_.stretch(second_, mask_, next_, line_);
   }
   Vec<A> mixed(int64_t i, const Stencil<A, int64_t>& s) const {
     return fma(splat(s.weight0), load(first_ + i), load(second_ + i) * s.weight1);
@@ -173,7 +179,6 @@ class Pair {
  private:
   const Planes<T>& planes_;
   const T* const mask_;
-  const int64_t top_;
   const Scratch<A> memory_;
   A *first_, *second_, *const line_;
   int64_t next_ = -1;
@@ -182,47 +187,52 @@ class Pair {
 template <typename T, typename A = Acc<T>>
 void forward(T* out, const T* trunk, const T* mask, GateShape g) {
   const Planes<T> planes{g};
-  planes.for_low_rows([&](int64_t plane, int64_t first, int64_t end) {
-    Pair<T> pair(planes, mask, plane);
-    for (int64_t low = first; low < end; ++low) {
-      pair.move_to(low);
-      planes.for_vectors(plane, low, end, [&](int64_t y, int64_t at, int64_t i, int n) {
-        const Vec<A> t = load(trunk + at, n);
-        store(out + at, fma(Sigmoid<T>(pair.mixed(i, planes.y.at[y])).s, t, t), n);
-      });
-    }
+  planes.for_parts([&](int64_t begin, int64_t stop) {
+    Pair<T> pair(planes, mask);
+    const int64_t limit = planes.trunk_at(stop);
+    planes.for_planes(begin, stop, [&](int64_t plane, int64_t first, int64_t end) {
+      for (int64_t low = first; low < end; ++low) {
+        pair.move_to(plane, low);
+        planes.for_vectors(plane, low, limit, [&](int64_t y, int64_t at, int64_t i, int n) {
+          const Vec<A> t = load(trunk + at, n);
+          store(out + at, fma(Sigmoid<T>(pair.mixed(i, planes.y.at[y])).s, t, t), n);
+        });
+      }
+    });
   });
 }
 
 template <typename T, typename A = Acc<T>>
 void backward(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask, GateShape g) {
   const Planes<T> planes{g};
-  planes.for_low_rows([&](int64_t plane, int64_t first, int64_t end) {
-    Pair<T> pair(planes, mask, plane);
-    const int64_t width = planes.padded(planes.width);
+  planes.for_parts([&](int64_t begin, int64_t stop) {
+    Pair<T> pair(planes, mask);
+    const int64_t limit = planes.trunk_at(stop), width = planes.padded(planes.width);
     const Scratch<A> memory(2 * width);
     A *above = memory.get(), *below = above + width;  // gradients of the low row above the trunk's rows, and below
-    std::fill_n(below, width, A(0));
-    // The rows above the first low row belong to the part that has the low row before: there they are written.
-    for (int64_t low = std::max<int64_t>(first - 1, 0); low < end; ++low) {
-      pair.move_to(low);
-      std::swap(above, below);
+    planes.for_planes(begin, stop, [&](int64_t plane, int64_t first, int64_t end) {
       std::fill_n(below, width, A(0));
-      const bool own = low >= first, last = low + 1 == planes.y.low();
-      planes.for_vectors(plane, low, end, [&](int64_t y, int64_t at, int64_t i, int n) {
-        const auto& s = planes.y.at[y];
-        const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(i, s);
-        const Sigmoid<T> gate(logits);
-        if (own) store(dtrunk + at, fma(gate.s, d, d), n);
-        const Vec<A> gradient = gate.gradient(product, logits);
-        store(above + i, fma(splat(s.weight0), gradient, load(above + i)));
-        store(below + i, fma(splat(s.weight1), gradient, load(below + i)));
-      });
-      if (last)
-        for (int64_t i = 0; i < width; ++i) above[i] += below[i];
-      const int64_t row = plane * planes.y.low() + low;
-      if (own) planes.fold(dmask + row * planes.low_width, above, pair.line(), (end - low) * planes.low_width);
-    }
+      // The rows above the first low row belong to the part that has the low row before: there they are written.
+      for (int64_t low = std::max<int64_t>(first - 1, 0); low < end; ++low) {
+        pair.move_to(plane, low);
+        std::swap(above, below);
+        std::fill_n(below, width, A(0));
+        const bool own = low >= first, last = low + 1 == planes.y.low();
+        planes.for_vectors(plane, low, limit, [&](int64_t y, int64_t at, int64_t i, int n) {
+          const auto& s = planes.y.at[y];
+          const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(i, s);
+          const Sigmoid<T> gate(logits);
+          if (own) store(dtrunk + at, fma(gate.s, d, d), n);
+          const Vec<A> gradient = gate.gradient(product, logits);
+          store(above + i, fma(splat(s.weight0), gradient, load(above + i)));
+          store(below + i, fma(splat(s.weight1), gradient, load(below + i)));
+        });
+        if (last)
+          for (int64_t i = 0; i < width; ++i) above[i] += below[i];
+        const int64_t row = plane * planes.y.low() + low;
+        if (own) planes.fold(dmask + row * planes.low_width, above, pair.line(), (stop - row) * planes.low_width);
+      }
+    });
   });
 }
 
