@@ -28,16 +28,24 @@ A source(int64_t x, A ratio) {
 #endif
 }
 
-// Height or width in both resolutions.
+// Height or width in both resolutions: the stencil of each high coordinate, in whole vectors of which the last lanes
+// weigh nothing.
 template <typename A>
 struct Axis {
-  std::vector<Stencil<A, int64_t>> at;  // of each high coordinate
-  std::vector<int64_t> start;           // of each low coordinate the first high one from which on it is low0; the end
+  std::vector<int64_t> low0, low1;
+  std::vector<A> weight0, weight1;
+  std::vector<int64_t> start;  // of each low coordinate the first high one from which on it is low0; the end
 
-  Axis(int64_t high, int64_t low) : at(size_t(high)), start(size_t(low + 1), high) {
+  Axis(int64_t high, int64_t low)
+      : low0(size_t(round_up(high, VecOf<A>::lanes))),
+        low1(low0),
+        weight0(low0.size()),
+        weight1(weight0),
+        start(size_t(low + 1), high) {
     for (int64_t x = high - 1; x >= 0; --x) {
-      at[x] = stencil(source(x, A(low) / A(high)), low);
-      start[at[x].low0] = x;
+      const auto s = stencil(source(x, A(low) / A(high)), low);
+      low0[x] = s.low0, low1[x] = s.low1, weight0[x] = s.weight0, weight1[x] = s.weight1;
+      start[s.low0] = x;
     }
   }
   int64_t low() const { return int64_t(start.size()) - 1; }
@@ -46,10 +54,10 @@ struct Axis {
   template <typename Body>
   void for_taps(int64_t low, Body&& body) const {
     if (low > 0)
-      for (int64_t x = start[low - 1]; x < start[low]; ++x) body(x, at[x].weight1);
+      for (int64_t x = start[low - 1]; x < start[low]; ++x) body(x, weight1[x]);
     for (int64_t x = start[low]; x < start[low + 1]; ++x) {
-      body(x, at[x].weight0);
-      if (at[x].low1 == low) body(x, at[x].weight1);
+      body(x, weight0[x]);
+      if (low1[x] == low) body(x, weight1[x]);
     }
   }
 };
@@ -80,18 +88,21 @@ struct Planes {
   void stretch(A* wide, const T* mask, int64_t row, A* line) const {
     const T* const low = mask + row * low_width;
     if (inner == 1) {
+      constexpr int lanes = VecOf<A>::lanes;
       convert_row(line, low, low_width, low_size - row * low_width);
-      for (int64_t i = 0; i < g.w; ++i)
-        wide[i] = x.at[i].weight0 * line[x.at[i].low0] + x.at[i].weight1 * line[x.at[i].low1];
+      // A vector at a time: one that is stored value by value cannot be read as a whole soon after.
+      for (int64_t i = 0; i < g.w; i += lanes) {
+        Vec<A> first, second;
+        for (int k = 0; k < lanes; ++k) first[k] = line[x.low0[i + k]], second[k] = line[x.low1[i + k]];
+        store(wide + i, fma(load(&x.weight0[i]), first, load(&x.weight1[i]) * second));
+      }
       return;
     }
-    for (int64_t i = 0; i < g.w; ++i) {
-      const auto& s = x.at[i];
+    for (int64_t i = 0; i < g.w; ++i)
       for_lanes<A>(inner, [&](int64_t c, int n) {
-        const Vec<A> second = load(low + s.low1 * inner + c, n) * s.weight1;
-        store(wide + i * inner + c, fma(splat(s.weight0), load(low + s.low0 * inner + c, n), second), n);
+        const Vec<A> second = load(low + x.low1[i] * inner + c, n) * x.weight1[i];
+        store(wide + i * inner + c, fma(splat(x.weight0[i]), load(low + x.low0[i] * inner + c, n), second), n);
       });
-    }
   }
 
   // Its transpose: of gradients at the trunk's width those of the low row. `room`: behind `low`, to be written later.
@@ -112,7 +123,7 @@ struct Planes {
     if (inner == 1) convert_row(low, line, low_width, room);
   }
 
-  // Runs body(begin, end) for low rows, counted through all planes, that together are all.
+  // Runs body(begin, end) for parts of the low rows, counted through all planes.
   void for_parts(const std::function<void(int64_t, int64_t)>& body) const {
     const int64_t grain = std::max<int64_t>(1, kGrain * y.low() / (g.h * width));
     parallel_for(0, low_size / low_width, grain, body);
@@ -128,7 +139,7 @@ struct Planes {
     }
   }
 
-  // Where in the trunk the rows behind low row `row` of all planes begin that no low row before has.
+  // Offset of the first trunk row that lies below low row `row`, counted through all planes, or below a later one.
   int64_t trunk_at(int64_t row) const { return (row / y.low() * g.h + y.start[row % y.low()]) * width; }
 
   // Runs body(y, offset, i, n) for the vectors of the trunk's rows y between `low` and the next low row, i being the
@@ -171,8 +182,9 @@ class Pair {
     next_ = low + 1 == planes_.y.low() ? row : row + 1;
     planes_.stretch(second_, mask_, next_, line_);
   }
-  Vec<A> mixed(int64_t i, const Stencil<A, int64_t>& s) const {
-    return fma(splat(s.weight0), load(first_ + i), load(second_ + i) * s.weight1);
+  // A vector of the mask in row y of the trunk, i values from the row's beginning.
+  Vec<A> mixed(int64_t y, int64_t i) const {
+    return fma(splat(planes_.y.weight0[y]), load(first_ + i), load(second_ + i) * planes_.y.weight1[y]);
   }
   A* line() const { return line_; }
 
@@ -195,7 +207,7 @@ void forward(T* out, const T* trunk, const T* mask, GateShape g) {
         pair.move_to(plane, low);
         planes.for_vectors(plane, low, limit, [&](int64_t y, int64_t at, int64_t i, int n) {
           const Vec<A> t = load(trunk + at, n);
-          store(out + at, fma(Sigmoid<T>(pair.mixed(i, planes.y.at[y])).s, t, t), n);
+          store(out + at, fma(Sigmoid<T>(pair.mixed(y, i)).s, t, t), n);
         });
       }
     });
@@ -219,13 +231,12 @@ void backward(T* dtrunk, T* dmask, const T* dout, const T* trunk, const T* mask,
         std::fill_n(below, width, A(0));
         const bool own = low >= first, last = low + 1 == planes.y.low();
         planes.for_vectors(plane, low, limit, [&](int64_t y, int64_t at, int64_t i, int n) {
-          const auto& s = planes.y.at[y];
-          const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(i, s);
+          const Vec<A> d = load(dout + at, n), product = d * load(trunk + at, n), logits = pair.mixed(y, i);
           const Sigmoid<T> gate(logits);
           if (own) store(dtrunk + at, fma(gate.s, d, d), n);
           const Vec<A> gradient = gate.gradient(product, logits);
-          store(above + i, fma(splat(s.weight0), gradient, load(above + i)));
-          store(below + i, fma(splat(s.weight1), gradient, load(below + i)));
+          store(above + i, fma(splat(planes.y.weight0[y]), gradient, load(above + i)));
+          store(below + i, fma(splat(planes.y.weight1[y]), gradient, load(below + i)));
         });
         if (last)
           for (int64_t i = 0; i < width; ++i) above[i] += below[i];
