@@ -135,8 +135,9 @@ def _gate(d: Draw) -> Case:
         return Case("attention_gate", {"trunk": d.activation(shape), "mask": d.activation(shape)}, ("trunk", "mask"))
     n, c, h, w = d.shape()
     mask = d.laid_out((d.normal((n, c, -(-h // scale), -(-w // scale)), torch.float64) * 8).to(d.dtype))
+    arguments = {"trunk": d.activation((n, c, h, w)), "mask": mask, "scale_factor": scale}
     return Case(
-        "attention_gate", {"trunk": d.activation((n, c, h, w)), "mask": mask, "scale_factor": scale}, ("trunk", "mask")
+        "attention_gate", arguments | {"interpolation": d.random.choice(("nearest", "bilinear"))}, ("trunk", "mask")
     )
 
 

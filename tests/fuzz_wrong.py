@@ -54,6 +54,7 @@ BY_NAME: dict[str, list[Any]] = {
     "eps": NUMBERS,
     "training": FLAGS,
     "ceil_mode": FLAGS,
+    "interpolation": ["bicubic", "Bilinear", b"bilinear", "", None, 1, True, [], ("nearest",)],
     "num_batches_tracked": COUNTS,
 }
 
@@ -122,8 +123,8 @@ def direct(seed: str) -> tuple[str, list[Any]]:
     running, momentum = d.random.choice(kept), d.random.choice([None, 0.1, NAN])
     norm = [vector(), vector(), vector(), vector()]
     calls: dict[str, list[Any]] = {
-        "attention_gate": [wrong(x), wrong(low), huge()],
-        "attention_gate_backward": [wrong(x), x, wrong(low), huge()],
+        "attention_gate": [wrong(x), wrong(low), huge(), d.chance(0.5)],
+        "attention_gate_backward": [wrong(x), x, wrong(low), huge(), d.chance(0.5)],
         "conv_attention_gate": [wrong(x), wrong(low), wrong(weight), vector(), huge()],
         "max_pool2d": [wrong(x)],
         "max_pool2d_backward": [x, torch.zeros(x.shape, dtype=torch.uint8) + 3, huge(), huge()],

@@ -60,38 +60,149 @@ def test_any_shape(shape, scale, dtype, layout, mean):
     check(shape, scale, dtype, layout, mean)
 
 
+def bilinear(trunk: Tensor, mask: Tensor, scale: int) -> Tensor:
+    return ops.attention_gate(trunk, mask, scale, interpolation="bilinear")
+
+
+def plain_bilinear(trunk: Tensor, mask: Tensor, scale: int) -> Tensor:
+    return (1 + torch.sigmoid(F.interpolate(mask, size=trunk.shape[2:], mode="bilinear"))) * trunk
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1, 2, 3])
-def test_bilinear_masks(scale, dtype, layout, backend):
+@pytest.mark.parametrize("scale", [1, 2, 3, 100])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 6), (1, 1, 1, 1), (3, 37, 1, 9), (1, 3, 34, 2), (1, 16, 5, 70)])
+def test_bilinear_values_and_gradients(shape, scale, dtype, layout, backend):
     """Up-sampled as PyTorch does, then gated; of odd sizes too."""
+    check_bilinear(shape, scale, dtype, LAYOUTS[layout], backend=backend)
 
-    def plain(trunk, mask, scale):
-        return (1 + torch.sigmoid(F.interpolate(mask, size=trunk.shape[2:], mode="bilinear"))) * trunk
 
-    def bilinear(trunk, mask, scale):
-        return ops.attention_gate(trunk, mask, scale, interpolation="bilinear")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24)),
+    scale=st.integers(2, 6),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(list(LAYOUTS.values())),
+)
+def test_bilinear_values_and_gradients_of_any_shape(shape, scale, dtype, layout):
+    check_bilinear(shape, scale, dtype, layout, times=4)
 
-    inputs = [t.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for t in make((2, 5, 7, 6), scale)]
-    exact = run(plain, *(t.double() for t in inputs), scale)
+
+def check_bilinear(
+    shape: tuple[int, ...],
+    scale: int,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+    times: float = 2,
+    backend: str = "native",
+) -> None:
+    inputs = [t.to(dtype).contiguous(memory_format=layout) for t in make(shape, scale)]
+    exact = run(plain_bilinear, *(t.double() for t in inputs), scale)
     with set_backend(backend):
-        found, eager = run(bilinear, *inputs, scale), run(plain, *inputs, scale)
+        found, eager = run(bilinear, *inputs, scale), run(plain_bilinear, *inputs, scale)
     for name, a, b, c in zip(("out", "dtrunk", "dmask"), found, eager, exact, strict=True):
-        assert_accurate(name, a, b, c)
-    assert found[0].is_contiguous(memory_format=LAYOUTS[layout])
+        assert_accurate(name, a, b, c, times)
+    assert found[0].is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bilinear_masks_are_differentiated_twice_and_kept_small(layout):
     inputs = [t.contiguous(memory_format=LAYOUTS[layout]).requires_grad_() for t in make((2, 3, 5, 4), 2)[:2]]
-    assert torch.autograd.gradgradcheck(lambda t, m: ops.attention_gate(t, m, 2, "bilinear"), inputs)
+    assert torch.autograd.gradcheck(lambda t, m: bilinear(t, m, 2), inputs)
+    assert torch.autograd.gradgradcheck(lambda t, m: bilinear(t, m, 2), inputs)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.attention_gate(*inputs, 2, "bilinear")
+        bilinear(*inputs, 2)
     assert sorted(tuple(t.shape) for t in kept) == [(2, 3, 3, 2), (2, 3, 5, 4)]
-    empty = torch.zeros(0, 3, 5, 4), torch.zeros(0, 3, 3, 2)
-    assert ops.attention_gate(*empty, 2, "bilinear").shape == (0, 3, 5, 4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_bilinear_mask_is_never_written_out(layout):
+    inputs = [t.contiguous(memory_format=LAYOUTS[layout]) for t in make((2, 8, 16, 16), 2)]
+    with torch.profiler.profile() as profile:
+        run(bilinear, *inputs, 2)
+    names = {event.key for event in profile.key_averages()}
+    assert "ran_ext::attention_gate_backward" in names
+    assert not {name for name in names if "upsample" in name}
+
+
+@pytest.mark.parametrize("where", ["trunk", "mask", "dout"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nan_around_bilinear_masks_as_in_pytorch(dtype, layout, where):
+    """Each in turn at a corner, at an edge and inside: also where a neighbour's weight is 0, which makes it NaN."""
+    for shape, scale in (((1, 17, 9, 9), 3), ((1, 4, 8, 18), 2), ((1, 1, 25, 9), 2), ((1, 2, 1, 5), 2)):
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for place in (0.0, 0.3, 0.5, 1.0):
+                inputs = dict(zip(("trunk", "mask", "dout"), make(shape, scale), strict=True))
+                spoilt = inputs[where]
+                spoilt[..., round(place * (spoilt.shape[2] - 1)), round(place * (spoilt.shape[3] - 1))] = value
+                ours, eager = (
+                    run(op, *(t.to(dtype).contiguous(memory_format=LAYOUTS[layout]) for t in inputs.values()), scale)
+                    for op in (bilinear, plain_bilinear)
+                )
+                for a, b in zip(ours, eager, strict=True):
+                    assert torch.equal(a.isnan(), b.isnan())
+                    assert torch.equal(a.isposinf(), b.isposinf())
+                    assert torch.equal(a.isneginf(), b.isneginf())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bilinear_neighbours_are_pytorchs(dtype):
+    """By the rounding of a pixel's place: told by where NaN comes through at weight 0."""
+    for high in range(1, 120):
+        for scale in (2, 3, 5):
+            low = -(-high // scale)
+            mask = torch.zeros(low, low, dtype=dtype).fill_diagonal_(torch.nan).reshape(low, 1, 1, low)
+            trunk = torch.ones(low, 1, 1, high, dtype=dtype)
+            assert torch.equal(bilinear(trunk, mask, scale).isnan(), plain_bilinear(trunk, mask, scale).isnan())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 4), (2, 0, 5, 4), (2, 3, 0, 4), (2, 3, 5, 0)])
+def test_empty_with_a_bilinear_mask(shape):
+    trunk, mask, dout = make(shape, 2)
+    out, dtrunk, dmask = run(bilinear, trunk, mask, dout, 2)
+    assert (out.shape, dtrunk.shape, dmask.shape) == (trunk.shape, trunk.shape, mask.shape)
+    assert not dmask.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 57, 31), (1, 24, 90, 33), (1, 1, 200, 70)])
+def test_bilinear_masks_bit_for_bit_with_any_number_of_threads(shape, layout):
+    """A part of the rows begins between two rows of the mask, and takes the sum that the part before began."""
+    inputs = [t.float().contiguous(memory_format=LAYOUTS[layout]) for t in make(shape, 3)]
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            found.append(run(bilinear, *inputs, 3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_bilinear_masks_of_strided_inputs():
+    for trunk in strided_views():
+        low = torch.randn(-(-trunk.shape[3] // 2), -(-trunk.shape[2] // 2), *trunk.shape[1::-1]).permute(3, 2, 1, 0)
+        dout = torch.randn(()).expand(trunk.shape)
+        for a, b in zip(run(bilinear, trunk, low, dout, 2), run(plain_bilinear, trunk, low, dout, 2), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_bilinear_masks_under_transforms_compile_and_autocast():
+    trunk, mask, _ = (t.float() for t in make((2, 3, 5, 4), 2))
+    want = plain_bilinear(trunk, mask, 2)
+    mapped = torch.func.vmap(lambda t, m: bilinear(t[None], m[None], 2)[0])(trunk, mask)
+    torch.testing.assert_close(mapped, want)
+    _, tangent = torch.func.jvp(lambda t: bilinear(t, mask, 2), (trunk,), (trunk,))
+    torch.testing.assert_close(tangent, want)
+    compiled = torch.compile(lambda t, m: bilinear(t, m, 2), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(trunk, mask), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bilinear(trunk, mask.bfloat16(), 2).dtype == torch.float32
 
 
 def test_interpolation_is_a_choice():
@@ -162,8 +273,10 @@ def test_opcheck():
         trunk, mask, dout = (t.float().contiguous(memory_format=layout) for t in make((2, 8, 5, 6), scale))
         torch.library.opcheck(torch.ops.ran_ext.attention_gate, (trunk.requires_grad_(), mask.requires_grad_(), scale))
         torch.library.opcheck(torch.ops.ran_ext.attention_gate_backward, (dout, trunk.detach(), mask.detach(), scale))
-    leaves = trunk.detach().requires_grad_(), mask.detach().requires_grad_()
-    torch.library.opcheck(torch.ops.ran_ext.attention_gate, (*leaves, scale, True))
+        leaves = trunk.detach().requires_grad_(), mask.detach().requires_grad_()
+        torch.library.opcheck(torch.ops.ran_ext.attention_gate, (*leaves, scale, True))
+        dense = dout, trunk.detach(), mask.detach(), scale, True
+        torch.library.opcheck(torch.ops.ran_ext.attention_gate_backward, dense)
 
 
 def test_compiles_to_one_graph():

@@ -70,6 +70,14 @@ def test_gate(shape, scale, dtype, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [2, 3, 100])
+@pytest.mark.parametrize("shape", [(2, 16, 8, 8), (1, 1, 1, 1), (3, 5, 7, 9), (2, 37, 6, 5), (1, 64, 33, 31)])
+def test_bilinear_gate(shape, scale, dtype, layout):
+    gate.check_bilinear(shape, scale, dtype, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (3, 5, 7, 9), (2, 40, 7, 5), (8, 128, 16, 16), (1, 256, 33, 31)])
 def test_conv_gate(shape, scale, dtype, layout, choice):
@@ -90,6 +98,13 @@ def test_pyramid(shape, option, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gate_of_infinities_nan_and_subnormal_numbers(dtype):
     gate.test_infinities_nan_and_subnormal_numbers_as_in_pytorch(dtype)
+
+
+@pytest.mark.parametrize("where", ["trunk", "mask", "dout"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bilinear_gate_of_infinities_and_nan(dtype, layout, where):
+    gate.test_infinities_and_nan_around_bilinear_masks_as_in_pytorch(dtype, layout, where)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -118,6 +133,7 @@ def test_bn_relu_conv2d(case, training, dtype, layout, choice):
     "test",
     [
         gate.test_sliced_expanded_and_transposed_inputs,
+        gate.test_bilinear_masks_of_strided_inputs,
         gate.test_gradient_that_is_not_contiguous,
         gate.test_empty,
         gate.test_gradcheck_and_second_derivatives,

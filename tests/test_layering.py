@@ -12,9 +12,9 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 OF_TORCH = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|^Python\.h$")
 CSRC = ROOT / "csrc"
 #: Of csrc/common, what knows no torch.
-PLAIN = {"types.h", "formulas.h", "asked.h", "measured.h", "measured.cpp"}
+PLAIN = {"types.h", "formulas.h", "stencil.h", "asked.h", "measured.h", "measured.cpp"}
 #: What the kernels may include of csrc/common.
-SHARED = {"types.h", "formulas.h"}
+SHARED = {"types.h", "formulas.h", "stencil.h"}
 #: The folders of the torch side, from the lowest floor up; the kernels are below them all.
 FLOORS = ["common", "batch_norm", "conv", "ops", "."]
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cu", ".cuh"))

@@ -81,6 +81,8 @@ int main() {
   ok &= ptx::saturate(__builtin_nanf("")) == 0 && ptx::saturate(2) == 1 && ptx::saturate(0.25f) == 0.25f;
   ok &= ptx::relu(-1) == 0 && ptx::relu(__builtin_nanf("")) != ptx::relu(__builtin_nanf(""));
   ok &= ptx::divide_roughly(1, 0x1p127f) == 0 && ptx::divide_roughly(3, 2) == 1.5f;
+  ok &= ptx::truncate(-2.75f) == -2 && ptx::truncate(3e9f) == INT32_MAX && ptx::truncate(-3e9f) == INT32_MIN;
+  ok &= ptx::truncate(__builtin_nanf("")) == 0;
   ok &= ptx::from_bf16(0x3fc0) == 1.5f;
   return !ok;
 }

@@ -22,19 +22,25 @@ Tensor window_sums(const Tensor& t, int64_t scale) {
   return whole.reshape({t.size(0), t.size(1), h, scale, w, scale}).sum({3, 5});
 }
 
+// A gate's mask at the trunk's resolution.
+Tensor wide_mask(const Tensor& mask, const Tensor& trunk, int64_t scale, bool bilinear) {
+  return bilinear && scale > 1 ? at::upsample_bilinear2d(mask, trunk.sizes().slice(2), /*align_corners=*/false)
+                               : upsampled(mask, trunk.sizes(), scale);
+}
+
 }  // namespace
 
 Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear) {
-  const Tensor wide = bilinear && scale > 1
-                          ? at::upsample_bilinear2d(mask, trunk.sizes().slice(2), /*align_corners=*/false)
-                          : upsampled(mask, trunk.sizes(), scale);
-  return (at::sigmoid(wide) + 1) * trunk;
+  return (at::sigmoid(wide_mask(mask, trunk, scale, bilinear)) + 1) * trunk;
 }
 
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
-                                                   int64_t scale) {
-  const Tensor s = at::sigmoid(upsampled(mask, trunk.sizes(), scale));
-  return {dout * (1 + s), window_sums(dout * trunk * s * (1 - s), scale)};
+                                                   int64_t scale, bool bilinear) {
+  const Tensor s = at::sigmoid(wide_mask(mask, trunk, scale, bilinear)), dwide = dout * trunk * s * (1 - s);
+  return {dout * (1 + s), bilinear && scale > 1
+                              ? at::upsample_bilinear2d_backward(dwide, trunk.sizes().slice(2), mask.sizes(),
+                                                                 /*align_corners=*/false)
+                              : window_sums(dwide, scale)};
 }
 
 Tensor upsample_add(const Tensor& lower, const Tensor& skip, int64_t height, int64_t width) {

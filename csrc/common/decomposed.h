@@ -9,9 +9,9 @@
 namespace ran::decomposed {
 
 Tensor attention_gate(const Tensor& trunk, const Tensor& mask, int64_t scale, bool bilinear = false);
-// dtrunk and dmask, of the nearest mask.
+// dtrunk and dmask.
 std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout, const Tensor& trunk, const Tensor& mask,
-                                                   int64_t scale);
+                                                   int64_t scale, bool bilinear = false);
 
 // skip may be undefined.
 Tensor upsample_add(const Tensor& lower, const Tensor& skip, int64_t height, int64_t width);

@@ -8,6 +8,10 @@
 RAN_KERNEL(void, attention_gate_forward, (void* out, const void* trunk, const void* mask, DType, GateShape))
 RAN_KERNEL(void, attention_gate_backward,
            (void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType, GateShape))
+// The same of a mask that is up-sampled as torch's interpolate(mode="bilinear", align_corners=False) does, by any scale
+RAN_KERNEL(void, attention_gate_bilinear_forward, (void* out, const void* trunk, const void* mask, DType, GateShape))
+RAN_KERNEL(void, attention_gate_bilinear_backward,
+           (void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask, DType, GateShape))
 
 // In these four the shape's scale is 2. out = lower, which has the mask's size, up-sampled (nearest) and cropped, +
 // skip, which may be null and whose gradient is dout

@@ -26,6 +26,12 @@ cudaError_t attention_gate_forward(void* out, const void* trunk, const void* mas
                                    cudaStream_t stream);
 cudaError_t attention_gate_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk, const void* mask,
                                     DType dtype, GateShape shape, cudaStream_t stream);
+// The same of a mask that is up-sampled as torch's interpolate(mode="bilinear", align_corners=False) does, by any
+// scale.
+cudaError_t attention_gate_bilinear_forward(void* out, const void* trunk, const void* mask, DType dtype,
+                                            GateShape shape, cudaStream_t stream);
+cudaError_t attention_gate_bilinear_backward(void* dtrunk, void* dmask, const void* dout, const void* trunk,
+                                             const void* mask, DType dtype, GateShape shape, cudaStream_t stream);
 
 // out (n, c, h, w) = lower up-sampled (nearest) by shape.scale and cropped, + skip; lower has the mask's size in
 // `shape`. skip may be null. The gradient of skip is dout itself.

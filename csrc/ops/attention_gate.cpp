@@ -48,23 +48,21 @@ Tensor in_layout_of(const Tensor& t, const Tensor& trunk, int64_t scale) {
   return t.strides() == trunk.strides() ? t : at::empty_like(trunk).copy_(t);
 }
 
-// The mask between its pixels, at the trunk's resolution. It is written out, and made again in backward, so that the
-// low one alone is kept.
-Tensor bilinear_mask(const Tensor& mask, const Tensor& trunk) {
-  return at::upsample_bilinear2d(mask.contiguous(format_of(trunk)), trunk.sizes().slice(2), /*align_corners=*/false);
-}
-
 Tensor attention_gate(const Tensor& trunk_, const Tensor& mask_, int64_t scale, bool bilinear) {
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
-  if (bilinear && scale > 1 && trunk.numel() > 0) return attention_gate(trunk, bilinear_mask(mask_, trunk), 1, false);
   const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale);
   Tensor out = at::empty_like(trunk);
   if (shape.numel() == 0) return out;
-  if (!has_kernels(trunk)) return out.copy_(decomposed::attention_gate(trunk, mask, scale));
-  RAN_RUN_KERNEL(kGate, trunk, attention_gate_forward, out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(),
-                 dtype, shape);
+  if (!has_kernels(trunk)) return out.copy_(decomposed::attention_gate(trunk, mask, scale, bilinear));
+  if (bilinear && scale > 1) {
+    RAN_RUN_KERNEL(kGate, trunk, attention_gate_bilinear_forward, out.data_ptr(), trunk.const_data_ptr(),
+                   mask.const_data_ptr(), dtype, shape);
+  } else {
+    RAN_RUN_KERNEL(kGate, trunk, attention_gate_forward, out.data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(),
+                   dtype, shape);
+  }
   return out;
 }
 
@@ -73,21 +71,21 @@ std::tuple<Tensor, Tensor> attention_gate_backward(const Tensor& dout_, const Te
   const Tensor trunk = dense_trunk(trunk_, scale);
   const GateShape shape = gate_shape(trunk, mask_, scale);
   check_as(kGate, "dout", dout_, trunk.sizes(), trunk);
-  if (bilinear && scale > 1 && trunk.numel() > 0) {
-    const auto [dtrunk, dwide] = attention_gate_backward(dout_, trunk, bilinear_mask(mask_, trunk), 1, false);
-    return {dtrunk, at::upsample_bilinear2d_backward(dwide, trunk.sizes().slice(2), mask_.sizes(),
-                                                     /*align_corners=*/false)};
-  }
   const DType dtype = dtype_of(trunk, kGate, "trunk");
   const Tensor mask = in_layout_of(mask_, trunk, scale), dout = in_layout_of(dout_, trunk, scale);
   Tensor dtrunk = at::empty_like(trunk), dmask = at::empty_like(mask);
   if (shape.numel() == 0) return {dtrunk, dmask.zero_()};
   if (!has_kernels(trunk)) {
-    const auto [a, b] = decomposed::attention_gate_backward(dout, trunk, mask, scale);
+    const auto [a, b] = decomposed::attention_gate_backward(dout, trunk, mask, scale, bilinear);
     return {dtrunk.copy_(a), dmask.copy_(b)};
   }
-  RAN_RUN_KERNEL(kGateBackward, trunk, attention_gate_backward, dtrunk.data_ptr(), dmask.data_ptr(),
-                 dout.const_data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  if (bilinear && scale > 1) {
+    RAN_RUN_KERNEL(kGateBackward, trunk, attention_gate_bilinear_backward, dtrunk.data_ptr(), dmask.data_ptr(),
+                   dout.const_data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  } else {
+    RAN_RUN_KERNEL(kGateBackward, trunk, attention_gate_backward, dtrunk.data_ptr(), dmask.data_ptr(),
+                   dout.const_data_ptr(), trunk.const_data_ptr(), mask.const_data_ptr(), dtype, shape);
+  }
   return {dtrunk, dmask};
 }
 

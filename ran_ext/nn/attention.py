@@ -24,7 +24,7 @@ class AttentionGate(nn.Module):
     """``(1 + sigmoid(mask)) * trunk``; see :func:`ran_ext.ops.attention_gate`. Other forms run in PyTorch's own ops.
 
     Args:
-        scale_factor: up-sampling of the mask, fused in where it is nearest-neighbour.
+        scale_factor: up-sampling of the mask, fused in.
         interpolation: of the up-sampling, ``"nearest"`` or ``"bilinear"``.
         attention: how logits become the mask ``M``. ``"mixed"``: a sigmoid. ``"channel"``: each position's vector of
             channels divided by its L2 norm. ``"spatial"``: each channel's map less its mean, divided by its standard

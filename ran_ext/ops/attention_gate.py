@@ -19,9 +19,8 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpola
         (1 + torch.sigmoid(m[..., :H, :W])) * trunk
 
     in one pass forward and one backward: the up-sampled mask and the sigmoid are never written out, and
-    backward keeps ``trunk`` and ``mask`` alone. With ``interpolation="bilinear"`` the mask is
-    ``F.interpolate(mask, size=(H, W), mode="bilinear", align_corners=False)``, which is written out in either pass and
-    not kept between them.
+    backward keeps ``trunk`` and ``mask`` alone. With ``interpolation="bilinear"`` m is
+    ``F.interpolate(mask, size=(H, W), mode="bilinear", align_corners=False)``.
 
     Args:
         trunk: ``(N, C, H, W)``, contiguous or channels_last (kept as given), float16, bfloat16, float32 or float64.
@@ -55,7 +54,8 @@ def attention_gate(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpola
 
 def attention_gate_ref(trunk: Tensor, mask: Tensor, scale_factor: int = 1, interpolation: str = "nearest") -> Tensor:
     """:func:`attention_gate` in plain PyTorch: the fallback, and what the kernels are held to."""
-    return (1 + torch.sigmoid(upsampled(mask, trunk, scale_factor, interpolation))) * trunk
+    # The trunk first: its memory format is the result's where the mask, of one pixel, has either.
+    return trunk * (1 + torch.sigmoid(upsampled(mask, trunk, scale_factor, interpolation)))
 
 
 def upsampled(mask: Tensor, trunk: Tensor, scale_factor: int, interpolation: str = "nearest") -> Tensor:

@@ -31,6 +31,9 @@ void add_ops(std::vector<Case>& cases, const DeviceLimits& device) {
   const auto add_gate = [&](const char* name, ran::GateShape s) {
     cases.push_back(in_all(name, [s](auto type, const Run& run) { gate<decltype(type)>(run, s); }));
   };
+  const auto add_bilinear_gate = [&](const char* name, ran::GateShape s) {
+    cases.push_back(in_all(name, [s](auto type, const Run& run) { bilinear_gate<decltype(type)>(run, s); }));
+  };
   const auto add_pyramid = [&](const char* name, ran::GateShape s) {
     cases.push_back(in_all(name, [s](auto type, const Run& run) { pyramid<decltype(type)>(run, s); }));
   };
@@ -45,6 +48,9 @@ void add_ops(std::vector<Case>& cases, const DeviceLimits& device) {
   add_gate("gate_up_sampled", {2, 24, 5, 7, 2, true});
   add_gate("gate_up_sampled_nchw", {2, 3, 6, 5, 2, false});
   add_gate("gate_up_sampled_by_3", {1, 8, 7, 8, 3, true});
+  add_bilinear_gate("gate_bilinear", {2, 24, 11, 7, 2, true});
+  add_bilinear_gate("gate_bilinear_nchw", {2, 3, 6, 5, 2, false});
+  add_bilinear_gate("gate_bilinear_by_3", {1, 8, 17, 8, 3, true});
   add_pyramid("pyramid", {2, 24, 5, 7, 2, true});
   add_pyramid("pyramid_nchw", {2, 3, 6, 5, 2, false});
   add_streaming("bn_relu", {32, 24, 1});

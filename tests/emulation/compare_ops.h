@@ -21,6 +21,21 @@ void gate(const Run& run, const ran::GateShape& s) {
 }
 
 template <typename T>
+void bilinear_gate(const Run& run, const ran::GateShape& s) {
+  const size_t low = s.n * s.c * s.mask_h() * s.mask_w();
+  const auto trunk = run.input<T>(s.numel(), -4, 4), dout = run.input<T>(s.numel(), -4, 4),
+             mask = run.input<T>(low, -6, 6);
+  const Array<T> out(s.numel()), dtrunk(s.numel()), dmask(low);
+  const auto dtype = Type<T>::dtype;
+  run.launch(ran::cuda::attention_gate_bilinear_forward(out.data(), trunk.data(), mask.data(), dtype, s, nullptr));
+  run.launch(ran::cuda::attention_gate_bilinear_backward(dtrunk.data(), dmask.data(), dout.data(), trunk.data(),
+                                                         mask.data(), dtype, s, nullptr));
+  run.output("out", out, Match::rounding, rounding(8));
+  run.output("dtrunk", dtrunk, Match::rounding, rounding(8));
+  run.output("dmask", dmask, Match::rounding, rounding(64 * s.scale * s.scale));
+}
+
+template <typename T>
 void pyramid(const Run& run, const ran::GateShape& s) {
   const size_t low = s.n * s.c * s.mask_h() * s.mask_w();
   const auto lower = run.input<T>(low, -4, 4), high = run.input<T>(s.numel(), -4, 4);

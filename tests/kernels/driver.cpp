@@ -98,10 +98,56 @@ void check_gate(DType dtype) {
     want_dtrunk[i] = (1 + s) * dout[i];
     want_dmask[low] += dout[i] * trunk[i] * s * (1 - s);
   });
-  const double short_exp = dtype == DType::bf16 || dtype == DType::f16 ? 0x1p-12 : 0;  // vec.h, exp2_short
+  const double short_exp = dtype == DType::bf16 || dtype == DType::f16 ? 0x1p-12 : 0;  // sigmoid.h, exp2_short
   judge.near("out", out, want, tolerance(dtype) + short_exp);
   judge.near("dtrunk", dtrunk, want_dtrunk, tolerance(dtype) + short_exp);
   judge.near("dmask", dmask, want_dmask, tolerance(dtype) + 4 * short_exp);
+}
+
+// A high coordinate's place between the low ones, as torch's interpolate(align_corners=False) defines it.
+struct Between {
+  int64_t low[2];
+  double weight[2];
+  Between(int64_t x, int64_t high, int64_t low_size) {
+    const double place = std::max(0.0, (double(x) + 0.5) * double(low_size) / double(high) - 0.5);
+    low[0] = std::min(int64_t(place), low_size - 1);
+    low[1] = std::min(low[0] + 1, low_size - 1);
+    weight[1] = place - double(low[0]);
+    weight[0] = 1 - weight[1];
+  }
+};
+
+void check_bilinear_gate(DType dtype) {
+  judge.kernel = std::string("attention_gate_bilinear ") + name_of(dtype);
+  // Large enough for more than one thread, whose part may begin between two rows of the mask.
+  const Planes p{{integer(1, 2), integer(1, 20), integer(1, 40), integer(1, 40), integer(2, 5), integer(0, 1) == 1}};
+  const Array trunk(dtype, p.s.numel(), -2, 2), mask(dtype, p.low_count(), -4, 4), dout(dtype, p.s.numel(), -1, 1);
+  const Array out(dtype, p.s.numel()), dtrunk(dtype, p.s.numel()), dmask(dtype, p.low_count());
+  table.attention_gate_bilinear_forward(out.data(), trunk.data(), mask.data(), dtype, p.s);
+  table.attention_gate_bilinear_backward(dtrunk.data(), dmask.data(), dout.data(), trunk.data(), mask.data(), dtype,
+                                         p.s);
+  Doubles want(out.count()), want_dtrunk(out.count()), want_dmask(dmask.count());
+  for (int64_t n = 0; n < p.s.n; ++n)
+    for (int64_t c = 0; c < p.s.c; ++c)
+      for (int64_t y = 0; y < p.s.h; ++y)
+        for (int64_t x = 0; x < p.s.w; ++x) {
+          const Between v(y, p.s.h, p.s.mask_h()), u(x, p.s.w, p.s.mask_w());
+          const auto each = [&](auto&& body) {
+            for (int k = 0; k < 4; ++k)
+              body(p.at(n, c, v.low[k / 2], u.low[k % 2], true), v.weight[k / 2] * u.weight[k % 2]);
+          };
+          double m = 0;
+          each([&](int64_t low, double weight) { m += weight * mask[low]; });
+          const int64_t i = p.at(n, c, y, x, false);
+          const double s = 1 / (1 + std::exp(-m));
+          want[i] = (1 + s) * trunk[i];
+          want_dtrunk[i] = (1 + s) * dout[i];
+          each([&](int64_t low, double weight) { want_dmask[low] += weight * dout[i] * trunk[i] * s * (1 - s); });
+        }
+  const double short_exp = dtype == DType::bf16 || dtype == DType::f16 ? 0x1p-12 : 0;  // sigmoid.h, exp2_short
+  judge.near("out", out, want, tolerance(dtype) + short_exp);
+  judge.near("dtrunk", dtrunk, want_dtrunk, tolerance(dtype) + short_exp);
+  judge.near("dmask", dmask, want_dmask, 10 * (tolerance(dtype) + short_exp));  // of sums that may cancel
 }
 
 void check_pyramid(DType dtype) {
@@ -341,6 +387,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i)
     for (const DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
       check_gate(dtype);
+      check_bilinear_gate(dtype);
       check_pyramid(dtype);
       check_bn_relu(dtype);
       check_products(dtype);

@@ -54,6 +54,9 @@ float fma_down(float a, float b, float c);  // rounded towards minus infinity
 float exp2_flushed(float x);  // as exact as float has it; the hardware is off by 2 units in the last place
 inline float relu(float x) { return x > 0 || x != x ? x : 0.0f; }
 inline float saturate(float x) { return x > 1 ? 1.0f : x > 0 ? x : 0.0f; }  // NaN becomes 0
+inline int32_t truncate(float x) {  // the nearest number that there is; NaN becomes 0
+  return x >= 0x1p31f ? INT32_MAX : x <= -0x1p31f ? INT32_MIN : x == x ? int32_t(x) : 0;
+}
 // Exact where the hardware is off by 2 units in the last place; like there, 0 for a divisor beyond 2^126.
 inline float divide_roughly(float a, float b) {
   const float size = __builtin_fabsf(b);

@@ -168,6 +168,11 @@ def _to_float(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"({to})({C_TYPES[m[1] or m[2]]}){o.value(a[1])}"
 
 
+@assignment(r"cvt\.rzi\.s32\.f32")
+def _truncate(m: re.Match[str], a: list[str], o: Operands) -> str:
+    return f"ptx::truncate({o.value(a[1], 'f32')})"
+
+
 @assignment(r"cvt\.sat\.f32\.f32")
 def _saturate(m: re.Match[str], a: list[str], o: Operands) -> str:
     return f"ptx::saturate({o.value(a[1], 'f32')})"

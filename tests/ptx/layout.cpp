@@ -44,6 +44,7 @@ template <typename T>
 void ops(const Run& run) {
   measure([&] { gate<T>(run, {2, 64, 16, 16, 1, true}); });
   measure([&] { gate<T>(run, {2, 64, 16, 16, 2, true}); });
+  measure([&] { bilinear_gate<T>(run, {2, 64, 16, 16, 2, true}); });
   measure([&] { pyramid<T>(run, {2, 64, 16, 16, 2, true}); });
   measure([&] { streaming<T>(run, {2048, 64, 1}); });
   measure([&] { streaming<T>(run, {8, 16, 1024}); });
