@@ -53,10 +53,12 @@ class Gate:
 
     shape: tuple[int, int, int, int]
     scale: int
+    interpolation: str = "nearest"
 
     @property
     def name(self) -> str:
-        return f"attention_gate {_size(self.shape)} scale {self.scale}"
+        of = " bilinear" if self.interpolation == "bilinear" else ""
+        return f"attention_gate {_size(self.shape)} scale {self.scale}{of}"
 
     def inputs(self, dtype: torch.dtype, layout: torch.memory_format, device: torch.device) -> tuple[Tensor, ...]:
         n, c, h, w = self.shape
@@ -65,11 +67,11 @@ class Gate:
 
     def plain(self, trunk: Tensor, mask: Tensor) -> Tensor:
         if self.scale != 1:
-            mask = F.interpolate(mask, scale_factor=float(self.scale), mode="nearest")
+            mask = F.interpolate(mask, scale_factor=float(self.scale), mode=self.interpolation)
         return (1 + torch.sigmoid(mask)) * trunk
 
     def ours(self, trunk: Tensor, mask: Tensor) -> Tensor:
-        return ops.attention_gate(trunk, mask, self.scale)
+        return ops.attention_gate(trunk, mask, self.scale, self.interpolation)
 
     def passes(self, backward: bool) -> float:
         mask = 1 / self.scale**2
@@ -275,7 +277,8 @@ def op_cases(batch: int) -> list[Case]:
     wide, deep = convs[0].shape, convs[2].shape
     norms = [BNReLU(shape) for shape in dict.fromkeys(conv.shape for conv in convs)]
     pyramid: list[Case] = [MaxPool(wide), MaxPool(deep), UpsampleAdd((batch, 128, 4, 4))]
-    return [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), *conv_gates(batch), *pyramid, *norms, *convs]
+    gates = [Gate(wide, 1), Gate(wide, 2), Gate(deep, 1), Gate((batch, 256, 28, 28), 2, "bilinear")]
+    return [*gates, *conv_gates(batch), *pyramid, *norms, *convs]
 
 
 def conv_gates(batch: int) -> list[ConvGate]:
