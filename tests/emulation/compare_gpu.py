@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from build import ROOT, build, kernels
+from build import ROOT, build, kernel_names, kernels
 
 sys.path.insert(0, str(ROOT / "_build"))
 import native
@@ -194,7 +194,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
             print(f"emulated anew: the folder has it for {' '.join(emulated)}, the GPU is {' '.join(limits)}")
         emulation = build("compare_gpu", folder, others=kernels())
     _, want = run([emulation], folder / "want", "--limits", *limits, *only)
-    return [judge(a, b, all_bits=arguments.device == "cpu") for a, b in zip(got, want, strict=True)]
+    verdicts = [judge(a, b, all_bits=arguments.device == "cpu") for a, b in zip(got, want, strict=True)]
+    launched = {name for verdict in verdicts for name in verdict.kernels}
+    if missing := kernel_names(kernels()) - launched if arguments.device == "cpu" and not only else ():
+        raise RuntimeError(f"no case launches {', '.join(sorted(missing))}")
+    return verdicts
 
 
 def print_table(verdicts: list[Verdict]) -> None:
