@@ -5,16 +5,29 @@
 namespace ran::cpu::RAN_ISA {
 namespace {
 
-// An activation that is chosen for every vector: the passes wait for memory, and loops for each would take four
-// instruction sets times as long to compile. NaN, infinities and the slopes at the kinks are torch's; where its vectors
-// and its scalars differ, which is at the gradient of a NaN, hardswish makes one and hardtanh lets `dout` through.
+// 1 / x to within 2 ulp, of an x whose reciprocal is no subnormal number: the division takes longer than exp.
+inline Vec<float> reciprocal(Vec<float> x) {
+#if defined(RAN_AVX512)
+  const Vec<float> r = _mm512_rcp14_ps(x);
+  return fma(r, fma(-x, r, splat(1.0f)), r);
+#else
+  return 1 / x;
+#endif
+}
+inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
+
+// NaN, infinities and the slopes at the kinks are torch's. Where its vectors and its scalars differ, which is in the
+// gradient of a NaN, hardswish makes one and hardtanh lets `dout` through.
+
+// One of those that compare and multiply. It is chosen for every vector: the passes wait for memory, and loops for each
+// would take longer to compile, for every instruction set.
 template <typename T>
-struct Chosen {
+struct Piecewise {
   using A = Acc<T>;
   using V = Vec<A>;
   Activation::Kind kind;
   A a, b;
-  explicit Chosen(Activation act) : kind(act.kind), a(A(act.a)), b(A(act.b)) {}
+  explicit Piecewise(Activation act) : kind(act.kind), a(A(act.a)), b(A(act.b)) {}
 
   V value(V z) const {
     switch (kind) {
@@ -25,12 +38,9 @@ struct Chosen {
       case Activation::hardtanh:
         return z < a ? splat(a) : z > b ? splat(b) : z;
       case Activation::hardswish: {
-        V rest = z + A(3);
-        rest = rest < A(0) ? V{} : rest > A(6) ? splat(A(6)) : rest;
-        return z * rest * A(1.0 / 6);
+        const V rest = z + A(3);
+        return z * A(1.0 / 6) * (rest < A(0) ? V{} : rest > A(6) ? splat(A(6)) : rest);
       }
-      case Activation::silu:
-        return z * gate(z).s;
       default:
         return z;
     }
@@ -48,45 +58,65 @@ struct Chosen {
         const V between = dout * fma(z, splat(A(1.0 / 3)), splat(A(0.5)));
         return z <= A(-3) ? V{} : z >= A(3) ? dout : between;
       }
-      case Activation::silu: {
-        const Sigmoid<T> g = gate(z);
-        return dout * g.s * fma(z, g.complement, splat(A(1)));
-      }
       default:
         return dout;
     }
   }
+};
 
- private:
-  // The sigmoid whose ends are 0, as torch's are: so the product with an infinity is NaN, and that with a large number
-  // is not.
-  static Sigmoid<T> gate(V z) {
-    constexpr A kEnd = sizeof(A) == sizeof(double) ? A(708) : A(87);
-    Sigmoid<T> g(z);
-    g.s = z < -kEnd ? V{} : g.s;
-    g.complement = z > kEnd ? V{} : g.complement;
-    return g;
+template <typename T>
+struct Silu {
+  using A = Acc<T>;
+  using V = Vec<A>;
+
+  // The sigmoid and 1 - it, whose ends are 0 as torch's are: so the product with an infinity is NaN, and that with a
+  // large number is not.
+  struct Gate {
+    V s, complement;
+    explicit Gate(V z) {
+      constexpr A kEnd = sizeof(A) == sizeof(double) ? A(708) : A(87);
+      V e;
+      if constexpr (sizeof(T) == 2) {
+        e = exp2_short(z * -1.44269504f);
+        s = reciprocal_short(1 + e);
+      } else {
+        e = exp(-z);
+        s = reciprocal(1 + e);
+      }
+      complement = z > kEnd ? V{} : e * s;
+      s = z < -kEnd ? V{} : s;
+    }
+  };
+
+  V value(V z) const { return z * Gate(z).s; }
+  V gradient(V dout, V z) const {
+    const Gate g(z);
+    return dout * g.s * fma(z, g.complement, splat(A(1)));
   }
 };
 
-auto make_chosen(Activation act) {
-  return [act](auto* t) { return Chosen<std::remove_pointer_t<decltype(t)>>(act); };
+// Calls f with what makes the activation.
+template <typename F>
+void with_activation(Activation act, F&& f) {
+  if (act.kind == Activation::silu) return f([](auto* t) { return Silu<std::remove_pointer_t<decltype(t)>>(); });
+  f([act](auto* t) { return Piecewise<std::remove_pointer_t<decltype(t)>>(act); });
 }
 
 }  // namespace
 
 void bn_act_forward(void* out, const void* x, DType dtype, ChannelView v, BatchNorm<void> bn, Activation act) {
-  bn_forward(make_chosen(act), out, x, dtype, v, bn);
+  with_activation(act, [&](auto make) { bn_forward(make, out, x, dtype, v, bn); });
 }
 
 void bn_act_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                             ChannelView v, BatchNorm<void> bn, Activation act) {
-  bn_backward_reduce(make_chosen(act), sum_dz, sum_dz_xhat, dout, x, dtype, v, bn);
+  with_activation(act, [&](auto make) { bn_backward_reduce(make, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn); });
 }
 
 void bn_act_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,
                            double count, DType dtype, ChannelView v, BatchNorm<void> bn, Activation act) {
-  bn_backward_apply(make_chosen(act), dx, dout, x, nullptr, sum_dz, sum_dz_xhat, count, dtype, v, bn);
+  with_activation(
+      act, [&](auto make) { bn_backward_apply(make, dx, dout, x, nullptr, sum_dz, sum_dz_xhat, count, dtype, v, bn); });
 }
 
 }  // namespace ran::cpu::RAN_ISA
