@@ -100,6 +100,13 @@ def _joined(pieces: Sequence[Any]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)  # type: ignore[arg-type]
 
 
+def _split(dx: Optional, pieces: Sequence[Any]) -> Sequence[Optional]:
+    """The pieces' own parts."""
+    if dx is None or len(pieces) == 1:
+        return [dx] * len(pieces)
+    return dx.split([piece.shape[1] for piece in pieces], 1)
+
+
 def _value(norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any) -> Tensor:
     x = _joined(pieces)
     if mean is None:
@@ -141,9 +148,7 @@ class _Again:
         if not any(wanted):
             return [None] * len(wanted)
         dx, dweight, dbias = self._of_norm(dvalue, [any(wanted[4:]), wanted[2], wanted[3]])
-        pieces = self.tensors[4:]
-        dxs = dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)  # type: ignore[union-attr]
-        found = [None, None, dweight, dbias, *dxs]
+        found = [None, None, dweight, dbias, *_split(dx, self.tensors[4:])]
         return [d if want else None for d, want in zip(found, wanted, strict=True)]
 
     def _of_norm(self, dvalue: Tensor, wanted: list[bool]) -> tuple[Optional, Optional, Optional]:

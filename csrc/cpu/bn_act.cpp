@@ -69,20 +69,14 @@ struct Silu {
   using A = Acc<T>;
   using V = Vec<A>;
 
-  // The sigmoid and 1 - it, whose ends are 0 as torch's are: so the product with an infinity is NaN, and that with a
-  // large number is not.
+  // The sigmoid and 1 - it, to all digits for 16-bit values too: errors of one sign would stay in the sums. The ends
+  // are 0 as torch's are: so the product with an infinity is NaN, and that with a large number is not.
   struct Gate {
     V s, complement;
     explicit Gate(V z) {
       constexpr A kEnd = sizeof(A) == sizeof(double) ? A(708) : A(87);
-      V e;
-      if constexpr (sizeof(T) == 2) {
-        e = exp2_short(z * -1.44269504f);
-        s = reciprocal_short(1 + e);
-      } else {
-        e = exp(-z);
-        s = reciprocal(1 + e);
-      }
+      const V e = exp(-z);
+      s = reciprocal(1 + e);
       complement = z > kEnd ? V{} : e * s;
       s = z < -kEnd ? V{} : s;
     }
