@@ -343,6 +343,31 @@ class Convolution(torch.autograd.Function):
         return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
 
 
+def activated(recipe: Recipe, act: Activation) -> Tensor:
+    """``act(recipe.value())``, of which backward keeps what it depends on."""
+    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
+    if compiled is None:
+        return Value.apply(recipe, act, *recipe.tensors)  # type: ignore[no-any-return]
+    x, norm = recipe.pieces[0], recipe.norm
+    return _backend._C.bn_act_recomputed(
+        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled
+    )  # fmt: skip
+
+
+def convolved(
+    recipe: Recipe, act: Activation, geometry: tuple[Any, ...], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The convolution of ``act(recipe.value())``, which backward computes again; ``geometry`` from the stride on."""
+    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
+    if compiled is None:
+        return Convolution.apply(recipe, act, geometry, weight, bias, *recipe.tensors)  # type: ignore[no-any-return]
+    x, norm = recipe.pieces[0], recipe.norm
+    return _backend._C.bn_act_conv2d(
+        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
+        weight, bias, *geometry, paths(x) if geometry[2:] == ((1, 1), 1) else None,
+    )  # fmt: skip
+
+
 class JoinedConvolution(torch.autograd.Function):
     """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
 
