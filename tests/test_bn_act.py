@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import ran_ext
-from ran_ext._recipe import Recipe, Value, identity
+from ran_ext._recipe import Recipe, activated, convolved, identity
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -160,31 +160,55 @@ def test_opcheck():
     torch.library.opcheck(ops.bn_act_backward, (dout, x, weight, bias, mean, var, 1e-5, True, "silu"))
 
 
+GEOMETRIES = {
+    "value": None,
+    "3x3": ((1, 1), (1, 1), (1, 1), 1),
+    "strided": ((2, 1), (0, 1), (1, 1), 1),
+    "grouped": ((1, 1), (1, 1), (1, 1), 2),
+    "dilated": ((1, 1), (2, 2), (2, 2), 1),
+}
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("act", ACTIVATIONS)
-def test_a_recipe_runs_them(act, monkeypatch):
-    """On the CPU, of one piece or several, and not where a double backward is recorded."""
-    seen = []
-    for name in ("bn_act", "bn_act_backward"):
-        op = getattr(ops, name)
-        monkeypatch.setattr(ops, name, lambda *args, op=op, name=name: seen.append(name) or op(*args))
-    torch_act = ACTIVATIONS[act][0]
-    x = torch.randn(3, 6, 5, 4, dtype=torch.float64, requires_grad=True)
-    weight, bias = torch.rand(6, dtype=torch.float64).requires_grad_(), torch.randn(6).double().requires_grad_()
-    want = torch_act(F.batch_norm(x, None, None, weight, bias, True))
-    wanted = torch.autograd.grad(want.square().sum(), (x, weight, bias))
+def test_a_recipe_runs_them(act, geometry):
+    """Of one piece or several, with the batch's statistics or given ones, twice differentiable."""
+    torch.manual_seed(0)
+    torch_act, place = ACTIVATIONS[act][0], GEOMETRIES[geometry]
+    x, weight, bias = (t.double().requires_grad_() for t in (torch.randn(3, 6, 5, 4), torch.rand(6), torch.randn(6)))
+    kernel, shift = torch.randn(4, 6 // (place[3] if place else 1), 3, 3).double(), torch.randn(4).double()
+    leaves = [x, weight, bias, *(t.requires_grad_() for t in (kernel, shift) if place)]
+    given = torch.randn(6).double(), torch.rand(6).double() + 0.5
     for pieces in ((x,), x.split([2, 4], 1)):
-        mean, var = ops.batch_norm_stats(x.detach(), [], None)
-        recipe = Recipe(pieces, weight, bias, mean, var, True, 1e-5, True)
-        out = Value.apply(recipe, torch_act, *recipe.tensors)
-        torch.testing.assert_close(out, want)
-        found = torch.autograd.grad(out.square().sum(), (x, weight, bias), retain_graph=True)
-        torch.testing.assert_close(found, wanted)
-        assert seen == ["bn_act", "bn_act_backward"]
-        torch.testing.assert_close(
-            torch.autograd.grad(out.square().sum(), (x, weight, bias), create_graph=True), wanted
-        )
-        assert len(seen) == 2
-        seen.clear()
+        for batch_stats in (True, False):
+            mean, var = ops.batch_norm_stats(x.detach(), [], None) if batch_stats else given
+            recipe = Recipe(pieces, weight, bias, mean, var, batch_stats, 1e-5, True)
+            want = torch_act(recipe.value())
+            if place is None:
+                out = activated(recipe, torch_act)
+            else:
+                want = F.conv2d(want, kernel, shift, *place)
+                out = convolved(recipe, torch_act, place, kernel, shift)
+            assert ("BnAct" in out.grad_fn.name()) == (len(pieces) == 1)
+            torch.testing.assert_close(out, want)
+            once, twice, wanted = (
+                torch.autograd.grad(of.square().sum(), leaves, retain_graph=True, create_graph=create)
+                for of, create in ((out, False), (out, True), (want, True))
+            )
+            torch.testing.assert_close(once, wanted)
+            torch.testing.assert_close(twice, wanted)
+            again = [torch.autograd.grad(found[0].square().sum(), leaves) for found in (twice, wanted)]
+            torch.testing.assert_close(*again)
+
+
+def test_only_what_needs_a_gradient_has_one():
+    x, weight, kernel = torch.randn(2, 4, 5, 5), torch.rand(4), torch.randn(4, 4, 3, 3)
+    mean, var = ops.batch_norm_stats(x, [], None)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        leaves = [t.detach().requires_grad_(want) for t, want in zip((x, weight, kernel), wanted, strict=True)]
+        recipe = Recipe((leaves[0],), leaves[1], None, mean, var, True, 1e-5, True)
+        convolved(recipe, F.silu, GEOMETRIES["3x3"], leaves[2], None).sum().backward()
+        assert [t.grad is not None for t in leaves] == list(wanted)
 
 
 def test_bounds_that_are_none_raise_torchs_error():
