@@ -23,6 +23,7 @@ inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
 // would take longer to compile, for every instruction set.
 template <typename T>
 struct Piecewise {
+  static constexpr bool kKeeps = false;
   using A = Acc<T>;
   using V = Vec<A>;
   Activation::Kind kind;
@@ -66,6 +67,7 @@ struct Piecewise {
 
 template <typename T>
 struct Silu {
+  static constexpr bool kKeeps = true;
   using A = Acc<T>;
   using V = Vec<A>;
 
@@ -102,9 +104,9 @@ void bn_act_forward(void* out, const void* x, DType dtype, ChannelView v, BatchN
   with_activation(act, [&](auto make) { bn_forward(make, out, x, dtype, v, bn); });
 }
 
-void bn_act_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
+void bn_act_backward_reduce(void* kept, void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                             ChannelView v, BatchNorm<void> bn, Activation act) {
-  with_activation(act, [&](auto make) { bn_backward_reduce(make, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn); });
+  with_activation(act, [&](auto make) { bn_backward_reduce(make, kept, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn); });
 }
 
 void bn_act_backward_apply(void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat,

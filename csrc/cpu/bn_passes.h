@@ -2,6 +2,8 @@
 // activation: Act has
 //   Vec<A> value(Vec<A> z)                    the activation of the normalised values
 //   Vec<A> gradient(Vec<A> dout, Vec<A> z)    dz, which is 0 where dout is
+//   kKeeps                                    whether dz takes so long that the pass of the sums may write it for the
+//   last
 #pragma once
 
 #include <algorithm>
@@ -57,7 +59,7 @@ void forward_rows(Act act, T* out, const T* x, ChannelView v, const ScaleShiftTa
 }
 
 template <typename Act, typename T, typename A = Acc<T>>
-void reduce_rows(Act act, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v, BatchNorm<A> bn,
+void reduce_rows(Act act, T* kept, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v, BatchNorm<A> bn,
                  const ScaleShiftTable<A>& table) {
   const int64_t tiles = tiles_of(v.outer, kTileRows);
   std::vector<A> partial(size_t(tiles * v.channels * 2));
@@ -69,6 +71,8 @@ void reduce_rows(Act act, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, 
         const int64_t at = (row + r) * v.channels + c + i;
         const Vec<A> value = load(x + at, n);
         const Vec<A> dz = act.gradient(load(dout + at, n), fma(value, scale, shift));
+        if constexpr (Act::kKeeps)
+          if (kept) store(kept + at, dz, n);
         s.first += dz;
         s.second = fma(dz, value - mean, s.second);
       });
@@ -120,8 +124,8 @@ void forward_planes(Act act, T* out, const T* x, ChannelView v, const ScaleShift
 }
 
 template <typename Act, typename T, typename A = Acc<T>>
-void reduce_planes(Act act, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v, BatchNorm<A> bn,
-                   const ScaleShiftTable<A>& table) {
+void reduce_planes(Act act, T* kept, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v,
+                   BatchNorm<A> bn, const ScaleShiftTable<A>& table) {
   std::vector<double> partial(size_t(v.outer * v.channels * 2), 0.0);
   for_planes(v, [&](int64_t plane, int64_t c, int64_t at) {
     const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
@@ -131,6 +135,8 @@ void reduce_planes(Act act, A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x
         const int64_t from = at + start + i * VecOf<A>::lanes;
         const Vec<A> value = load(x + from, n);
         const Vec<A> dz = act.gradient(load(dout + from, n), fma(value, scale, shift));  // 0 past the end
+        if constexpr (Act::kKeeps)
+          if (kept) store(kept + from, dz, n);
         s.first += dz;
         s.second = fma(dz, first(value - bn.mean[c], n), s.second);
       };
@@ -181,17 +187,18 @@ void bn_forward(Make&& make, void* out, const void* x, DType dtype, ChannelView 
   });
 }
 
+// kept: dz, where the activation keeps it, or null.
 template <typename Make>
-void bn_backward_reduce(Make&& make, void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
-                        ChannelView v, BatchNorm<void> bn) {
+void bn_backward_reduce(Make&& make, void* kept, void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x,
+                        DType dtype, ChannelView v, BatchNorm<void> bn) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     using A = Acc<T>;
     using Act = decltype(make(t));
     const ScaleShiftTable<A> table(typed<A>(bn), v.channels);
     const auto run = v.inner == 1 ? &reduce_rows<Act, T> : &reduce_planes<Act, T>;
-    run(make(t), static_cast<A*>(sum_dz), static_cast<A*>(sum_dz_xhat), static_cast<const T*>(dout),
-        static_cast<const T*>(x), v, typed<A>(bn), table);
+    run(make(t), static_cast<T*>(kept), static_cast<A*>(sum_dz), static_cast<A*>(sum_dz_xhat),
+        static_cast<const T*>(dout), static_cast<const T*>(x), v, typed<A>(bn), table);
   });
 }
 

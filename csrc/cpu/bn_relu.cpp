@@ -7,6 +7,7 @@ namespace ran::cpu::RAN_ISA {
 namespace {
 
 struct Relu {
+  static constexpr bool kKeeps = false;
   template <typename V>
   V value(V z) const {
     return relu(z);
@@ -59,7 +60,7 @@ void bn_relu_forward(void* out, const void* x, DType dtype, ChannelView v, Batch
 
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                              ChannelView v, BatchNorm<void> bn) {
-  bn_backward_reduce(make_relu, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn);
+  bn_backward_reduce(make_relu, nullptr, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn);
 }
 
 void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,

@@ -36,11 +36,11 @@ RAN_KERNEL(void, bn_relu_backward_apply,
            (void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
             const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>))
 
-// The same three with another activation, and without residual
+// The same three with another activation, and without residual. kept: dz, written by silu alone, or null
 RAN_KERNEL(void, bn_act_forward, (void* out, const void* x, DType, ChannelView, BatchNorm<void>, Activation))
 RAN_KERNEL(void, bn_act_backward_reduce,
-           (void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView, BatchNorm<void>,
-            Activation))
+           (void* kept, void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
+            BatchNorm<void>, Activation))
 RAN_KERNEL(void, bn_act_backward_apply,
            (void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat, double count, DType,
             ChannelView, BatchNorm<void>, Activation))

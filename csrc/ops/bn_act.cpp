@@ -50,13 +50,17 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout_, const Te
   const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
   Tensor dx = wanted[0] ? at::empty_like(x) : none(x);
   Tensor dz = sums ? at::zeros_like(bn.mean) : none(bn.mean), dz_xhat = sums ? at::zeros_like(bn.mean) : none(bn.mean);
+  // Where the dtype holds it without rounding, dz, which takes an exponential, waits in dx for the last pass.
+  const bool wide = dtype == DType::f32 || dtype == DType::f64;
+  const bool keeps = wanted[0] && sums && wide && activation.kind == Activation::silu;
   if (some && sums)
-    cpu_kernels().bn_act_backward_reduce(dz.data_ptr(), dz_xhat.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
-                                         dtype, view, bn.kernel, activation);
+    cpu_kernels().bn_act_backward_reduce(keeps ? dx.data_ptr() : nullptr, dz.data_ptr(), dz_xhat.data_ptr(),
+                                         dout.const_data_ptr(), x.const_data_ptr(), dtype, view, bn.kernel, activation);
   if (some && wanted[0])
-    cpu_kernels().bn_act_backward_apply(
-        dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(), batch_stats ? dz.data_ptr() : nullptr,
-        batch_stats ? dz_xhat.data_ptr() : nullptr, double(view.count()), dtype, view, bn.kernel, activation);
+    cpu_kernels().bn_act_backward_apply(dx.data_ptr(), keeps ? dx.const_data_ptr() : dout.const_data_ptr(),
+                                        x.const_data_ptr(), batch_stats ? dz.data_ptr() : nullptr,
+                                        batch_stats ? dz_xhat.data_ptr() : nullptr, double(view.count()), dtype, view,
+                                        bn.kernel, keeps ? Activation{Activation::none, 0, 0} : activation);
   return {dx, wanted[1] ? dz_xhat : none(bn.mean), wanted[2] ? dz : none(bn.mean)};
 }
 
