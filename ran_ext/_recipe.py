@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
     @property
     def norm(self) -> Norm:
-        """All else, but for what a derivative finds in the tensors."""
+        """All else."""
         return Norm(self.batch_stats, self.eps, self.native)
 
     def value(self) -> Tensor:
@@ -202,13 +202,13 @@ _COMPILED: dict[Activation, tuple[str, dict[str, float]]] = {
 
 
 def _compiled(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> tuple[str, float, float] | None:
-    """The activation as the compiled ops take it, where they serve; the caller has seen to it that none is recorded."""
+    """The activation as the compiled passes take it; None where they do not serve."""
     mean, x = tensors[0], tensors[4]
     if not norm.native or mean is None or x is None or not x.is_cpu:
         return None
     given: dict[str, Any] = {}
     if isinstance(act, partial):
-        act, given = act.func, act.keywords
+        given, act = act.keywords, act.func
     if act not in _COMPILED:
         return None
     name, defaults = _COMPILED[act]
@@ -349,7 +349,8 @@ def activated(recipe: Recipe, act: Activation) -> Tensor:
     if compiled is None:
         return Value.apply(recipe, act, *recipe.tensors)  # type: ignore[no-any-return]
     x, norm = recipe.pieces[0], recipe.norm
-    return _backend._C.bn_act_recomputed(
+    native: Any = _backend._C
+    return native.bn_act_recomputed(  # type: ignore[no-any-return]
         x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled
     )  # fmt: skip
 
@@ -362,7 +363,8 @@ def convolved(
     if compiled is None:
         return Convolution.apply(recipe, act, geometry, weight, bias, *recipe.tensors)  # type: ignore[no-any-return]
     x, norm = recipe.pieces[0], recipe.norm
-    return _backend._C.bn_act_conv2d(
+    native: Any = _backend._C
+    return native.bn_act_conv2d(  # type: ignore[no-any-return]
         x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
         weight, bias, *geometry, paths(x) if geometry[2:] == ((1, 1), 1) else None,
     )  # fmt: skip

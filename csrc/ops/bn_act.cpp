@@ -36,11 +36,12 @@ Tensor bn_act(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, 
   return out;
 }
 
-// `wanted`: dx, and the gradients of weight and bias; of what is not wanted, an empty tensor.
-std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout_, const Tensor& x_, const OptTensor& weight,
-                                                   const OptTensor& bias, const Tensor& mean, const Tensor& var,
-                                                   double eps, bool batch_stats, c10::string_view act, double a,
-                                                   double b, std::array<bool, 3> wanted) {
+// `wanted`: dx, and the gradients of weight and bias; of what is not wanted, an empty tensor. `spent`: nobody needs
+// dout's memory any more, and dx takes it.
+std::tuple<Tensor, Tensor, Tensor> bn_act_gradients(const Tensor& dout_, const Tensor& x_, const OptTensor& weight,
+                                                    const OptTensor& bias, const Tensor& mean, const Tensor& var,
+                                                    double eps, bool batch_stats, c10::string_view act, double a,
+                                                    double b, std::array<bool, 3> wanted, bool spent) {
   const Tensor x = dense_activation(kBnAct, x_), dout = gradient_like(kBnAct, dout_, x);
   const BatchNormArgs bn(kBnAct, x, weight, bias, mean, var, eps);
   const Activation activation = activation_of(act, a, b);
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout_, const Te
   const ChannelView view = view_of(x);
   const bool some = x.numel() > 0, sums = wanted[1] || wanted[2] || (wanted[0] && batch_stats);
   const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
-  Tensor dx = wanted[0] ? at::empty_like(x) : none(x);
+  Tensor dx = !wanted[0] ? none(x) : spent ? dout : at::empty_like(x);
   Tensor dz = sums ? at::zeros_like(bn.mean) : none(bn.mean), dz_xhat = sums ? at::zeros_like(bn.mean) : none(bn.mean);
   // Where the dtype holds it without rounding, dz, which takes an exponential, waits in dx for the last pass.
   const bool wide = dtype == DType::f32 || dtype == DType::f64;
@@ -62,6 +63,13 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout_, const Te
                                         batch_stats ? dz_xhat.data_ptr() : nullptr, double(view.count()), dtype, view,
                                         bn.kernel, keeps ? Activation{Activation::none, 0, 0} : activation);
   return {dx, wanted[1] ? dz_xhat : none(bn.mean), wanted[2] ? dz : none(bn.mean)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_backward(const Tensor& dout, const Tensor& x, const OptTensor& weight,
+                                                   const OptTensor& bias, const Tensor& mean, const Tensor& var,
+                                                   double eps, bool batch_stats, c10::string_view act, double a,
+                                                   double b, std::array<bool, 3> wanted) {
+  return bn_act_gradients(dout, x, weight, bias, mean, var, eps, batch_stats, act, a, b, wanted, /*spent=*/false);
 }
 
 // act(bn(x)) of ATen's ops, for derivatives of derivatives.
@@ -173,7 +181,8 @@ struct BnActFunction : torch::autograd::Function<BnActFunction> {
     }
     if (!any) return result;
     auto [dx, dbn_weight, dbn_bias] =
-        bn_act_backward(dvalue, x, bn_weight, bn_bias, mean, var, eps, batch_stats, act, a, b, wanted);
+        bn_act_gradients(dvalue, x, bn_weight, bn_bias, mean, var, eps, batch_stats, act, a, b, wanted,
+                         /*spent=*/weight.defined());
     if (wanted[0]) result[0] = dx;
     if (wanted[1]) result[1] = dbn_weight.to(bn_weight.scalar_type());
     if (wanted[2]) result[2] = dbn_bias.to(bn_bias.scalar_type());
