@@ -158,7 +158,7 @@ class _Again:
         if mean is None or var is None:
             return dz, None, None
         weight = None if weight is None else weight.contiguous()
-        kept = (mean, var, None, None)
+        kept: tuple[Optional, ...] = (mean, var, None, None)
         if self.norm.batch_stats:
             kept = (None, None, mean, (var + self.norm.eps).rsqrt())
         return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
