@@ -25,8 +25,6 @@ ACTIVATIONS = {
     "hardswish": (F.hardswish, ("hardswish", 0.0, 0.0)),
     "silu": (F.silu, ("silu", 0.0, 0.0)),
 }
-#: What gradients of whole tensors cannot tell apart: a value beside a kink.
-SMOOTH = ("none", "silu", "hardswish")
 
 
 def drawn(shape, dtype, layout, mean):
@@ -64,10 +62,9 @@ def check(act, shape, dtype, layout, training, mean=0.5):
     exact = reference(*(t.double() for t in (x, weight, bias, dout)), training, torch_act)
     eager, ours = reference(x, weight, bias, dout, training, torch_act), compiled(x, weight, bias, dout, training, name)
     assert ours[0].stride() == ours[1].stride() == x.stride()
-    kinked = act not in SMOOTH and dtype != torch.float64  # a value that rounds across a kink moves a whole `dout`
+    times = 10 if dtype == torch.float64 else 2  # float64 is held to PyTorch's own roundings, not to what is exact
     for what, a, b, e in zip(("out", "dx", "dweight", "dbias"), ours, eager, exact, strict=True):
-        if what == "out" or not kinked or abs(mean) < 1:
-            assert_accurate(f"{act} {what}", a, b, e, times=4, mean=mean)
+        assert_accurate(f"{act} {what}", a, b, e, times=times, mean=mean)
 
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
@@ -89,7 +86,8 @@ def test_large_means_do_not_cancel(act, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_ends_and_kinks_are_torchs(act, dtype):
-    """Of a normalisation that changes nothing; the gradient of a NaN is torch's vectors' or its scalars'."""
+    """Of a normalisation that changes nothing. The gradient of a NaN is torch's vectors' or its scalars', and between 87
+    and 89, where the sigmoid is a subnormal number, ours is 0: neither is compared."""
     torch_act, name = ACTIVATIONS[act]
     points = [-INF, INF, NAN, -3.0, 3.0, 0.0, -0.0, 6.0, -0.5, 0.75, 1e3, -1e3, 6e4, -6e4, 85.0, -85.0, 90.0, -90.0]
     x = torch.tensor(points * 3, dtype=dtype).view(1, 1, 6, -1)
