@@ -86,8 +86,11 @@ def test_large_means_do_not_cancel(act, layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_ends_and_kinks_are_torchs(act, dtype):
-    """Of a normalisation that changes nothing. The gradient of a NaN is torch's vectors' or its scalars', and between 87
-    and 89, where the sigmoid is a subnormal number, ours is 0: neither is compared."""
+    """Of a normalisation that changes nothing.
+
+    Not compared: the gradient of a NaN, where torch's vectors and scalars differ, and from -89 to -87, where the
+    sigmoid is a subnormal number and ours is 0.
+    """
     torch_act, name = ACTIVATIONS[act]
     points = [-INF, INF, NAN, -3.0, 3.0, 0.0, -0.0, 6.0, -0.5, 0.75, 1e3, -1e3, 6e4, -6e4, 85.0, -85.0, 90.0, -90.0]
     x = torch.tensor(points * 3, dtype=dtype).view(1, 1, 6, -1)
