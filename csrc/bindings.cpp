@@ -4,6 +4,7 @@
 #include "common/kernels.h"
 #include "conv/choose.h"
 #include "measuring.h"
+#include "ops/bn_act.h"
 #include "ops/deferred.h"
 #ifdef RAN_WITH_CUDA
 #include "batch_norm/cuda.h"
@@ -77,6 +78,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("explain_conv", &explain_conv);
   m.def("explain_conv_gate", &explain_conv_gate);
+  const py::call_guard<py::gil_scoped_release> no_gil;
+  m.def("bn_act_recomputed", &ran::bn_act_recomputed, no_gil);
+  m.def("bn_act_conv2d", &ran::bn_act_conv2d, no_gil);
   m.def("set_deferred_history", &ran::set_deferred_history);
   ran::bind_measuring(m);
 #ifdef RAN_WITH_CUDA

@@ -13,6 +13,37 @@ def explain_conv(
     x: Tensor, weight: Tensor, stride: Sequence[int], padding: Sequence[int], paths: int, with_norm: bool
 ) -> list[tuple[bool, str, str]]: ...
 def explain_conv_gate(trunk: Tensor, x: Tensor, weight: Tensor, scale: int, paths: int) -> tuple[bool, str, str]: ...
+def bn_act_recomputed(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    batch_stats: bool,
+    eps: float,
+    act: str,
+    a: float,
+    b: float,
+) -> Tensor: ...
+def bn_act_conv2d(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    batch_stats: bool,
+    eps: float,
+    act: str,
+    a: float,
+    b: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    paths: int | None,
+) -> Tensor: ...
 def set_deferred_history(
     out: Tensor, inputs: Sequence[Tensor | None], backward: Callable[[Tensor], Sequence[Tensor | None]]
 ) -> None: ...

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._fusion import PLAIN
-from ._recipe import Activation, Convolution, JoinedConvolution, Recipe, Value, identity, version, with_history
+from ._recipe import Activation, JoinedConvolution, Recipe, activated, convolved, identity, version, with_history
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
@@ -134,7 +134,7 @@ class Deferred(Tensor):
             return recipe.value()
         if self.act is F.relu and recipe.native and len(recipe.pieces) == 1:
             return recipe.relu()
-        return Value.apply(recipe, self.act, *recipe.tensors)  # type: ignore[no-any-return]
+        return activated(recipe, self.act)
 
     def _tell_owner(self) -> None:
         """A normalisation whose value is written out as it is need not defer the next time."""
@@ -334,9 +334,7 @@ def _convolution(
         found.take_pieces()
     grouped = "grouped " if groups > 1 else "dilated " if dilation != (1, 1) else ""
     tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
-    geometry = stride, padding, dilation, groups
-    out: Tensor = Convolution.apply(recipe, found.act, geometry, weight, bias, *recipe.tensors)
-    return out
+    return convolved(recipe, found.act, (stride, padding, dilation, groups), weight, bias)
 
 
 def _relu(input: Any, inplace: bool = False) -> Tensor | None:

@@ -28,6 +28,14 @@ def version(t: Tensor | None) -> int:
     return -1 if t is None or t.is_inference() else t._version
 
 
+class Norm(NamedTuple):
+    """Of a recipe, what is no tensor."""
+
+    batch_stats: bool
+    eps: float
+    native: bool
+
+
 class Recipe(NamedTuple):
     """A batch normalisation, where there is one, of pieces joined along the channels.
 
@@ -54,9 +62,14 @@ class Recipe(NamedTuple):
         """All that the value depends on."""
         return self.mean, self.var, self.weight, self.bias, *self.pieces
 
+    @property
+    def norm(self) -> Norm:
+        """All else."""
+        return Norm(self.batch_stats, self.eps, self.native)
+
     def value(self) -> Tensor:
         """What stands before the activation."""
-        return _value(self.batch_stats, self.eps, *self.tensors)
+        return _value(self.norm, *self.tensors)
 
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
@@ -83,15 +96,24 @@ class Recipe(NamedTuple):
         return out
 
 
-def _value(
-    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
-) -> Tensor:
-    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+def _joined(pieces: Sequence[Any]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)  # type: ignore[arg-type]
+
+
+def _split(dx: Optional, pieces: Sequence[Any]) -> Sequence[Optional]:
+    """The pieces' own parts."""
+    if dx is None or len(pieces) == 1:
+        return [dx] * len(pieces)
+    return dx.split([piece.shape[1] for piece in pieces], 1)
+
+
+def _value(norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any) -> Tensor:
+    x = _joined(pieces)
     if mean is None:
         return x
-    if batch_stats:
-        return F.batch_norm(x, None, None, weight, bias, True, 0.0, eps)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+    if norm.batch_stats:
+        return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
 
 
 def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor) -> list[Optional]:
@@ -106,56 +128,127 @@ def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool],
 class _Again:
     """A value computed again in backward, from the statistics that forward took."""
 
-    def __init__(self, norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional]):
+    def __init__(self, norm: Norm, act: Activation, tensors: Sequence[Optional]):
         self.norm, self.act, self.tensors = norm, act, tensors
         with torch.no_grad():
-            self.x, self.z = _normalised(*norm, *tensors)
-        self.z = self.z.detach()
+            self.x, z = _normalised(norm, *tensors)
+        self.z = z.detach()
         if act is identity:
-            self.value = self.z
+            self._value = self.z
         else:
             with torch.enable_grad():
-                self.value = act(self.z.requires_grad_())
+                self._value = act(self.z.requires_grad_())
+
+    def value(self) -> Tensor:
+        """Past the activation."""
+        return self._value.detach()
 
     def gradients(self, wanted: Sequence[bool], dvalue: Tensor) -> list[Optional]:
         """Those of the tensors, from that of the value."""
         if not any(wanted):
             return [None] * len(wanted)
-        dz = dvalue if self.act is identity else torch.autograd.grad(self.value, self.z, dvalue)[0]
-        mean, var, weight = self.tensors[:3]
-        dx, dweight, dbias = dz, None, None
-        if mean is not None and var is not None:
-            batch_stats, eps = self.norm
-            weight = None if weight is None else weight.contiguous()
-            kept = (None, None, mean, (var + eps).rsqrt()) if batch_stats else (mean, var, None, None)
-            dx, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
-                dz, self.x, weight, *kept, batch_stats, eps, [any(wanted[4:]), wanted[2], wanted[3]]
-            )
-        pieces = self.tensors[4:]
-        dxs = dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)  # type: ignore[union-attr]
-        found = [None, None, dweight, dbias, *dxs]
+        dx, dweight, dbias = self._of_norm(dvalue, [any(wanted[4:]), wanted[2], wanted[3]])
+        found = [None, None, dweight, dbias, *_split(dx, self.tensors[4:])]
         return [d if want else None for d, want in zip(found, wanted, strict=True)]
+
+    def _of_norm(self, dvalue: Tensor, wanted: list[bool]) -> tuple[Optional, Optional, Optional]:
+        """Those of the pieces joined, the weight and the bias."""
+        dz = dvalue if self.act is identity else torch.autograd.grad(self._value, self.z, dvalue)[0]
+        mean, var, weight = self.tensors[:3]
+        if mean is None or var is None:
+            return dz, None, None
+        weight = None if weight is None else weight.contiguous()
+        kept: tuple[Optional, ...] = (mean, var, None, None)
+        if self.norm.batch_stats:
+            kept = (None, None, mean, (var + self.norm.eps).rsqrt())
+        return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
+            dz, self.x, weight, *kept, self.norm.batch_stats, self.norm.eps, wanted
+        )
+
+
+class _CompiledAgain(_Again):
+    """The same by kernels that pass over the memory once for the value, and twice for the gradients."""
+
+    def __init__(self, norm: Norm, act: tuple[Any, ...], tensors: Sequence[Optional]):
+        self.norm, self.compiled, self.tensors = norm, act, tensors
+        self.x = _joined(tensors[4:])
+
+    def value(self) -> Tensor:
+        return _activated(self.norm, self.compiled, self.x, self.tensors)
+
+    def _of_norm(self, dvalue: Tensor, wanted: list[bool]) -> tuple[Optional, Optional, Optional]:
+        mean, var, weight, bias = self.tensors[:4]
+        dx, dweight, dbias = torch.ops.ran_ext.bn_act_backward(
+            dvalue, self.x, weight, bias, mean, var, self.norm.eps, self.norm.batch_stats, *self.compiled, wanted
+        )
+        return dx, None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
+
+
+def _activated(norm: Norm, compiled: tuple[Any, ...], x: Tensor, tensors: Sequence[Optional]) -> Tensor:
+    mean, var, weight, bias = tensors[:4]
+    return torch.ops.ran_ext.bn_act(x, weight, bias, mean, var, norm.eps, *compiled)  # type: ignore[no-any-return]
+
+
+#: Of torch's activations the compiled op's name, and the two numbers that it takes: by name, with torch's defaults.
+_COMPILED: dict[Activation, tuple[str, dict[str, float]]] = {
+    identity: ("none", {}),
+    F.relu: ("relu", {}),
+    F.relu6: ("hardtanh", {"min_val": 0.0, "max_val": 6.0}),
+    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01}),
+    F.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
+    F.hardswish: ("hardswish", {}),
+    F.silu: ("silu", {}),
+}
+
+
+def _compiled(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> tuple[str, float, float] | None:
+    """The activation as the compiled passes take it; None where they do not serve."""
+    mean, x = tensors[0], tensors[4]
+    if not norm.native or mean is None or x is None or not x.is_cpu:
+        return None
+    given: dict[str, Any] = {}
+    if isinstance(act, partial):
+        given, act = act.keywords, act.func
+    if act not in _COMPILED:
+        return None
+    name, defaults = _COMPILED[act]
+    a, b = [*(float(given.get(key, value)) for key, value in defaults.items()), 0.0, 0.0][:2]
+    return None if name == "hardtanh" and not a <= b else (name, a, b)  # torch has the error's text
+
+
+def _again(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> _Again:
+    compiled = _compiled(norm, act, tensors)
+    return _Again(norm, act, tensors) if compiled is None else _CompiledAgain(norm, compiled, tensors)
+
+
+def _forward(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> Tensor:
+    """``act(value)``, of the statistics that are given, below autograd."""
+    compiled = _compiled(norm, act, tensors)
+    with torch.no_grad():
+        if compiled is None:
+            return act(_normalised(norm, *tensors)[1])
+        return _activated(norm, compiled, _joined(tensors[4:]), tensors)
 
 
 def _normalised(
-    batch_stats: bool, eps: float, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
+    norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
 ) -> tuple[Tensor, Tensor]:
     """The pieces joined, and the value before the activation, of the statistics that are given."""
-    x: Tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+    x = _joined(pieces)
     if mean is None:
         return x, x
     if mean.dtype != (x if weight is None else weight).dtype:  # torch does not normalise with such statistics
-        return x, _value(batch_stats, eps, mean, var, weight, bias, x)
-    return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return x, _value(norm, mean, var, weight, bias, x)
+    return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
 
 
 def _value_gradients(
-    norm: tuple[bool, float], act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
+    norm: Norm, act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
 ) -> list[Optional]:
     """Those of ``act(value)``."""
     if not torch.is_grad_enabled():
-        return _Again(norm, act, tensors).gradients(wanted, dout)
-    out = act(_value(*norm, *tensors))
+        return _again(norm, act, tensors).gradients(wanted, dout)
+    out = act(_value(norm, *tensors))
     return _gradients(out, tensors, wanted, dout)
 
 
@@ -164,10 +257,9 @@ class Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Optional) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.norm, ctx.act = recipe.norm, act
         ctx.save_for_backward(*tensors)
-        with torch.no_grad():
-            return act(_normalised(*ctx.norm, *tensors)[1])
+        return _forward(ctx.norm, act, tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
@@ -179,7 +271,7 @@ class _Node(Value):
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, act: Activation, make: Callable[[], Tensor], *tensors: Any) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = (recipe.batch_stats, recipe.eps), act
+        ctx.norm, ctx.act = recipe.norm, act
         ctx.save_for_backward(*tensors)
         return make()
 
@@ -203,7 +295,7 @@ def with_history(make: Callable[[], Tensor], recipe: Recipe, act: Activation) ->
 
 def _history_gradients(recipe: Recipe, act: Activation, dout: Tensor) -> list[Optional]:
     wanted = [t is not None and t.requires_grad for t in recipe.tensors]
-    return _value_gradients((recipe.batch_stats, recipe.eps), act, recipe.tensors, wanted, dout)[2:]
+    return _value_gradients(recipe.norm, act, recipe.tensors, wanted, dout)[2:]
 
 
 class Convolution(torch.autograd.Function):
@@ -219,11 +311,11 @@ class Convolution(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.norm, ctx.act, ctx.geometry = (recipe.batch_stats, recipe.eps), act, geometry
+        ctx.norm, ctx.act, ctx.geometry = recipe.norm, act, geometry
         ctx.fast = paths(recipe.pieces[0]) if recipe.native and geometry[2:] == ((1, 1), 1) else None
         ctx.save_for_backward(weight, bias, *tensors)
+        value = _forward(ctx.norm, act, tensors)
         with torch.no_grad():
-            value = act(_normalised(*ctx.norm, *tensors)[1])
             convolve = F.conv2d if ctx.fast is None else conv2d
             return convolve(value, weight, bias, *geometry)
 
@@ -232,10 +324,10 @@ class Convolution(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         weight, bias, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            out = F.conv2d(ctx.act(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            out = F.conv2d(ctx.act(_value(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
             return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
-        again = _Again(ctx.norm, ctx.act, tensors)
-        value = again.value.detach()
+        again = _again(ctx.norm, ctx.act, tensors)
+        value = again.value()
         stride, padding, dilation, groups = ctx.geometry
         masks = [any(wanted[2:]), wanted[0], wanted[1]]
         if ctx.fast is not None and dout.is_cpu:
@@ -251,6 +343,33 @@ class Convolution(torch.autograd.Function):
         return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
 
 
+def activated(recipe: Recipe, act: Activation) -> Tensor:
+    """``act(recipe.value())``, of which backward keeps what it depends on."""
+    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
+    if compiled is None:
+        return Value.apply(recipe, act, *recipe.tensors)  # type: ignore[no-any-return]
+    x, norm = recipe.pieces[0], recipe.norm
+    native: Any = _backend._C
+    return native.bn_act_recomputed(  # type: ignore[no-any-return]
+        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled
+    )  # fmt: skip
+
+
+def convolved(
+    recipe: Recipe, act: Activation, geometry: tuple[Any, ...], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The convolution of ``act(recipe.value())``, which backward computes again; ``geometry`` from the stride on."""
+    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
+    if compiled is None:
+        return Convolution.apply(recipe, act, geometry, weight, bias, *recipe.tensors)  # type: ignore[no-any-return]
+    x, norm = recipe.pieces[0], recipe.norm
+    native: Any = _backend._C
+    return native.bn_act_conv2d(  # type: ignore[no-any-return]
+        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
+        weight, bias, *geometry, paths(x) if geometry[2:] == ((1, 1), 1) else None,
+    )  # fmt: skip
+
+
 class JoinedConvolution(torch.autograd.Function):
     """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
 
@@ -264,7 +383,7 @@ class JoinedConvolution(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.norm, ctx.geometry, ctx.paths = (recipe.batch_stats, recipe.eps), (stride, padding), paths(recipe.pieces[0])
+        ctx.norm, ctx.geometry, ctx.paths = recipe.norm, (stride, padding), paths(recipe.pieces[0])
         ctx.save_for_backward(weight, bias, *tensors)
         return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
 
@@ -273,13 +392,13 @@ class JoinedConvolution(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         weight, bias, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            out = F.conv2d(F.relu(_value(*ctx.norm, *tensors)), weight, bias, *ctx.geometry)
+            out = F.conv2d(F.relu(_value(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
             return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
         mean, var, bn_weight, bn_bias = tensors[:4]
         pieces: Any = tensors[4:]
-        batch_stats, eps = ctx.norm
         dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
-            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, eps, batch_stats,
+            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps,
+            ctx.norm.batch_stats,
             [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.paths,
         )  # fmt: skip
         found = [dweight, dbias, None, None, dbn_weight, dbn_bias]

@@ -41,4 +41,10 @@ struct BatchNorm {
   double eps;
 };
 
+// What follows a batch normalisation: an activation of torch, with what it was given.
+struct Activation {
+  enum Kind : int { none, relu, leaky_relu, hardtanh, hardswish, silu } kind;
+  double a, b;  // of leaky_relu the slope; of hardtanh the bounds
+};
+
 }  // namespace ran

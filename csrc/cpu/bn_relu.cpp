@@ -1,46 +1,23 @@
 // Batch normalisation + ReLU, forward and backward, over dense NCHW and channels_last tensors.
 //
 // Statistics are taken in two passes over tiles that fit a core's cache, and the tiles' merged (moments.h).
-#include <algorithm>
-#include <vector>
-
-#include "../common/formulas.h"
-#include "moments.h"
-#include "parallel.h"
-#include "tables.h"
-#include "vec.h"
+#include "bn_passes.h"
 
 namespace ran::cpu::RAN_ISA {
 namespace {
 
-constexpr int64_t kTileRows = 128;    // rows of a channels_last tile
-constexpr int64_t kTileLanes = 4;     // vectors of channels that a tile's inner loop holds in registers
-constexpr int64_t kPlaneTile = 4096;  // values of an NCHW tile: within one image's plane
-constexpr int64_t kGrain = 32768;     // values that are worth a thread
-
-int64_t tiles_of(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-
-// ---- channels_last: [rows][channels]; a task is one tile of rows, one block of channels ----
-
-template <typename A>
-constexpr int64_t channel_block() {
-  return kTileLanes * VecOf<A>::lanes;
-}
-
-// Runs body(tile, first row, rows, first channel, channels) for every tile and block of channels.
-template <typename A, typename Body>
-void for_row_tiles(ChannelView v, Body&& body) {
-  const int64_t blocks = tiles_of(v.channels, channel_block<A>());
-  const int64_t tasks = tiles_of(v.outer, kTileRows) * blocks;
-  parallel_for(0, tasks, std::max<int64_t>(1, kGrain / (kTileRows * channel_block<A>())),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t task = begin; task < end; ++task) {
-                   const int64_t tile = task / blocks, c = task % blocks * channel_block<A>();
-                   const int64_t row = tile * kTileRows;
-                   body(tile, row, std::min(kTileRows, v.outer - row), c, std::min(channel_block<A>(), v.channels - c));
-                 }
-               });
-}
+struct Relu {
+  static constexpr bool kKeeps = false;
+  template <typename V>
+  V value(V z) const {
+    return relu(z);
+  }
+  template <typename V>
+  V gradient(V dout, V z) const {
+    return relu_backward(dout, z);
+  }
+};
+const auto make_relu = [](auto*) { return Relu{}; };
 
 template <typename T, typename A = Acc<T>>
 void stats_rows(A* mean, A* var, double* exact, const T* x, ChannelView v) {
@@ -51,72 +28,6 @@ void stats_rows(A* mean, A* var, double* exact, const T* x, ChannelView v) {
   });
   merge_tiles(mean, var, exact, tiles.data(), count, v.channels,
               [&](int64_t tile) { return std::min(kTileRows, v.outer - tile * kTileRows); });
-}
-
-template <typename T, typename A = Acc<T>>
-void forward_rows(T* out, const T* x, ChannelView v, const ScaleShiftTable<A>& table) {
-  parallel_for(
-      0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          for_lanes<A>(v.channels, [&](int64_t i, int n) {
-            const Vec<A> z = fma(load(x + row * v.channels + i, n), load(table.scale + i, n), load(table.shift + i, n));
-            store(out + row * v.channels + i, relu(z), n);
-          });
-      });
-}
-
-template <typename T, typename A = Acc<T>>
-void reduce_rows(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v, BatchNorm<A> bn,
-                 const ScaleShiftTable<A>& table) {
-  const int64_t tiles = tiles_of(v.outer, kTileRows);
-  std::vector<A> partial(size_t(tiles * v.channels * 2));
-  for_row_tiles<A>(v, [&](int64_t tile, int64_t row, int64_t rows, int64_t c, int64_t channels) {
-    for_lanes<A>(channels, [&](int64_t i, int n) {
-      const Vec<A> scale = load(table.scale + c + i, n), shift = load(table.shift + c + i, n);
-      const Vec<A> mean = load(bn.mean + c + i, n);
-      const auto sums = sum_in_runs<Pair<Vec<A>>>(rows, [&](Pair<Vec<A>>& s, int64_t r) {
-        const int64_t at = (row + r) * v.channels + c + i;
-        const Vec<A> value = load(x + at, n);
-        const Vec<A> dz = relu_backward(load(dout + at, n), fma(value, scale, shift));
-        s.first += dz;
-        s.second = fma(dz, value - mean, s.second);
-      });
-      A* const to = partial.data() + tile * 2 * v.channels + c + i;
-      store(to, sums.first, n);
-      store(to + v.channels, sums.second, n);
-    });
-  });
-  finish_sums(sum_dz, sum_dz_xhat, partial.data(), tiles, v.channels, bn);
-}
-
-template <bool kBatchStats, typename T, typename A = Acc<T>>
-void apply_rows(T* dx, const T* dout, const T* x, const T* residual, ChannelView v, const ScaleShiftTable<A>& table,
-                const DxTable<A>& k) {
-  parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin; row < end; ++row)
-                   for_lanes<A>(v.channels, [&](int64_t i, int n) {
-                     const int64_t at = row * v.channels + i;
-                     const Vec<A> value = load(x + at, n);
-                     const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
-                     const Vec<A> dz = relu_backward(load(dout + at, n), z);
-                     Vec<A> rest{};
-                     if constexpr (kBatchStats)
-                       rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
-                     if (residual) rest += load(residual + at, n);
-                     store(dx + at, fma(load(k.a + i, n), dz, rest), n);
-                   });
-               });
-}
-
-// ---- NCHW: [outer][channels][inner]; a task is one plane ----
-
-template <typename Body>
-void for_planes(ChannelView v, Body&& body) {
-  parallel_for(0, v.outer * v.channels, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.inner)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t plane = begin; plane < end; ++plane) body(plane, plane % v.channels, plane * v.inner);
-               });
 }
 
 template <typename T, typename A = Acc<T>>
@@ -133,64 +44,6 @@ void stats_planes(A* mean, A* var, double* exact, const T* x, ChannelView v) {
   merge_tiles(mean, var, exact, tiles.data(), v.outer * tiles_each, v.channels, size_of);
 }
 
-template <typename T, typename A = Acc<T>>
-void forward_planes(T* out, const T* x, ChannelView v, const ScaleShiftTable<A>& table) {
-  for_planes(v, [&](int64_t, int64_t c, int64_t at) {
-    const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
-    for_lanes<A>(v.inner,
-                 [&](int64_t i, int n) { store(out + at + i, relu(fma(load(x + at + i, n), scale, shift)), n); });
-  });
-}
-
-template <typename T, typename A = Acc<T>>
-void reduce_planes(A* sum_dz, A* sum_dz_xhat, const T* dout, const T* x, ChannelView v, BatchNorm<A> bn,
-                   const ScaleShiftTable<A>& table) {
-  std::vector<double> partial(size_t(v.outer * v.channels * 2), 0.0);
-  for_planes(v, [&](int64_t plane, int64_t c, int64_t at) {
-    const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
-    for (int64_t start = 0; start < v.inner; start += kPlaneTile) {
-      const int64_t size = std::min(kPlaneTile, v.inner - start), whole = size / VecOf<A>::lanes;
-      const auto add = [&](Pair<Vec<A>>& s, int64_t i, int n) {
-        const int64_t from = at + start + i * VecOf<A>::lanes;
-        const Vec<A> value = load(x + from, n);
-        const Vec<A> dz = relu_backward(load(dout + from, n), fma(value, scale, shift));  // 0 past the end
-        s.first += dz;
-        s.second = fma(dz, first(value - bn.mean[c], n), s.second);
-      };
-      auto sums = sum_in_runs<Pair<Vec<A>>>(whole, [&](Pair<Vec<A>>& s, int64_t i) { add(s, i, VecOf<A>::lanes); });
-      add(sums, whole, int(size % VecOf<A>::lanes));
-      partial[plane * 2] += sum<A>(sums.first);
-      partial[plane * 2 + 1] += sum<A>(sums.second);
-    }
-  });
-  for (int64_t c = 0; c < v.channels; ++c) {
-    double dz = 0, dz_xhat = 0;
-    for (int64_t n = 0; n < v.outer; ++n) {
-      dz += partial[(n * v.channels + c) * 2];
-      dz_xhat += partial[(n * v.channels + c) * 2 + 1];
-    }
-    sum_dz[c] = A(dz);
-    sum_dz_xhat[c] = A(dz_xhat / std::sqrt(double(bn.var[c]) + bn.eps));
-  }
-}
-
-template <bool kBatchStats, typename T, typename A = Acc<T>>
-void apply_planes(T* dx, const T* dout, const T* x, const T* residual, ChannelView v, const ScaleShiftTable<A>& table,
-                  const DxTable<A>& k) {
-  for_planes(v, [&](int64_t, int64_t c, int64_t at) {
-    const Vec<A> scale = splat(table.scale[c]), shift = splat(table.shift[c]);
-    const Vec<A> a = splat(k.a[c]), b = splat(k.b[c]), constant = splat(k.c[c]);
-    for_lanes<A>(v.inner, [&](int64_t i, int n) {
-      const Vec<A> value = load(x + at + i, n);
-      const Vec<A> dz = relu_backward(load(dout + at + i, n), fma(value, scale, shift));
-      Vec<A> rest{};
-      if constexpr (kBatchStats) rest = fma(b, value - k.mean[c], constant);
-      if (residual) rest += load(residual + at + i, n);
-      store(dx + at + i, fma(a, dz, rest), n);
-    });
-  });
-}
-
 }  // namespace
 
 void batch_norm_stats(void* mean, void* var, double* exact, const void* x, DType dtype, ChannelView v) {
@@ -202,40 +55,17 @@ void batch_norm_stats(void* mean, void* var, double* exact, const void* x, DType
 }
 
 void bn_relu_forward(void* out, const void* x, DType dtype, ChannelView v, BatchNorm<void> bn) {
-  with_dtype(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    const ScaleShiftTable<Acc<T>> table(typed<Acc<T>>(bn), v.channels);
-    const auto run = v.inner == 1 ? &forward_rows<T> : &forward_planes<T>;
-    run(static_cast<T*>(out), static_cast<const T*>(x), v, table);
-  });
+  bn_forward(make_relu, out, x, dtype, v, bn);
 }
 
 void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType dtype,
                              ChannelView v, BatchNorm<void> bn) {
-  with_dtype(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using A = Acc<T>;
-    const ScaleShiftTable<A> table(typed<A>(bn), v.channels);
-    const auto run = v.inner == 1 ? &reduce_rows<T> : &reduce_planes<T>;
-    run(static_cast<A*>(sum_dz), static_cast<A*>(sum_dz_xhat), static_cast<const T*>(dout), static_cast<const T*>(x), v,
-        typed<A>(bn), table);
-  });
+  bn_backward_reduce(make_relu, nullptr, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn);
 }
 
 void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
                             const void* sum_dz_xhat, double count, DType dtype, ChannelView v, BatchNorm<void> bn) {
-  with_dtype(dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    using A = Acc<T>;
-    const ScaleShiftTable<A> table(typed<A>(bn), v.channels);
-    const DxTable<A> k(typed<A>(bn), static_cast<const A*>(sum_dz), static_cast<const A*>(sum_dz_xhat), A(count),
-                       v.channels);
-    const auto rows = sum_dz ? &apply_rows<true, T> : &apply_rows<false, T>;
-    const auto planes = sum_dz ? &apply_planes<true, T> : &apply_planes<false, T>;
-    const auto run = v.inner == 1 ? rows : planes;
-    run(static_cast<T*>(dx), static_cast<const T*>(dout), static_cast<const T*>(x), static_cast<const T*>(residual), v,
-        table, k);
-  });
+  bn_backward_apply(make_relu, dx, dout, x, residual, sum_dz, sum_dz_xhat, count, dtype, v, bn);
 }
 
 }  // namespace ran::cpu::RAN_ISA

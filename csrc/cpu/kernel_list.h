@@ -36,6 +36,15 @@ RAN_KERNEL(void, bn_relu_backward_apply,
            (void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
             const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>))
 
+// The same three with another activation, and without residual. kept: dz, written by silu alone, or null
+RAN_KERNEL(void, bn_act_forward, (void* out, const void* x, DType, ChannelView, BatchNorm<void>, Activation))
+RAN_KERNEL(void, bn_act_backward_reduce,
+           (void* kept, void* sum_dz, void* sum_dz_xhat, const void* dout, const void* x, DType, ChannelView,
+            BatchNorm<void>, Activation))
+RAN_KERNEL(void, bn_act_backward_apply,
+           (void* dx, const void* dout, const void* x, const void* sum_dz, const void* sum_dz_xhat, double count, DType,
+            ChannelView, BatchNorm<void>, Activation))
+
 // Whether the three below take this convolution; the first two take pointwise ones only.
 RAN_KERNEL(bool, conv_supported, (DType, ConvShape))
 // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean, out_var (biased) and

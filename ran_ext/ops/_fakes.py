@@ -97,6 +97,28 @@ def _register() -> None:
     def _(dout: Tensor, x: Tensor, *args: Any) -> Tensor:
         return _dense_like(x)
 
+    @fake("ran_ext::bn_act")
+    def _(x: Tensor, *args: Any) -> Tensor:
+        return _dense_like(x)
+
+    @fake("ran_ext::bn_act_backward")
+    def _(
+        dout: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        eps: float,
+        batch_stats: bool,
+        act: str,
+        a: float = 0,
+        b: float = 0,
+        wanted: tuple[bool, bool, bool] = (True, True, True),
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sizes = [x.shape[1] if want else 0 for want in wanted[1:]]
+        return _dense_like(x) if wanted[0] else x.new_empty([0]), _vector(x, sizes[0]), _vector(x, sizes[1])
+
     @fake("ran_ext::_chained_bn_relu_conv2d")
     def _(
         x: Tensor,

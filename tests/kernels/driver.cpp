@@ -184,6 +184,79 @@ void check_pyramid(DType dtype) {
 
 // ---- batch normalisation
 
+double activated(ran::Activation act, double z) {
+  switch (act.kind) {
+    case ran::Activation::relu:
+      return relu(z);
+    case ran::Activation::leaky_relu:
+      return z > 0 ? z : z * act.a;
+    case ran::Activation::hardtanh:
+      return std::min(std::max(z, act.a), act.b);
+    case ran::Activation::hardswish:
+      return z * std::min(std::max(z + 3, 0.0), 6.0) / 6;
+    case ran::Activation::silu:
+      return z / (1 + std::exp(-z));
+    default:
+      return z;
+  }
+}
+
+double slope(ran::Activation act, double z) {
+  const double s = 1 / (1 + std::exp(-z));
+  switch (act.kind) {
+    case ran::Activation::relu:
+      return z > 0;
+    case ran::Activation::leaky_relu:
+      return z > 0 ? 1 : act.a;
+    case ran::Activation::hardtanh:
+      return z > act.a && z < act.b;
+    case ran::Activation::hardswish:
+      return z <= -3 ? 0 : z >= 3 ? 1 : z / 3 + 0.5;
+    case ran::Activation::silu:
+      return s * (1 + z * (1 - s));
+    default:
+      return 1;
+  }
+}
+
+void check_bn_act(DType dtype) {
+  const bool rows = integer(0, 1) == 1;
+  const ChannelView v{integer(1, rows ? 300 : 4), integer(1, 70), rows ? 1 : integer(1, 200)};
+  const Array x(dtype, v.numel(), -4, 4), dout(dtype, v.numel(), -1, 2);
+  const ran::Activation act{ran::Activation::Kind(integer(0, 5)), 0.2, 1.1};
+  judge.kernel = "bn_act " + std::to_string(act.kind) + " " + name_of(dtype);
+  const Norm norm(dtype, v.channels);
+  const DType acc = acc_of(dtype);
+  const Array out(dtype, v.numel()), dx(dtype, v.numel()), sum_dz(acc, v.channels), sum_dz_xhat(acc, v.channels);
+  const bool batch = integer(0, 1) == 1;
+  table.bn_act_forward(out.data(), x.data(), dtype, v, norm.args(), act);
+  const bool keeps = act.kind == ran::Activation::silu && integer(0, 1) == 1;
+  table.bn_act_backward_reduce(keeps ? dx.data() : nullptr, sum_dz.data(), sum_dz_xhat.data(), dout.data(), x.data(),
+                               dtype, v, norm.args(), act);
+  table.bn_act_backward_apply(dx.data(), keeps ? dx.data() : dout.data(), x.data(), batch ? sum_dz.data() : nullptr,
+                              batch ? sum_dz_xhat.data() : nullptr, double(v.count()), dtype, v, norm.args(),
+                              keeps ? ran::Activation{ran::Activation::none, 0, 0} : act);
+  Doubles want(v.numel()), want_dx(v.numel()), want_dz(v.channels), want_dz_xhat(v.channels);
+  const auto channel = [&](int64_t i) { return i / v.inner % v.channels; };
+  for (int64_t i = 0; i < v.numel(); ++i) {
+    const int64_t c = channel(i);
+    const double z = norm.z(x[i], c), dz = dout[i] * slope(act, z);
+    want[i] = activated(act, z);
+    want_dz[c] += dz;
+    want_dz_xhat[c] += dz * norm.xhat(x[i], c);
+  }
+  for (int64_t i = 0; i < v.numel(); ++i) {
+    const int64_t c = channel(i);
+    double dz = dout[i] * slope(act, norm.z(x[i], c));
+    if (batch) dz -= (sum_dz[c] + norm.xhat(x[i], c) * sum_dz_xhat[c]) / double(v.count());
+    want_dx[i] = norm.scale(c) * dz;
+  }
+  judge.near("out", out, want, tolerance(dtype));
+  judge.near("dx", dx, want_dx, tolerance(dtype));
+  judge.near("sum_dz", sum_dz, want_dz, dtype == DType::f64 ? 1e-12 : 1e-5);
+  judge.near("sum_dz_xhat", sum_dz_xhat, want_dz_xhat, dtype == DType::f64 ? 1e-12 : 1e-5);
+}
+
 void check_bn_relu(DType dtype) {
   judge.kernel = std::string("bn_relu ") + name_of(dtype);
   const bool rows = integer(0, 1) == 1;
@@ -390,6 +463,7 @@ int main(int argc, char** argv) {
       check_bilinear_gate(dtype);
       check_pyramid(dtype);
       check_bn_relu(dtype);
+      check_bn_act(dtype);
       check_products(dtype);
       check_weight_gradient(dtype);
       check_winograd(dtype, Conv3x3::f4x4);
