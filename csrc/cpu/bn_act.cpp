@@ -5,17 +5,6 @@
 namespace ran::cpu::RAN_ISA {
 namespace {
 
-// 1 / x to within 2 ulp, of an x whose reciprocal is no subnormal number: the division takes longer than exp.
-inline Vec<float> reciprocal(Vec<float> x) {
-#if defined(RAN_AVX512)
-  const Vec<float> r = _mm512_rcp14_ps(x);
-  return fma(r, fma(-x, r, splat(1.0f)), r);
-#else
-  return 1 / x;
-#endif
-}
-inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
-
 // NaN, infinities and the slopes at the kinks are torch's. Where its vectors and its scalars differ, which is in the
 // gradient of a NaN, hardswish makes one and hardtanh lets `dout` through.
 

@@ -153,6 +153,17 @@ inline Vec<float> scale(Vec<float> x, Vec<float> k) {
 #endif
 }
 
+// 1 / x to within 2 ulp, of an x whose reciprocal is no subnormal number: the division takes longer than exp.
+inline Vec<float> reciprocal(Vec<float> x) {
+#if defined(RAN_AVX512)
+  const Vec<float> r = _mm512_rcp14_ps(x);
+  return fma(r, fma(-x, r, splat(1.0f)), r);
+#else
+  return 1 / x;
+#endif
+}
+inline Vec<double> reciprocal(Vec<double> x) { return 1 / x; }
+
 // 1 / x to within 2^-14: enough where the result is rounded to 16 bits.
 inline Vec<float> reciprocal_short(Vec<float> x) {
 #if defined(RAN_AVX512)
