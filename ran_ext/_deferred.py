@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._fusion import PLAIN
-from ._recipe import Activation, JoinedConvolution, Recipe, activated, convolved, identity, version, with_history
+from ._recipe import Activation, Recipe, identity, version
+from ._recomputed import JoinedConvolution, activated, convolved, with_history
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.

@@ -1,18 +1,15 @@
-"""How a value that is not written yet is computed, and what is differentiated by computing it again in backward."""
+"""How a value that is not written yet is computed: a batch normalisation of pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _backend
 from ._paths import gpu_paths, paths
-from .ops.conv2d import conv2d
 
 Activation = Callable[[Tensor], Tensor]
 Optional = Tensor | None
@@ -69,7 +66,7 @@ class Recipe(NamedTuple):
 
     def value(self) -> Tensor:
         """What stands before the activation."""
-        return _value(self.norm, *self.tensors)
+        return value_of(self.norm, *self.tensors)
 
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any) -> Tensor:
         """The convolution of ``relu(value)`` in one op; ``x``: the pieces joined."""
@@ -96,311 +93,23 @@ class Recipe(NamedTuple):
         return out
 
 
-def _joined(pieces: Sequence[Any]) -> Tensor:
+def joined(pieces: Sequence[Any]) -> Tensor:
+    """The pieces as one tensor."""
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)  # type: ignore[arg-type]
 
 
-def _split(dx: Optional, pieces: Sequence[Any]) -> Sequence[Optional]:
-    """The pieces' own parts."""
+def split(dx: Optional, pieces: Sequence[Any]) -> Sequence[Optional]:
+    """The pieces' own parts of a gradient."""
     if dx is None or len(pieces) == 1:
         return [dx] * len(pieces)
     return dx.split([piece.shape[1] for piece in pieces], 1)
 
 
-def _value(norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any) -> Tensor:
-    x = _joined(pieces)
+def value_of(norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any) -> Tensor:
+    """What stands before the activation, of a recipe's ``norm`` and ``tensors``."""
+    x = joined(pieces)
     if mean is None:
         return x
     if norm.batch_stats:
         return F.batch_norm(x, None, None, weight, bias, True, 0.0, norm.eps)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
-
-
-def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor) -> list[Optional]:
-    """Those of ``out`` in the wanted tensors, to be differentiated again; None in the others."""
-    inputs: Any = [t for t, want in zip(tensors, wanted, strict=True) if want]
-    if not inputs:
-        return [None] * len(wanted)
-    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=True, allow_unused=True))
-    return [next(found) if want else None for want in wanted]
-
-
-class _Again:
-    """A value computed again in backward, from the statistics that forward took."""
-
-    def __init__(self, norm: Norm, act: Activation, tensors: Sequence[Optional]):
-        self.norm, self.act, self.tensors = norm, act, tensors
-        with torch.no_grad():
-            self.x, z = _normalised(norm, *tensors)
-        self.z = z.detach()
-        if act is identity:
-            self._value = self.z
-        else:
-            with torch.enable_grad():
-                self._value = act(self.z.requires_grad_())
-
-    def value(self) -> Tensor:
-        """Past the activation."""
-        return self._value.detach()
-
-    def gradients(self, wanted: Sequence[bool], dvalue: Tensor) -> list[Optional]:
-        """Those of the tensors, from that of the value."""
-        if not any(wanted):
-            return [None] * len(wanted)
-        dx, dweight, dbias = self._of_norm(dvalue, [any(wanted[4:]), wanted[2], wanted[3]])
-        found = [None, None, dweight, dbias, *_split(dx, self.tensors[4:])]
-        return [d if want else None for d, want in zip(found, wanted, strict=True)]
-
-    def _of_norm(self, dvalue: Tensor, wanted: list[bool]) -> tuple[Optional, Optional, Optional]:
-        """Those of the pieces joined, the weight and the bias."""
-        dz = dvalue if self.act is identity else torch.autograd.grad(self._value, self.z, dvalue)[0]
-        mean, var, weight = self.tensors[:3]
-        if mean is None or var is None:
-            return dz, None, None
-        weight = None if weight is None else weight.contiguous()
-        kept: tuple[Optional, ...] = (mean, var, None, None)
-        if self.norm.batch_stats:
-            kept = (None, None, mean, (var + self.norm.eps).rsqrt())
-        return torch.ops.aten.native_batch_norm_backward(  # type: ignore[no-any-return]
-            dz, self.x, weight, *kept, self.norm.batch_stats, self.norm.eps, wanted
-        )
-
-
-class _CompiledAgain(_Again):
-    """The same by kernels that pass over the memory once for the value, and twice for the gradients."""
-
-    def __init__(self, norm: Norm, act: tuple[Any, ...], tensors: Sequence[Optional]):
-        self.norm, self.compiled, self.tensors = norm, act, tensors
-        self.x = _joined(tensors[4:])
-
-    def value(self) -> Tensor:
-        return _activated(self.norm, self.compiled, self.x, self.tensors)
-
-    def _of_norm(self, dvalue: Tensor, wanted: list[bool]) -> tuple[Optional, Optional, Optional]:
-        mean, var, weight, bias = self.tensors[:4]
-        dx, dweight, dbias = torch.ops.ran_ext.bn_act_backward(
-            dvalue, self.x, weight, bias, mean, var, self.norm.eps, self.norm.batch_stats, *self.compiled, wanted
-        )
-        return dx, None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
-
-
-def _activated(norm: Norm, compiled: tuple[Any, ...], x: Tensor, tensors: Sequence[Optional]) -> Tensor:
-    mean, var, weight, bias = tensors[:4]
-    return torch.ops.ran_ext.bn_act(x, weight, bias, mean, var, norm.eps, *compiled)  # type: ignore[no-any-return]
-
-
-#: Of torch's activations the compiled op's name, and the two numbers that it takes: by name, with torch's defaults.
-_COMPILED: dict[Activation, tuple[str, dict[str, float]]] = {
-    identity: ("none", {}),
-    F.relu: ("relu", {}),
-    F.relu6: ("hardtanh", {"min_val": 0.0, "max_val": 6.0}),
-    F.leaky_relu: ("leaky_relu", {"negative_slope": 0.01}),
-    F.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
-    F.hardswish: ("hardswish", {}),
-    F.silu: ("silu", {}),
-}
-
-
-def _compiled(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> tuple[str, float, float] | None:
-    """The activation as the compiled passes take it; None where they do not serve."""
-    mean, x = tensors[0], tensors[4]
-    if not norm.native or mean is None or x is None or not x.is_cpu:
-        return None
-    given: dict[str, Any] = {}
-    if isinstance(act, partial):
-        given, act = act.keywords, act.func
-    if act not in _COMPILED:
-        return None
-    name, defaults = _COMPILED[act]
-    a, b = [*(float(given.get(key, value)) for key, value in defaults.items()), 0.0, 0.0][:2]
-    return None if name == "hardtanh" and not a <= b else (name, a, b)  # torch has the error's text
-
-
-def _again(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> _Again:
-    compiled = _compiled(norm, act, tensors)
-    return _Again(norm, act, tensors) if compiled is None else _CompiledAgain(norm, compiled, tensors)
-
-
-def _forward(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> Tensor:
-    """``act(value)``, of the statistics that are given, below autograd."""
-    compiled = _compiled(norm, act, tensors)
-    with torch.no_grad():
-        if compiled is None:
-            return act(_normalised(norm, *tensors)[1])
-        return _activated(norm, compiled, _joined(tensors[4:]), tensors)
-
-
-def _normalised(
-    norm: Norm, mean: Optional, var: Optional, weight: Optional, bias: Optional, *pieces: Any
-) -> tuple[Tensor, Tensor]:
-    """The pieces joined, and the value before the activation, of the statistics that are given."""
-    x = _joined(pieces)
-    if mean is None:
-        return x, x
-    if mean.dtype != (x if weight is None else weight).dtype:  # torch does not normalise with such statistics
-        return x, _value(norm, mean, var, weight, bias, x)
-    return x, F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
-
-
-def _value_gradients(
-    norm: Norm, act: Activation, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
-) -> list[Optional]:
-    """Those of ``act(value)``."""
-    if not torch.is_grad_enabled():
-        return _again(norm, act, tensors).gradients(wanted, dout)
-    out = act(_value(norm, *tensors))
-    return _gradients(out, tensors, wanted, dout)
-
-
-class Value(torch.autograd.Function):
-    """``act(recipe.value())``, of which backward keeps what it depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Optional) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = recipe.norm, act
-        ctx.save_for_backward(*tensors)
-        return _forward(ctx.norm, act, tensors)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *_value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[2:], dout)
-
-
-class _Node(Value):
-    """The history of a tensor that is not written, without the compiled module."""
-
-    @staticmethod
-    def forward(ctx: Any, recipe: Recipe, act: Activation, make: Callable[[], Tensor], *tensors: Any) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = recipe.norm, act
-        ctx.save_for_backward(*tensors)
-        return make()
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        found = _value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[3:], dout)
-        return None, None, None, *found
-
-
-def with_history(make: Callable[[], Tensor], recipe: Recipe, act: Activation) -> Tensor:
-    """The unwritten tensor that ``make`` makes; autograd takes it for ``act(recipe.value())``."""
-    if not torch.is_grad_enabled():
-        return make()
-    if _backend._C is None:
-        return _Node.apply(recipe, act, make, *recipe.tensors)  # type: ignore[no-any-return]
-    out = make()
-    backward = partial(_history_gradients, recipe, act)
-    _backend._C.set_deferred_history(out, (recipe.weight, recipe.bias, *recipe.pieces), backward)
-    return out
-
-
-def _history_gradients(recipe: Recipe, act: Activation, dout: Tensor) -> list[Optional]:
-    wanted = [t is not None and t.requires_grad for t in recipe.tensors]
-    return _value_gradients(recipe.norm, act, recipe.tensors, wanted, dout)[2:]
-
-
-class Convolution(torch.autograd.Function):
-    """A convolution of ``act(recipe.value())``, which backward computes again."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        recipe: Recipe,
-        act: Activation,
-        geometry: tuple[Any, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.norm, ctx.act, ctx.geometry = recipe.norm, act, geometry
-        ctx.fast = paths(recipe.pieces[0]) if recipe.native and geometry[2:] == ((1, 1), 1) else None
-        ctx.save_for_backward(weight, bias, *tensors)
-        value = _forward(ctx.norm, act, tensors)
-        with torch.no_grad():
-            convolve = F.conv2d if ctx.fast is None else conv2d
-            return convolve(value, weight, bias, *geometry)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        wanted = ctx.needs_input_grad[3:]
-        weight, bias, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            out = F.conv2d(ctx.act(_value(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
-            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
-        again = _again(ctx.norm, ctx.act, tensors)
-        value = again.value()
-        stride, padding, dilation, groups = ctx.geometry
-        masks = [any(wanted[2:]), wanted[0], wanted[1]]
-        if ctx.fast is not None and dout.is_cpu:
-            dvalue, dweight, dbias = torch.ops.ran_ext.conv2d_backward(
-                dout, value, weight, stride, padding, masks, ctx.fast
-            )
-        else:
-            dvalue, dweight, dbias = torch.ops.aten.convolution_backward(
-                dout, value, weight, None if bias is None else list(bias.shape), stride, padding, dilation,
-                False, [0, 0], groups, masks,
-            )  # fmt: skip
-        rest = again.gradients(wanted[2:], dvalue)
-        return None, None, None, dweight if wanted[0] else None, dbias if wanted[1] else None, *rest
-
-
-def activated(recipe: Recipe, act: Activation) -> Tensor:
-    """``act(recipe.value())``, of which backward keeps what it depends on."""
-    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
-    if compiled is None:
-        return Value.apply(recipe, act, *recipe.tensors)  # type: ignore[no-any-return]
-    x, norm = recipe.pieces[0], recipe.norm
-    native: Any = _backend._C
-    return native.bn_act_recomputed(  # type: ignore[no-any-return]
-        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled
-    )  # fmt: skip
-
-
-def convolved(
-    recipe: Recipe, act: Activation, geometry: tuple[Any, ...], weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The convolution of ``act(recipe.value())``, which backward computes again; ``geometry`` from the stride on."""
-    compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
-    if compiled is None:
-        return Convolution.apply(recipe, act, geometry, weight, bias, *recipe.tensors)  # type: ignore[no-any-return]
-    x, norm = recipe.pieces[0], recipe.norm
-    native: Any = _backend._C
-    return native.bn_act_conv2d(  # type: ignore[no-any-return]
-        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
-        weight, bias, *geometry, paths(x) if geometry[2:] == ((1, 1), 1) else None,
-    )  # fmt: skip
-
-
-class JoinedConvolution(torch.autograd.Function):
-    """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        recipe: Recipe,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        weight: Tensor,
-        bias: Tensor | None,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        ctx.norm, ctx.geometry, ctx.paths = recipe.norm, (stride, padding), paths(recipe.pieces[0])
-        ctx.save_for_backward(weight, bias, *tensors)
-        return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        wanted = ctx.needs_input_grad[3:]
-        weight, bias, *tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            out = F.conv2d(F.relu(_value(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
-            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
-        mean, var, bn_weight, bn_bias = tensors[:4]
-        pieces: Any = tensors[4:]
-        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
-            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps,
-            ctx.norm.batch_stats,
-            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.paths,
-        )  # fmt: skip
-        found = [dweight, dbias, None, None, dbn_weight, dbn_bias]
-        found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)
-        return None, None, None, *(d if want else None for d, want in zip(found, wanted, strict=True))

@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import ran_ext
-from ran_ext._recipe import Recipe, activated, convolved, identity
+from ran_ext._recipe import Recipe, identity
+from ran_ext._recomputed import activated, convolved
 
 pytestmark = pytest.mark.usefixtures("native")
 
