@@ -173,6 +173,13 @@ def why_not_native(device_type: str) -> str:
     return _why_no_cuda if device_type == "cuda" else f"there are none for {device_type}"
 
 
+def why_plain(device_type: str) -> str:
+    """Why tensors there are served by plain PyTorch; "" where they are not. For people: :func:`use_native` decides."""
+    if get_backend() == "reference":
+        return "the reference backend was chosen: ran_ext.set_backend('auto') takes the kernels"
+    return why_not_native(device_type)
+
+
 def use_native(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on ``x`` and ``others`` takes the compiled kernels: the one place that decides.
 

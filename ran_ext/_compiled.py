@@ -6,6 +6,7 @@ this pass puts the fused ops in before autograd and Inductor see the graph.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
 from . import _backend
+from ._deferred import pair
 from ._paths import paths
-from .ops.conv2d import is_3x3
+from .ops.conv2d import has_fast_3x3
 
 #: Whether the normalisations of modules of a class are fused.
 Takes = Callable[[type], bool]
@@ -37,8 +39,8 @@ _CONV = {"input": None, "weight": None, "bias": None, "stride": 1, "padding": 0,
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
 #: Functions that write to their first argument, beside those whose name ends in an underscore.
 _WRITERS = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-#: Fewer channels are not faster.
-LEAST_CHANNELS = 16
+#: How the names of functions begin that change a mode, of autograd or autocast.
+_SWITCHES = ("_set_", "_enter_", "_exit_")
 
 
 def backend(
@@ -118,7 +120,7 @@ def fuse(graph: Graph, takes: Takes) -> list[tuple[str, str]]:
 
 
 def fast_convolutions(graph: Graph) -> None:
-    """Put :func:`ran_ext.ops.conv2d` in place of 3x3 convolutions."""
+    """Put :func:`ran_ext.ops.conv2d` in place of 3x3 convolutions of channels_last weights."""
     for node in list(graph.nodes):
         x = _fake(node.args[0]) if node.target in (torch.conv2d, F.conv2d) and node.args else None
         if x is None or why_not(x):
@@ -126,9 +128,9 @@ def fast_convolutions(graph: Graph) -> None:
         given = _arguments(node, _CONV)
         weight = _fake(given["weight"])
         conv = _convolution(node, given["input"])
-        if conv is None or weight is None or min(weight.shape[:2]) < LEAST_CHANNELS:
+        if conv is None or weight is None or not weight.is_contiguous(memory_format=torch.channels_last):
             continue
-        if is_3x3(tuple(weight.shape[2:]), conv.stride, conv.padding, (1, 1), 1):
+        if has_fast_3x3(weight.shape, conv.stride, conv.padding):
             with graph.inserting_before(node):
                 x_last = graph.call_method("contiguous", (given["input"],), {"memory_format": torch.channels_last})
                 out = graph.call_function(
@@ -140,10 +142,8 @@ def fast_convolutions(graph: Graph) -> None:
 
 def why_not(x: Any) -> str:
     """Why the ops on a tensor like the fake ``x`` are left to Inductor; "" where they are not."""
-    if _backend.get_backend() == "reference":
-        return "the reference backend was chosen"
-    if missing := _backend.why_not_native(x.device.type):
-        return missing
+    if why := _backend.why_plain(x.device.type):
+        return why
     if x.device.type != "cpu":
         return "on a GPU Inductor has kernels of its own"
     return "" if x.dim() == 4 and x.is_floating_point() else f"its input is {list(x.shape)} {x.dtype}"
@@ -163,8 +163,8 @@ def _fuse(graph: Graph, norm: Node) -> str:
     convs, through = _convolutions(relu)
     if not convs:
         return "something else than convolutions, neither grouped nor dilated, takes its value past ReLU"
-    if _may_be_written_to(norm, {relu, *through}, {conv.node for conv in convs}):
-        return "something is changed in place between it and a convolution"
+    if _changes(norm, {relu, *through}, {conv.node for conv in convs}):
+        return "something is changed in place, or a mode, between it and a convolution"
     statistics = _statistics(graph, norm, given, once=len(convs) > 1)
     for conv in convs:
         with graph.inserting_before(conv.node):
@@ -250,17 +250,10 @@ def _convolution(node: Node, x: Node) -> _Convolution | None:
     if node.target not in (torch.conv2d, F.conv2d):
         return None
     given = _arguments(node, _CONV)
-    stride, padding, dilation = (_pair(given[name]) for name in ("stride", "padding", "dilation"))
-    if given["input"] is not x or given["groups"] != 1 or dilation != (1, 1) or stride is None or padding is None:
+    named = isinstance(given["padding"], str)
+    if given["input"] is not x or given["groups"] != 1 or pair(given["dilation"]) != (1, 1) or named:
         return None
-    return _Convolution(node, given["weight"], given["bias"], stride, padding)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    """Two numbers; None for the name of a padding."""
-    if isinstance(value, str):
-        return None
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+    return _Convolution(node, given["weight"], given["bias"], pair(given["stride"]), pair(given["padding"]))
 
 
 def _arguments(node: Node, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -278,23 +271,36 @@ def _module(node: Node) -> tuple[str, type]:
     return str(name).partition(".")[2], kind if isinstance(kind, type) else object
 
 
-def _may_be_written_to(norm: Node, own: set[Node], convs: set[Node]) -> bool:
-    """Whether a node in between writes to a tensor, which may be a view of the normalisation's input.
+def _changes(norm: Node, own: set[Node], convs: set[Node]) -> bool:
+    """Whether a node in between may write to the normalisation's input, or changes what both of them run under.
 
-    The fused op reads it where the convolution stands. What its ``own`` users write to is nobody else's.
+    The fused op reads the input, and is differentiated, where the convolution stands. What its ``own`` users write to
+    is nobody else's.
     """
     node = norm
     while convs := convs - {node}:
         node = node.next
-        if node not in own and _writes(node):
+        if node not in own and _writes_or_switches(node):
             return True
     return False
 
 
-def _writes(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
+def _writes_or_switches(node: Node) -> bool:
+    """Whether it may write to a tensor, or changes a mode such as ``no_grad``; true where that is unknown."""
+    target = node.target
+    if node.op in ("placeholder", "get_attr", "output"):
         return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
-    return name.endswith("_") or name in _WRITERS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    if node.op == "call_module" or isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    name = target if isinstance(target, str) else getattr(target, "__name__", "_")
+    if name.startswith(_SWITCHES) or name.endswith("_") or name in _WRITERS or "out" in node.kwargs:
+        return True
+    try:
+        names = list(inspect.signature(target).parameters) if callable(target) else []
+    except ValueError:  # of a function in C, which has no such argument
+        names = []
+    return bool(_arguments(node, dict.fromkeys(names)).get("inplace"))

@@ -14,7 +14,7 @@ from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._paths import paths
 from ._recipe import Recipe, identity, version
 from .ops.bn_relu import in_backward
-from .ops.conv2d import conv2d, is_3x3
+from .ops.conv2d import conv2d, has_fast_3x3
 
 
 class Converted:
@@ -85,9 +85,9 @@ class Convolving(Converted):
 
 
 def is_fast(conv: Any) -> bool:
-    """Whether the kernels may serve the geometry: 3x3, stride 1, padding 1, and enough channels."""
-    fits = is_3x3(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return fits and conv.padding_mode == "zeros" and min(conv.in_channels, conv.out_channels) >= 16
+    """Whether the kernels may serve the convolution, and are worth it."""
+    shape = conv.out_channels, conv.in_channels, *conv.kernel_size
+    return conv.padding_mode == "zeros" and has_fast_3x3(shape, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class Deferring(Converted):

@@ -91,7 +91,12 @@ class Deferred(Tensor):
 
     @classmethod
     def defer(cls, recipe: Recipe, act: Activation, owner: nn.Module | None, versions: Any = None) -> Deferred:
-        """The value of ``recipe`` past ``act``, with its history where gradients are taken."""
+        """The value of ``recipe`` past ``act``, with its history where gradients are taken here.
+
+        Where they are not, whoever uses the value under another grad mode gets none either.
+        """
+        if not torch.is_grad_enabled():
+            recipe = recipe.detached()
         made: Any = with_history(partial(_unwritten, cls, recipe), recipe, act)
         made.recipe, made.act, made.owner = recipe, act, owner
         made.versions = _versions(recipe) if versions is None else versions
@@ -251,7 +256,8 @@ def _in_place(function: Activation, *names: str) -> Callable[..., Tensor | None]
     return lambda input, *args, **kwargs: take(input, *args, **kwargs, inplace=True)
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def pair(value: Any) -> tuple[int, int]:
+    """A stride and the like as two numbers."""
     if type(value) is tuple and len(value) == 2:
         return value
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
@@ -320,7 +326,7 @@ def _convolution(
     if not autocasts and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
         return None
     found.check_versions()
-    stride, padding, dilation = _pair(stride), _pair(padding), _pair(dilation)
+    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
     if found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None:
         if len(recipe.pieces) == 1:
             tell(found.owner, FUSED)

@@ -221,7 +221,7 @@ def _paths(call: _Call, module: Any, x: Tensor, taken: dict[nn.Module, Tensor]) 
     """What each pass of the op runs on, and why."""
     if call.op == "conv2d":
         return plain_paths(module, x)
-    if missing := _why_plain(x):
+    if missing := _backend.why_plain(x.device.type):
         return dict.fromkeys(PASSES, (PLAIN, missing))
     if call.op == "attention_gate" and module.why_plain:
         return dict.fromkeys(("forward", "dgrad"), (PLAIN, f"{module.why_plain}: runs as written"))
@@ -259,9 +259,3 @@ def _gate_path(gate: Any, trunk: Tensor, conv: nn.Conv2d, x: Tensor) -> tuple[st
         trunk, x.to(dtype), conv.weight.to(dtype), gate.scale_factor, gpu_paths(x)
     )
     return FUSED, joined(f"{'with' if both else 'without'} the convolution before it: {why}", source)
-
-
-def _why_plain(x: Tensor) -> str:
-    if _backend.get_backend() == "reference":
-        return "the reference backend was chosen: ran_ext.set_backend('auto') takes the kernels"
-    return _backend.why_not_native(x.device.type)

@@ -64,6 +64,11 @@ class Recipe(NamedTuple):
         """All else."""
         return Norm(self.batch_stats, self.eps, self.native)
 
+    def detached(self) -> Recipe:
+        """The same of tensors that take no gradient."""
+        weight, bias = (None if t is None else t.detach() for t in (self.weight, self.bias))
+        return self._replace(pieces=tuple(piece.detach() for piece in self.pieces), weight=weight, bias=bias)
+
     def value(self) -> Tensor:
         """What stands before the activation."""
         return value_of(self.norm, *self.tensors)

@@ -110,7 +110,25 @@ def _written(x, a):
     return a
 
 
-@pytest.mark.parametrize("act", [_written, _written_through_a_view], ids=["itself", "a view"])
+def _written_by_an_activation(x, a):
+    F.relu(x, True)
+    return a
+
+
+@torch.library.custom_op("ran_ext_tests::double_in_place", mutates_args={"x"})
+def _double_in_place(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+def _written_by_an_op(x, a):
+    torch.ops.ran_ext_tests.double_in_place(x)
+    return a
+
+
+WRITERS = [_written, _written_through_a_view, _written_by_an_activation, _written_by_an_op]
+
+
+@pytest.mark.parametrize("act", WRITERS, ids=["itself", "a view", "an activation", "an op"])
 def test_an_input_that_is_changed_in_between_is_not_fused(act):
     """Without gradients: with them torch refuses to change what a normalisation keeps."""
     found, plain = [], head(Changed(act)).double().eval()
@@ -119,7 +137,33 @@ def test_an_input_that_is_changed_in_between_is_not_fused(act):
         expected = plain(x)
         ours = torch.compile(convert(copy.deepcopy(plain)), backend=noting(found))
         torch.testing.assert_close(ours(x), expected)
-    assert found[0][1] == [("1.bn", "something is changed in place between it and a convolution")]
+    assert found[0][1] == [("1.bn", "something is changed in place, or a mode, between it and a convolution")]
+
+
+class Frozen(nn.Module):
+    """A normalisation that takes no gradient, before a convolution that does."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x):
+        with torch.no_grad():
+            a = F.relu(self.bn(x))
+        return self.conv(a)
+
+
+def test_a_normalisation_outside_of_the_convolutions_grad_mode_is_not_fused():
+    plain = head(Frozen()).double()
+    step(plain, images())
+    compiled, targets, outcomes = fused(convert(copy.deepcopy(plain)), images())
+    assert targets[FUSED] == 0
+    assert outcomes == {"1.bn": "something is changed in place, or a mode, between it and a convolution"}
+    step(plain, images())
+    for one, other in zip(step(plain, images())[2:], step(compiled, images())[2:], strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)
 
 
 def test_a_value_that_is_used_elsewhere_too_is_not_fused():
@@ -169,7 +213,7 @@ def test_another_backend_compiles_again():
         torch.testing.assert_close(compiled(x), expected, rtol=1e-3, atol=1e-4)
     assert [set(dict(outcomes).values()) for _, outcomes in found] == [
         {"", "something else than convolutions, neither grouped nor dilated, takes its value past ReLU"},
-        {"the reference backend was chosen"},
+        {"the reference backend was chosen: ran_ext.set_backend('auto') takes the kernels"},
     ]
 
 
@@ -201,6 +245,7 @@ def test_the_backend_fuses_any_network():
 
 
 def test_plain_convolutions_of_any_network():
+    """With channels_last weights: others' results would get another memory format than the program knows."""
     network = nn.Sequential(*(nn.Conv2d(c, 16, 3, padding=1) for c in (3, 16)), nn.Conv2d(16, 16, 3)).double()
     x = images()
     graph = torch.fx.symbolic_trace(network)
@@ -213,8 +258,11 @@ def test_plain_convolutions_of_any_network():
         values.append([str(node.target) for node in module.graph.nodes].count("ran_ext.conv2d.default"))
         return module
 
-    torch.testing.assert_close(torch.compile(network, backend=note)(x), graph(x))
-    assert values == [1]  # 3 channels, and no padding: the library's
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.compiler.reset()
+        network.to(memory_format=layout)
+        torch.testing.assert_close(torch.compile(network, backend=note)(x), graph(x))
+    assert values == [0, 1]  # 3 channels, and no padding: the library's
 
 
 def test_explain_says_what_the_graphs_leave(capsys):

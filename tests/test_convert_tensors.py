@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from small_networks import Scale, assert_same, build, images, pair, step
+from small_networks import Scale, assert_same, build, head, images, pair, step
 from torch import nn
 from torch.nn import functional as F
 
@@ -236,3 +236,35 @@ def test_the_history_of_an_unwritten_tensor_lasts_as_long_as_the_graph():
     out.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.sum().backward()
+
+
+class Frozen(nn.Module):
+    """A normalisation and its activation where no gradients are taken, before a convolution where they are."""
+
+    def __init__(self, act, inside):
+        super().__init__()
+        self.bn, self.conv, self.act, self.inside = nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1), act, inside
+
+    def forward(self, x):
+        with torch.no_grad():
+            a = self.act(self.bn(x)) if self.inside else self.bn(x)
+        a = a if self.inside else self.act(a)
+        return self.conv(a) + a.mean()
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("act", [F.relu, F.silu, F.gelu])
+def test_what_is_normalised_without_gradients_gets_none_later(act, inside, pieces):
+    class Joined(Frozen):
+        def forward(self, x):
+            return super().forward(torch.cat((x[:, :8], x[:, 8:]), 1) if pieces == 2 else x)
+
+    plain = head(Joined(act, inside)).double()
+    step(plain, images())
+    ours = convert(copy.deepcopy(plain))
+    for seed in range(2):
+        for one, other in zip(step(plain, images(seed=seed)), step(ours, images(seed=seed)), strict=True):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)

@@ -100,6 +100,11 @@ def is_3x3(kernel: Sequence[int], stride: Any, padding: Any, dilation: Any = (1,
     return tuple(kernel) == (3, 3) and stride == padding == dilation == (1, 1) and groups == 1
 
 
+def has_fast_3x3(weight: Sequence[int], stride: Any, padding: Any, dilation: Any = (1, 1), groups: int = 1) -> bool:
+    """Whether a convolution with a weight of this shape is worth to be given to the 3x3 kernels."""
+    return is_3x3(weight[2:], stride, padding, dilation, groups) and min(weight[:2]) >= 16
+
+
 def _has_kernels(x: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> bool:
     """Whether the compiled op may do better than the library: it looks closer."""
     if not x.is_cpu:
