@@ -1,7 +1,8 @@
 """What the site has beyond ``docs``: the README as its first page, the files that pages link to, and commands' help.
 
 mkdocs calls the functions by their names. A page that lies elsewhere in the repository, or a figure's data, stands
-once, where the repository has it; its links are rewritten for its place in the site.
+once, where the repository has it; its links are rewritten for its place in the site. Run it from the repository's root
+as ``python -m mkdocs``: the commands whose help is shown are found from there.
 """
 
 from __future__ import annotations
@@ -79,12 +80,10 @@ def help_of(module: str, flag: str) -> str:
     """What ``python -m MODULE --help`` prints, or with another flag."""
     said = io.StringIO()
     before, sys.argv = sys.argv, [f"python -m {module}", flag]
-    sys.path.insert(0, str(ROOT))
     os.environ["COLUMNS"] = "84"
     try:
         with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
             importlib.import_module("ran_ext.__main__" if module == "ran_ext" else module).main([flag])
     finally:
         sys.argv = before
-        sys.path.remove(str(ROOT))
     return said.getvalue()

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from . import _backend, _compiled, _fusion, _tracing
 from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._paths import paths
-from ._recipe import Recipe, identity, version
+from ._recipe import Recipe, counts_writes, identity, version
 from .ops.bn_relu import in_backward
 from .ops.conv2d import conv2d, has_fast_3x3
 
@@ -151,7 +151,15 @@ def _defers(bn: Any, x: Any, native: bool) -> bool:
             return False
         if not native and _tracing.why_watched(x):
             return False
+        if not _counted(bn, x):
+            return False
     return not _fusion.why_norm(bn)
+
+
+def _counted(bn: Any, x: Tensor) -> bool:
+    """Whether a write to what the value depends on would be noticed before the value is used."""
+    own = bn.__dict__
+    return counts_writes(x, *own["_parameters"].values(), *own["_buffers"].values())
 
 
 def _why_as_written(bn: Any, x: Any) -> str:
@@ -162,6 +170,8 @@ def _why_as_written(bn: Any, x: Any) -> str:
         return why
     if bn.__dict__.get("_written_out"):
         return "neither an activation nor a convolution takes its value"
+    if not _counted(bn, x):
+        return "of a tensor made in inference mode torch does not say whether it was written to meanwhile"
     return f"there is nothing to gain of x {list(x.shape)} {x.dtype} on {x.device}"
 
 

@@ -21,8 +21,13 @@ def identity(z: Tensor) -> Tensor:
 
 
 def version(t: Tensor | None) -> int:
-    """A number that changes with every write to ``t`` that torch counts."""
+    """A number that changes with every write to ``t``; of what :func:`counts_writes` says yes to."""
     return -1 if t is None or t.is_inference() else t._version
+
+
+def counts_writes(*tensors: Tensor | None) -> bool:
+    """Whether torch counts writes to the tensors: not to those made in inference mode."""
+    return not any(t is not None and t.is_inference() for t in tensors)
 
 
 class Norm(NamedTuple):

@@ -59,7 +59,7 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
         _build(options, python, gpu),
         _tests(python, gpu),
-        script("emulation", 3, "tests/emulation/compare_gpu.py", "--out", results / "emulation.json",
+        script("emulation", 3, "-m", "tests.emulation.compare_gpu", "--out", results / "emulation.json",
                *_on(gpu, options), found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
         measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),

@@ -82,7 +82,7 @@ def make(folder: Path, archs: str, chip: str) -> None:
     run("setup.py", "build_py", "--build-lib", build / "lib")
     shutil.copy2(build / "lib" / "ran_ext" / "_built_for.py", folder / "_built_for.py")
     prepare = ["--prepare", folder, "--archs", archs, "--objects", native.OBJECTS, "--limits", *CHIPS[chip]]
-    run("tests/emulation/compare_gpu.py", *prepare)
+    run("-m", "tests.emulation.compare_gpu", *prepare)
     (folder / "prebuilt.json").write_text(json.dumps({**state(torch.__version__), "archs": archs}, indent=1) + "\n")
     shutil.rmtree(build)
 

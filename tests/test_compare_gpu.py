@@ -5,15 +5,12 @@ That the emulation agrees with itself, the GPU suite's rehearsal shows: scripts/
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulation"))
-import build
-import compare_gpu
+from _build import native
+from tests.emulation import build, compare_gpu
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -27,13 +24,13 @@ def case(values: list[float], dtype: str = "float32", exact: bool = False, kerne
 
 
 @pytest.mark.skipif(
-    not (ARCHS and (compare_gpu.native.OBJECTS / "cuda").exists()),
+    not (ARCHS and (native.OBJECTS / "cuda").exists()),
     reason="no CUDA kernels: .ci/link_cuda has them",
 )
 def test_the_half_for_a_gpu_is_linked_with_what_setup_compiled(tmp_path):
-    compiled = {path: path.stat().st_mtime for path in compare_gpu.native.OBJECTS.glob("cuda/*.o")}
+    compiled = {path: path.stat().st_mtime for path in native.OBJECTS.glob("cuda/*.o")}
     assert len(compiled) == len(build.kernels())
-    program = compare_gpu.build_for_gpu(tmp_path, ARCHS, objects=compare_gpu.native.OBJECTS)
+    program = compare_gpu.build_for_gpu(tmp_path, ARCHS, objects=native.OBJECTS)
     assert program.stat().st_mode & 0o100
     assert {path: path.stat().st_mtime for path in compiled} == compiled  # none again
 

@@ -140,6 +140,35 @@ def test_inference_mode():
     assert_same(list(plain.buffers()), list(ours.buffers()))
 
 
+class WritesMeanwhile(nn.Module):
+    """Writes to a normalisation's input or parameter before its value is used."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.bn, self.conv, self.write = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, padding=1), write
+
+    def forward(self, x):
+        y = torch.relu(self.bn(x))
+        self.write(x, self.bn)
+        return self.conv(y)
+
+
+def test_writes_to_an_input_made_in_inference_mode():
+    plain = WritesMeanwhile(lambda x, bn: x.add_(1)).eval()
+    ours = convert(copy.deepcopy(plain))
+    with torch.inference_mode():
+        x = torch.randn(2, 8, 6, 6)
+        torch.testing.assert_close(ours(x.clone()), plain(x.clone()))
+
+
+def test_writes_to_parameters_made_in_inference_mode():
+    x = torch.randn(2, 8, 6, 6)
+    with torch.inference_mode():
+        plain = WritesMeanwhile(lambda x, bn: bn.weight.mul_(2)).eval()
+        ours = convert(copy.deepcopy(plain))
+        torch.testing.assert_close(ours(x), plain(x))
+
+
 def test_synchronised_normalisations_made_later():
     plain, ours = pair("preact")
     ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)

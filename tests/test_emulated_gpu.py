@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 @pytest.fixture(scope="module")
 def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("emulated_gpu")
-    command = [sys.executable, EMULATED / "build.py", request.config.cache.mkdir("emulated_gpu"), folder]
-    built = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.emulated_gpu.build", request.config.cache.mkdir("emulated_gpu"), folder]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
 

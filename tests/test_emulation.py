@@ -1,15 +1,16 @@
 """The CUDA kernels run on the CPU against double, in several thread schedules: see tests/emulation."""
 
-import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from scripts.check_cuda import short_name
+from tests.emulation import build
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "emulation"
@@ -39,18 +40,6 @@ FAULTS = [
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("g++", "nm"))), reason="needs g++ and nm")
 
 
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"emulation_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-build = load(EMULATION / "build.py")
-short_name = load(ROOT / "scripts" / "check_cuda.py").short_name
 INSTANCES = json.loads((ROOT / "csrc" / "cuda" / "budgets.json").read_text())["sm_90a"]
 
 
@@ -103,6 +92,6 @@ def test_a_fault_ends_the_run(fault: int, schedule: str, cache: Path) -> None:
 
 @pytest.mark.slow
 def test_every_missing_barrier_is_noticed_or_explained() -> None:
-    ran = subprocess.run([sys.executable, EMULATION / "mutate.py"], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, "-m", "tests.emulation.mutate"], cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -4,18 +4,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "ptx"))
-import layout
-import operands
-import programs
-import protocols
-import translate
-from exploration import Broken
+from tests.ptx import layout, operands, programs, protocols, translate
+from tests.ptx.exploration import Broken
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAD = """.version 9.0

@@ -2,7 +2,7 @@
 
 What chooses, allocates and launches is that of csrc, line for line; CUDA and c10's half for it are gpu.h.
 
-    python tests/emulated_gpu/build.py OBJECTS SITE
+    python -m tests.emulated_gpu.build OBJECTS SITE
     PYTHONPATH=SITE python tests/emulated_gpu/errors.py     # and memory.py
 """
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from _build import native
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "_build"))
-import native  # noqa: E402
 
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-w"]
 MACROS = {"RAN_EMULATE": "", "RAN_WITH_CUDA": "", "RAN_CUDA_VERSION": '"emulated"', "TORCH_EXTENSION_NAME": "_C"}

@@ -1,8 +1,8 @@
 """The kernels on a GPU against the same kernels under emulation, launch for launch on the same inputs.
 
-    python tests/emulation/compare_gpu.py --out compared.json
-    python tests/emulation/compare_gpu.py --out compared.json --device cpu     # the emulation against itself, reversed
-    python tests/emulation/compare_gpu.py --out compared.json --case dgrad --under "compute-sanitizer --tool racecheck"
+    python -m tests.emulation.compare_gpu --out compared.json
+    python -m tests.emulation.compare_gpu --out compared.json --device cpu     # the emulation against itself, reversed
+    python -m tests.emulation.compare_gpu --out compared.json --case dgrad --under "compute-sanitizer --tool racecheck"
 
 Small whole numbers, whose sums are exact, must give the same bits, so that any wrong index shows; where a mean divides
 by what is no power of two, and on random numbers, outputs must agree within rounding. With ``--device cpu`` warps run
@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from build import ROOT, build, kernel_names, kernels
 
-sys.path.insert(0, str(ROOT / "_build"))
-import native
+from _build import native
+
+from .build import ROOT, build, kernel_names, kernels
 
 #: For --device cpu, a Hopper GPU of few SMs: capability, SMs, shared bytes a block and an SM.
 SMALL_HOPPER = ["90", "4", str(227 << 10), str(228 << 10)]

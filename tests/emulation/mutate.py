@@ -1,6 +1,6 @@
 """Does the suite notice a missing barrier? Removes and weakens each barrier, wait and commit of the kernels in turn.
 
-    python tests/emulation/mutate.py [file.cuh ...]
+    python -m tests.emulation.mutate [file.cuh ...]
 
 prints a table of the mutants and what became of them: caught (a test program fails) or alive (all pass). A mutant that
 stays alive must be explained in survivors.json beside this file, and an explanation must be of a mutant that is alive;
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from build import ROOT, build, included, run
+from .build import ROOT, build, included, run
 
 STATEMENT = re.compile(
     r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"

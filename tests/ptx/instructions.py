@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from operands import C_TYPES, Operands, UnknownInstruction, assignment, instruction, members
+from .operands import C_TYPES, Operands, UnknownInstruction, assignment, instruction, members
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OPERATOR = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from translate import Kernel
+from .translate import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "csrc" / "cuda" / "layout.json"

@@ -7,15 +7,12 @@ comments in inline assembly, which nvcc carries into the PTX, and the translatio
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import programs
-
-sys.path.insert(0, str(programs.ROOT / "tests" / "emulation"))
-import mutate
+from ..emulation import mutate
+from . import programs
 
 #: What stands in for a statement in its weaker mutant.
 WEAKER = {"__syncwarp()": "warp", "__syncthreads()": "block"}

@@ -6,19 +6,18 @@ import hashlib
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from _build import native
+
+from ..emulation import build
+from .translate import Kernel, read
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT / "tests" / "emulation"), str(ROOT / "_build")]
-import build  # noqa: E402
-import native  # noqa: E402
-from translate import Kernel, read  # noqa: E402
-
 #: Of a translation unit of kernels: large enough that starting the compiler costs nothing, small enough to share out.
 UNIT_BYTES = 400_000
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", "-Wno-unused"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from exploration import (
+from .exploration import (
     Broken,
     State,
     Step,

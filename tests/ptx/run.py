@@ -1,8 +1,8 @@
 """Runs what nvcc made of the kernels, on the CPU, and measures how its accesses fall on memory.
 
-    python tests/ptx/run.py                    # as CI does: float32 and bfloat16, one schedule of threads
-    python tests/ptx/run.py --all              # every dtype, schedule and mutant; writes results.md beside this file
-    python tests/ptx/run.py --update           # writes csrc/cuda/layout.json from what was measured
+    python -m tests.ptx.run                    # as CI does: float32 and bfloat16, one schedule of threads
+    python -m tests.ptx.run --all              # every dtype, schedule and mutant; writes results.md beside this file
+    python -m tests.ptx.run --update           # writes csrc/cuda/layout.json from what was measured
 
 The tests are those of tests/emulation, with their references in double; each output is also compared with that of the
 kernel's source. Needs nvcc and g++; neither a GPU nor torch.
@@ -18,11 +18,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import layout
-import mutants
-import programs
-from translate import Kernel, UnknownInstruction
+from . import layout, mutants, programs
+from .translate import Kernel, UnknownInstruction
 
 RESULTS = programs.HERE / "results.md"
 #: Clusters exist on the first; the others run where their kernels are not the same, instruction for instruction.
@@ -94,7 +91,7 @@ def write_results(ran: list[Ran], kernels: dict[str, dict[str, list[Kernel]]], m
     """Every instance, and what became of every mutant."""
     first = {kernel.short_name: kernel.function for all_of in kernels[ARCHS[0]].values() for kernel in all_of}
     lines = ["# What nvcc made of the kernels, run on the CPU", ""]
-    lines += ["Written by `python tests/ptx/run.py --all`: every dtype, every schedule, against double.", ""]
+    lines += ["Written by `python -m tests.ptx.run --all`: every dtype, every schedule, against double.", ""]
     lines += ["| chip | test | | outputs with the bits of the source's |", "| --- | --- | --- | --- |"]
     lines += [f"| {r.arch} | {r.test} | {r.fault or 'passed'} | {r.equal} |" for r in ran]
     for arch in ARCHS[1:]:

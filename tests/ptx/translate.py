@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import instructions  # noqa: F401  fills the table
-from operands import C_TYPES, Operands, UnknownInstruction, statement
+from . import instructions  # noqa: F401  fills the table
+from .operands import C_TYPES, Operands, UnknownInstruction, statement
 
 SHARED = re.compile(r"\.shared \.align (?P<align>\d+) \.(?P<type>\w+) (?P<name>[\w$]+)(?P<count>\[\d*\])?;")
 ENTRY = re.compile(r"\.entry (?P<name>[\w$]+)\((?P<parameters>.*?)\)(?P<limits>[^{]*)\{(?P<body>.*?)\n\}", re.DOTALL)

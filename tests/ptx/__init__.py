@@ -1,0 +1,1 @@
+"""What nvcc made of the CUDA kernels, translated to C++ and run on the CPU."""
