@@ -1,22 +1,28 @@
-"""What folds into what: residual units, masks, whole networks, and neighbours in an ``nn.Sequential``."""
+"""What folds into what: residual units, masks, whole networks, and what was traced of others."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from . import _fusion
-from ._folded_conv import Evaluation, FoldedConv2d
+from ._folded_conv import (
+    Evaluation,
+    FoldedConv2d,
+    at_least_float32,
+    folded,
+    is_bn,
+    is_conv,
+    is_known,
+    with_relu,
+)
+from ._folded_graph import FoldedGraph
 from ._wrappers import unwrapped
 from .models.classifier import StagedNetwork, require_images
-from .nn import BNReLU, BNReLUConv2d, ResidualUnit, SoftMaskBranch
-
-M = TypeVar("M", bound=nn.Module)
+from .nn import BNReLUConv2d, ResidualUnit, SoftMaskBranch
 
 
 class FoldedResidualUnit(Evaluation):
@@ -25,28 +31,16 @@ class FoldedResidualUnit(Evaluation):
     def __init__(self, unit: ResidualUnit, dtype: torch.dtype):
         super().__init__()
         self.bn = with_relu(unit.conv1.bn, dtype)
-        self.conv1 = folded(unit.conv1.conv, unit.conv2.bn, dtype)
-        self.conv2 = folded(unit.conv2.conv, unit.conv3.bn, dtype)
-        self.conv3 = folded(unit.conv3.conv, None, dtype)
+        self.conv1 = folded(unit.conv1.conv, unit.conv2.bn, True, dtype)
+        self.conv2 = folded(unit.conv2.conv, unit.conv3.bn, True, dtype)
+        self.conv3 = folded(unit.conv3.conv, None, False, dtype)
         shortcut: Any = unit.shortcut
-        self.shortcut = folded(shortcut, None, dtype) if is_conv(shortcut) else shortcut and shortcut.to(dtype)
+        self.shortcut = folded(shortcut, None, False, dtype) if is_conv(shortcut) else shortcut and shortcut.to(dtype)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.shortcut is None else self.shortcut(x)
         return self.conv3(self.conv2(self.conv1(self.bn(x))), identity)
-
-
-class FoldedChain(Evaluation):
-    """An ``nn.Sequential`` whose members are folded into each other: only the whole can be called."""
-
-    def __init__(self, layers: Iterable[nn.Module]):
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-        self.eval()
-
-    def forward(self, x: Any) -> Any:
-        return self.layers(x)
 
 
 class FoldedNetwork(Evaluation):
@@ -59,7 +53,9 @@ class FoldedNetwork(Evaluation):
         self.dtype, wide = dtype, at_least_float32(dtype)
         self.in_channels, self.min_size, self.kind = network.in_channels, network.min_size, type(network).__name__
         bn = network.bn1 if is_conv(network.conv1) and is_bn(network.bn1) else None
-        self.conv1 = folded(network.conv1, bn, dtype) if is_conv(network.conv1) else network.conv1.to(dtype)
+        self.conv1 = (
+            folded(network.conv1, bn, bn is not None, dtype) if is_conv(network.conv1) else network.conv1.to(dtype)
+        )
         self.bn1, self.pool = network.bn1 if bn is None else None, network.pool
         self.stages = nn.Sequential(*stages)
         # Normalisation and the dense layer stay wide; they are small.
@@ -109,9 +105,8 @@ class Folding:
             self.count += 1
             stages = [self(stage) for stage in module.stages]
             return FoldedNetwork(module, stages, self.dtype)
-        if is_known(module, nn.Sequential) and (layers := self._chain(list(module._modules.values()))):
-            self.count += 1
-            return FoldedChain(layers)
+        if isinstance(module, FoldedGraph):
+            self.count += module.fold(self.dtype)
         if is_known(module, SoftMaskBranch) and is_conv1x1(module.conv1) and is_conv1x1(module.conv2):
             self.count += 1
             module.conv1, module.conv2 = merged(module, self.dtype), nn.Identity()  # type: ignore[assignment]
@@ -121,34 +116,12 @@ class Folding:
         self._convert(module)
         return module
 
-    def _chain(self, members: list[Any]) -> list[nn.Module]:
-        """The members with their normalisations moved into the convolutions before; none where nothing moves."""
-        bns = [following_bn(one, two) for one, two in itertools.pairwise([*members, None])]
-        layers: list[nn.Module] = []
-        for i, member in enumerate(members):
-            moved = i > 0 and bns[i - 1] is not None
-            if isinstance(member, BNReLUConv2d) and (moved or bns[i] is not None):
-                layers += [] if moved else [with_relu(member.bn, self.dtype)]
-                layers.append(folded(member.conv, bns[i], self.dtype))
-            elif bns[i] is not None:
-                layers.append(folded(member, bns[i], self.dtype))
-            elif not moved:
-                layers.append(self(member))
-        return layers if any(bn is not None for bn in bns) else []
-
     def _convert(self, module: nn.Module) -> None:
         """What stays as written takes the dtype too."""
         dtype = at_least_float32(self.dtype) if isinstance(module, _NormBase) else self.dtype
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-
-
-def following_bn(module: Any, following: Any) -> nn.Module | None:
-    """The batch normalisation of ``following`` that folds into ``module``'s convolution, if any does."""
-    conv = module.conv if is_known(module, BNReLUConv2d) else module
-    joins = is_known(following, BNReLU) or (is_known(following, BNReLUConv2d) and is_conv(following.conv))
-    return following.bn if joins and is_conv(conv) and is_bn(following.bn) else None
 
 
 def unit_folds(unit: ResidualUnit) -> bool:
@@ -159,46 +132,10 @@ def unit_folds(unit: ResidualUnit) -> bool:
     return is_bn(unit.conv2.bn) and is_bn(unit.conv3.bn)
 
 
-def is_known(module: Any, kind: type[M]) -> TypeGuard[M]:
-    """Whether a call of ``module`` runs the forward of ``kind`` and nothing else."""
-    return isinstance(module, kind) and not _fusion.why_called("", module, {type(module): kind.forward})
-
-
-def is_conv(module: Any) -> TypeGuard[nn.Conv2d]:
-    return isinstance(module, nn.Conv2d) and not _fusion.why_conv("", module)
-
-
 def is_conv1x1(module: Any) -> bool:
-    return is_conv(module) and (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
-
-
-def is_bn(module: Any) -> bool:
-    """Whether ``module`` is a batch normalisation with running statistics."""
-    known = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not _fusion.why_unfused(module)
-    return known and module.running_mean is not None and module.running_var is not None
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def with_relu(bn: Any, dtype: torch.dtype) -> BNReLU:
-    """``bn`` and a ReLU."""
-    twin = BNReLU(1)
-    twin.bn = bn.to(at_least_float32(dtype))
-    return twin
-
-
-def folded(conv: nn.Conv2d, bn: Any, dtype: torch.dtype) -> FoldedConv2d:
-    """``conv``, then ``bn`` with its running statistics and a ReLU where ``bn`` is given; computed in float64."""
-    weight = conv.weight.double().contiguous(memory_format=torch.channels_last)
-    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
-    if bn is not None:
-        scale = torch.rsqrt(bn.running_var.double() + bn.eps)
-        scale = scale if bn.weight is None else scale * bn.weight.double()
-        shift = -bn.running_mean.double() * scale + (0 if bn.bias is None else bn.bias.double())
-        weight, bias = weight * scale.view(-1, 1, 1, 1), bias * scale + shift
-    return FoldedConv2d(conv, weight, bias, bn is not None, dtype)
+    if not is_conv(module) or module.groups != 1:
+        return False
+    return (module.kernel_size, module.stride, module.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def merged(mask: SoftMaskBranch, dtype: torch.dtype) -> FoldedConv2d:

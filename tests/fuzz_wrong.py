@@ -165,7 +165,7 @@ def direct(seed: str) -> tuple[str, list[Any]]:
         ],
         "conv3x3_supported": [wrong(x), wrong(weight)],
         "conv3x3_pack": [wrong(weight), wrong(x)],
-        "conv3x3_packed": [wrong(x), d.normal((9000,), d.dtype), wrong(d.normal((32,), d.dtype)), True],
+        "conv3x3_packed": [wrong(x), d.normal((9000,), d.dtype), wrong(d.normal((32,), d.dtype)), None, True],
     }
     name = d.random.choice(list(calls))
     return name, calls[name]

@@ -95,8 +95,8 @@ def test_3x3_in_float32_takes_the_kernel(shape, relu):
     assert folded._packed._made is None
     assert_accurate("out", out, *((F.relu(t) if relu else t) for t in (eager, exact)))
     with pytest.raises(ValueError, match="conv3x3: panels must be"):
-        torch.ops.ran_ext.conv3x3_packed(x, panels[1:], folded.bias, relu)
+        torch.ops.ran_ext.conv3x3_packed(x, panels[1:], folded.bias, None, relu)
     with pytest.raises(ValueError, match=r"conv3x3: panels must be .*got .*\[16\]"):
-        torch.ops.ran_ext.conv3x3_packed(x, panels, folded.bias[:16], relu)
+        torch.ops.ran_ext.conv3x3_packed(x, panels, folded.bias[:16], None, relu)
     with pytest.raises(ValueError, match="conv3x3: there is no kernel"):
         torch.ops.ran_ext.conv3x3_pack(conv.weight[..., :2], x, 2)

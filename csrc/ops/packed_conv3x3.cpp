@@ -1,5 +1,5 @@
-// The 3x3 convolution of a folded network on the CPU: its weight packed once, then channels_last tensors in, with bias
-// and ReLU. No derivative: a folded network is not trained.
+// The 3x3 convolution of a folded network on the CPU: its weight packed once, then channels_last tensors in, with bias,
+// residual and ReLU. No derivative: a folded network is not trained.
 #include <torch/library.h>
 
 #include "../common/kernels.h"
@@ -42,7 +42,8 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
   return panels;
 }
 
-Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias, bool with_relu) {
+Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias, const OptTensor& residual,
+                      bool with_relu) {
   RAN_CHECK_VALUE(x.dim() == 4 && bias.dim() == 1, kPacked, "x must be (N, C, H, W) and bias a vector, got ", x.sizes(),
                   " and ", bias.sizes());
   const cpu::ConvShape shape = shape_of(x, bias.size(0));
@@ -57,11 +58,17 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
                       (is_for(cpu::Conv3x3::f4x4) || is_for(cpu::Conv3x3::f2x2)),
                   kPacked, "panels must be conv3x3_pack's of this bias and x, which must be channels_last; got ",
                   panels.sizes(), ", ", bias.sizes(), " and ", x.sizes());
+  RAN_CHECK_VALUE(
+      !present(residual) || (residual->sizes() == at::IntArrayRef({x.size(0), shape.co, x.size(2), x.size(3)}) &&
+                             residual->scalar_type() == x.scalar_type()),
+      kPacked, "residual must have the output's shape and the dtype of x, got ", residual->sizes(), " ",
+      residual->scalar_type(), " for x ", x.sizes(), " ", x.scalar_type());
   const Tensor bias32 = bias.to(at::kFloat);
+  const Tensor added = present(residual) ? residual->contiguous(at::MemoryFormat::ChannelsLast) : Tensor();
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   kernels.conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2, out.data_ptr(), nullptr,
                           nullptr, x.const_data_ptr(), nullptr, panels.const_data_ptr<float>(),
-                          bias32.const_data_ptr<float>(), nullptr, with_relu, dtype, shape, nullptr);
+                          bias32.const_data_ptr<float>(), added.defined() ? added.const_data_ptr() : nullptr, with_relu, dtype, shape, nullptr);
   return out;
 }
 
@@ -70,7 +77,7 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
   m.def("conv3x3_tile(Tensor x, Tensor weight, int paths) -> int");
   m.def("conv3x3_pack(Tensor weight, Tensor x, int tile) -> Tensor");
-  m.def("conv3x3_packed(Tensor x, Tensor panels, Tensor bias, bool with_relu) -> Tensor");
+  m.def("conv3x3_packed(Tensor x, Tensor panels, Tensor bias, Tensor? residual, bool with_relu) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(ran_ext, CPU, m) {
   m.impl("conv3x3_tile", conv3x3_tile);
