@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import compare, cudnn_graphs, loss_curves, networks
+from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks
 from benchmarks.agreement import admit, limits, verify
 from benchmarks.cases import BNReLUConv, op_cases
 from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
@@ -233,3 +234,19 @@ def test_every_contender_has_a_colour():
     for device in (CPU, torch.device("cuda")):
         for task in ("forward + backward", "training step", "inference"):
             assert {row.name for row in contenders(torch.float32, device, True, task)} <= set(COLOURS)
+
+
+def test_folded_networks_beside_those_that_serve(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("onnxscript")
+    conv, last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+    small = nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), last, nn.Flatten())
+    monkeypatch.setattr(inference, "NETWORKS", {"small": (lambda: small, 2, 8)})
+    command = ["--network", "small", "--rounds", "1", "--no-compile", "--threads", "1"]
+    inference.main([*command, "--out", str(tmp_path / "a")])
+    [row] = json.loads((tmp_path / "a").read_text())["rows"]
+    assert row[:4] == ["small", 2, 8, "float32"]
+    assert row[-2] in (inference.EAGER, inference.ONNX, inference.OPENVINO)
+    assert row[-1] > 0
+    monkeypatch.setattr(inference, "TOLERANCE", {torch.float32: 0.0})
+    with pytest.raises(SystemExit, match="is off by"):
+        inference.main(command)

@@ -251,7 +251,7 @@ def test_weights_worked_out_of_others_are_worked_out_once(name):
 def test_nothing_to_fold_is_an_error(module):
     if isinstance(module[0] if isinstance(module, nn.Sequential) else module, ResidualUnit):
         module[0].register_forward_hook(lambda module, args, out: out)
-    with pytest.raises(ValueError, match=rf"nothing to fold in model, a {type(module).__name__}: it needs convolutions"):
+    with pytest.raises(ValueError, match=rf"nothing to fold in model, a {type(module).__name__}: it needs conv"):
         fold_for_inference(module)
 
 

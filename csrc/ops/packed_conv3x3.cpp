@@ -68,7 +68,8 @@ Tensor conv3x3_packed(const Tensor& x, const Tensor& panels, const Tensor& bias,
   Tensor out = at::empty({x.size(0), shape.co, x.size(2), x.size(3)}, x.options(), at::MemoryFormat::ChannelsLast);
   kernels.conv3x3_forward(is_for(cpu::Conv3x3::f4x4) ? cpu::Conv3x3::f4x4 : cpu::Conv3x3::f2x2, out.data_ptr(), nullptr,
                           nullptr, x.const_data_ptr(), nullptr, panels.const_data_ptr<float>(),
-                          bias32.const_data_ptr<float>(), added.defined() ? added.const_data_ptr() : nullptr, with_relu, dtype, shape, nullptr);
+                          bias32.const_data_ptr<float>(), added.defined() ? added.const_data_ptr() : nullptr, with_relu,
+                          dtype, shape, nullptr);
   return out;
 }
 
