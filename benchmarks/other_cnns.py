@@ -170,11 +170,17 @@ class _Conv2d(nn.Conv2d):
         return self.function(x, self.weight, self.bias, self.stride, self.padding)
 
 
+def _conv2d(conv: Conv, c_in: int, c_out: int, kernel: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    if conv is F.conv2d:  # the plain module, which `ran_ext.convert` knows
+        return nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=bias)
+    return _Conv2d(conv, c_in, c_out, kernel, stride, bias)
+
+
 class _BasicBlock(nn.Module):
     def __init__(self, conv: Conv, c_in: int, c_out: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = _Conv2d(conv, c_in, c_out, 3, stride), nn.BatchNorm2d(c_out)
-        self.conv2, self.bn2 = _Conv2d(conv, c_out, c_out, 3), nn.BatchNorm2d(c_out)
+        self.conv1, self.bn1 = _conv2d(conv, c_in, c_out, 3, stride), nn.BatchNorm2d(c_out)
+        self.conv2, self.bn2 = _conv2d(conv, c_out, c_out, 3), nn.BatchNorm2d(c_out)
         self.shortcut = (
             nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
             if stride > 1 or c_in != c_out
@@ -208,7 +214,7 @@ def vgg16_bn(conv: Conv = F.conv2d, classes: int = 1000) -> nn.Module:
     channels = 3
     for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(count):
-            layers += [_Conv2d(conv, channels, width, 3, bias=True), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [_conv2d(conv, channels, width, 3, bias=True), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
