@@ -27,13 +27,15 @@ from ran_ext._command import Parser
 from ran_ext._compare import bytes_kept
 
 from . import isa
-from .other_cnns import UNet, densenet_bc, preact_resnet18, resnet18, silu_stack, vgg16_bn, wide_resnet
+from .other_cnns import UNet, densenet_bc, preact_resnet18, resnet18, resnet50, silu_stack, vgg16_bn, wide_resnet
 from .table import Table
 from .timing import interleave
 
 #: Name, network, batch, pixels.
 NETWORKS: list[tuple[str, Callable[[], nn.Module], int, int]] = [
     ("ResNet-18", resnet18, 16, 128),
+    ("ResNet-18, 224 pixels", resnet18, 16, 224),
+    ("ResNet-50", resnet50, 16, 128),
     ("VGG-16 with batch normalisation", vgg16_bn, 16, 64),
     ("PreActResNet-18", preact_resnet18, 32, 32),
     ("WRN-16-4", lambda: wide_resnet(16, 4), 32, 32),

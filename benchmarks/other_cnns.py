@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class _PreActBlock(nn.Module):
@@ -76,6 +77,48 @@ def densenet_bc(depth: int = 100, growth: int = 12, classes: int = 10) -> nn.Mod
             body.append(_DenseLayer(c, growth))
             c += growth
         if block < 2:
+            body += [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 1, bias=False), nn.AvgPool2d(2)]
+            c //= 2
+    head = [nn.BatchNorm2d(c), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)]
+    return nn.Sequential(*body, *head)
+
+
+class _DenseBlock(nn.Module):
+    """Layers that each take all outputs before it, as a list; ``checkpointed``: up to the 3x3 convolution."""
+
+    def __init__(self, c_in: int, growth: int, count: int, checkpointed: bool):
+        super().__init__()
+        self.layers = nn.ModuleList(_DenseLayer(c_in + i * growth, growth) for i in range(count))
+        self.checkpointed = checkpointed
+
+    def forward(self, x: Tensor) -> Tensor:
+        pieces = [x]
+        for layer in self.layers:
+
+            def narrow(*pieces: Tensor, layer: nn.Module = layer) -> Tensor:
+                return layer.conv1(F.relu(layer.bn1(torch.cat(pieces, 1))))  # type: ignore[no-any-return,operator]
+
+            within = checkpoint(narrow, *pieces, use_reentrant=False) if self.checkpointed else narrow(*pieces)
+            pieces.append(layer.conv2(F.relu(layer.bn2(within))))  # type: ignore[operator]
+        return torch.cat(pieces, 1)
+
+
+def densenet121(classes: int = 1000, checkpointed: bool = False) -> nn.Module:
+    """DenseNet-121 (Huang et al. 2017, arXiv:1608.06993).
+
+    Args:
+        classes: of the dense layer.
+        checkpointed: each layer's first half runs again in backward, as in torchvision's ``memory_efficient=True``.
+
+    >>> densenet121(classes=10)(torch.randn(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
+    """
+    c = 64
+    body: list[nn.Module] = [nn.Conv2d(3, c, 7, 2, 3, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    for stage, count in enumerate((6, 12, 24, 16)):
+        body.append(_DenseBlock(c, 32, count, checkpointed))
+        c += 32 * count
+        if stage < 3:
             body += [nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, c // 2, 1, bias=False), nn.AvgPool2d(2)]
             c //= 2
     head = [nn.BatchNorm2d(c), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, classes)]
@@ -202,6 +245,43 @@ def resnet18(conv: Conv = F.conv2d, classes: int = 1000) -> nn.Module:
     blocks = [_BasicBlock(conv, *size) for size in [*sizes, (512, 512, 1)]]
     stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, c_in: int, c: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c, 1, bias=False), nn.BatchNorm2d(c)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, stride, 1, bias=False), nn.BatchNorm2d(c)
+        self.conv3, self.bn3 = nn.Conv2d(c, 4 * c, 1, bias=False), nn.BatchNorm2d(4 * c)
+        self.shortcut = (
+            nn.Sequential(nn.Conv2d(c_in, 4 * c, 1, stride, bias=False), nn.BatchNorm2d(4 * c))
+            if stride > 1 or c_in != 4 * c
+            else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def resnet50(classes: int = 1000) -> nn.Module:
+    """ResNet-50 (He et al. 2016, arXiv:1512.03385), strides in the 3x3 convolutions.
+
+    >>> resnet50(classes=10)(torch.randn(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
+    """
+    body: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    c_in = 64
+    for stage, count in enumerate((3, 4, 6, 3)):
+        for block in range(count):
+            body.append(_Bottleneck(c_in, 64 << stage, 2 if stage and not block else 1))
+            c_in = 256 << stage
+    return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c_in, classes))
 
 
 def vgg16_bn(conv: Conv = F.conv2d, classes: int = 1000) -> nn.Module:

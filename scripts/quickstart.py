@@ -13,13 +13,15 @@ before the command the running Python is used, with the torch it has.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -92,6 +94,33 @@ def pip(python: Path, *words: str, **environment: str) -> bool:
 
 def runs(python: Path, code: str) -> bool:
     return not subprocess.run([python, "-c", code], cwd=ROOT, capture_output=True).returncode
+
+
+@contextlib.contextmanager
+def kernels_meanwhile(python: Path) -> Iterator[Callable[[], None]]:
+    """Compile the kernels while torch is fetched, of which they know nothing; call what it gives to wait for them.
+
+    A failure is the build's to tell, which compiles what is missing.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[:1]
+    pure = os.environ.get("RAN_EXT_NO_NATIVE", "") not in ("", "0")
+    if pure or not all(map(shutil.which, compiler)) or runs(python, "import torch"):
+        yield lambda: None
+        return
+    code = "import os; os.nice(10); from _build import native; native.compile_all(native.cpu_tasks())"
+    nowhere = subprocess.DEVNULL
+    compiling = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=nowhere, stderr=nowhere)
+
+    def wait() -> None:
+        if compiling.poll() is None:
+            say("compiling the kernels")
+        compiling.wait()
+
+    try:
+        yield wait
+    finally:
+        compiling.terminate()
+        compiling.wait()
 
 
 def install_torch(python: Path) -> None:
@@ -170,7 +199,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_machine()
         python = Path(sys.executable) if arguments.system else make_venv()
-        install_torch(python)
+        with kernels_meanwhile(python) as wait:
+            install_torch(python)
+            wait()
         install_package(python, arguments.task, keep=arguments.system and runs(python, f"import ran_ext, {needs}"))
     except Problem as problem:
         say(str(problem))

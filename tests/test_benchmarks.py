@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks
+from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks, peak_memory, scale
 from benchmarks.agreement import admit, limits, verify
 from benchmarks.cases import BNReLUConv, op_cases
 from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
@@ -250,3 +250,17 @@ def test_folded_networks_beside_those_that_serve(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(inference, "TOLERANCE", {torch.float32: 0.0})
     with pytest.raises(SystemExit, match="is off by"):
         inference.main(command)
+
+
+def test_scale_with_threads_batch_and_size(capsys):
+    with torch.random.fork_rng():
+        scale.main(["--threads", "1", "--batch", "1", "--pixels", "16", "--rounds", "1", "--dtype", "bfloat16"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 ")]
+    assert [row.split(" | ")[2:4] for row in rows] == [["1", "32"], ["8", "16"]]
+
+
+def test_peak_memory_in_processes_of_their_own(tmp_path):
+    peak_memory.main(["--batch", "1", "--pixels", "32", "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "a")])
+    rows = json.loads((tmp_path / "a").read_text())["rows"]
+    assert [row[0] for row in rows] == list(peak_memory.KINDS)
+    assert all(value > 0 for row in rows for value in row[3:-1])
