@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """How a training step on the CPU grows with threads, batch and image size, against eager PyTorch, interleaved.
 
-The first column of figures says what the threads are worth: two threads of one core share its arithmetic units.
+The second column, a matrix product's rate, says what the threads are worth: those of one core share its arithmetic.
 
 python -m benchmarks.scale --out FILE
 python -m benchmarks.scale --threads 1 2 4 8 --dtype bfloat16

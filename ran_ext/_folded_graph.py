@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -57,23 +58,22 @@ class FoldedGraph(Evaluation):
         return self.traced.forward(x)  # a call would also print what it raises
 
 
-def trace_parts(model: nn.Module, images: Tensor | None) -> nn.Module:
+def trace_parts(model: nn.Module, images: Tensor | None, expected: Any) -> nn.Module:
     """``model`` with its forward pass traced: whole, or, where that does not work, in parts; changed in place.
 
     A trace misses what Python decides by the values in a forward pass. So what was traced is held to the model's own
-    outputs for ``images``, and stays as written where they differ; without images only a plain ``nn.Sequential`` is
-    traced, whose forward pass is known.
+    outputs for ``images``, which are ``expected``, and stays as written where they differ; without images only a plain
+    ``nn.Sequential`` is traced, whose forward pass is known.
     """
     root = nn.Module()
     root.model = model
-    expected = None if images is None else model(images)
     done: dict[nn.Module, nn.Module] = {}
 
     def serves(part: FoldedGraph, parent: nn.Module, name: str) -> bool:
         before = parent._modules[name]
         parent._modules[name] = part
         try:
-            if images is None or _same(root.model(images), expected):  # type: ignore[operator]
+            if images is None or same(root.model(images), expected):  # type: ignore[operator]
                 return True
         except Exception:  # whatever a network of anybody's raises on images of the other memory format
             pass
@@ -149,10 +149,10 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
     return {other.name: other.default for other in others}
 
 
-def _same(found: Any, expected: Any) -> bool:
+def same(found: Any, expected: Any) -> bool:
     """Whether two outputs are the same up to the order of sums."""
     (ours, structure), (theirs, wanted) = tree_flatten(found), tree_flatten(expected)
-    return structure == wanted and all(map(_close, ours, theirs))
+    return structure == wanted and all(_close(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -162,8 +162,15 @@ def _close(one: Any, other: Any) -> bool:
         return False
     if not one.is_floating_point() or not one.numel():
         return torch.equal(one, other)
-    error = 64 * torch.finfo(other.dtype).eps
-    return torch.allclose(one, other, error, error * float(other.abs().nan_to_num(0, 0, 0).max()), equal_nan=True)
+    return differ_by(one, other) <= 64 * torch.finfo(other.dtype).eps
+
+
+def differ_by(one: Tensor, other: Tensor) -> float:
+    """The largest difference, over the largest number of ``other``; infinite where NaN stand at other places."""
+    if not torch.equal(one.isnan(), other.isnan()):
+        return math.inf
+    one, other = (t.double().nan_to_num(0.0, 1e300, -1e300) for t in (one, other))
+    return float((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def fold_graph(graph: fx.GraphModule, dtype: torch.dtype) -> int:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_leaves
 
 from ._convert import revert
 from ._folded_conv import FoldedConv2d
-from ._folded_graph import FoldedGraph, trace_parts
+from ._folded_graph import FoldedGraph, differ_by, trace_parts
 from ._folding import FoldedNetwork, FoldedResidualUnit, Folding
 from ._wrappers import copied, unwrapped
+
+#: Between the outputs of a network and of its folded copy, over the largest output.
+LARGEST_DIFFERENCE = 0.01
 
 
 def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, images: Tensor | None = None) -> nn.Module:
@@ -47,6 +51,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
     Raises:
         TypeError: ``model`` is not a module, ``dtype`` not a floating-point type, or ``images`` not a tensor.
         ValueError: there is nothing to fold in ``model``.
+        RuntimeError: the folded copy, in float32 or float64, gives other outputs for ``images``.
 
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2 (folding); the mask's two convolutions have no
     non-linearity between them, so their product is one.
@@ -63,8 +68,10 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
     if images is not None and not isinstance(images, Tensor):
         raise TypeError(f"fold_for_inference: images must be a tensor or None, got {type(images).__name__}")
     with torch.inference_mode(False), torch.no_grad():
+        twin = _worked_out(unwrapped(model))
+        expected = None if images is None else twin(images)
         fold = Folding(dtype)
-        folded = fold(trace_parts(_worked_out(unwrapped(model)), images))
+        folded = fold(trace_parts(twin, images, expected))
         if not fold.count:
             raise ValueError(
                 f"fold_for_inference: there is nothing to fold in model, a {type(model).__name__}: it needs "
@@ -72,7 +79,24 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
                 "forward pass that torch.fx can trace"
                 + ("; give images, a batch that the model takes" if images is None else "")
             )
+        if images is not None and dtype in (torch.float32, torch.float64):
+            _check(folded(images.to(dtype)), expected)
         return folded.requires_grad_(False)
+
+
+def _check(found: Any, expected: Any) -> None:
+    """Raises where folding changed the outputs, but for those that may change in number, such as boxes."""
+    pairs = list(zip(tree_leaves(found), tree_leaves(expected), strict=False))
+    if any(isinstance(one, Tensor) and one.shape != other.shape for one, other in pairs):
+        return
+    for one, other in pairs:
+        if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
+            off = differ_by(one, other)
+            if not off <= LARGEST_DIFFERENCE:
+                raise RuntimeError(
+                    f"fold_for_inference: the folded network's outputs for images are off by {off:.2g} of the largest; "
+                    f"more than {LARGEST_DIFFERENCE} is no rounding, so it is not returned"
+                )
 
 
 def _worked_out(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from ran_ext import convert, fold_for_inference
+from ran_ext import _folded_graph, convert, fold_for_inference
 from ran_ext.inference import FoldedConv2d, FoldedGraph
 from ran_ext.nn import BNReLU
 
@@ -365,3 +365,19 @@ def test_wrong_images_are_refused():
 def test_residuals_by_winograd(size):
     """The 3x3 kernels add the residual themselves."""
     check(Block(64, 64), size, 1e-3)
+
+
+def test_a_fold_that_changes_the_outputs_is_not_returned(monkeypatch):
+    monkeypatch.setattr(_folded_graph, "_takes_shift", lambda conv: True)
+    network = trained(Holder(lambda m, x: m.conv(m.bn(x + 3)), bias=False))
+    with pytest.raises(RuntimeError, match=r"off by .* of the largest"):
+        fold_for_inference(network, images=torch.randn(IMAGES))
+    assert isinstance(fold_for_inference(network, torch.bfloat16, torch.randn(IMAGES)), FoldedGraph)  # not held to it
+
+
+def test_outputs_are_compared_with_nan_and_infinity():
+    x = torch.tensor([1.0, float("inf"), float("nan")])
+    assert _folded_graph.same([x, 3, "a"], [x.clone(), 3, "a"])
+    for other in (torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([1.0, float("inf"), 1.0]), x[:2], x.double()):
+        assert not _folded_graph.same(other, x)
+    assert not _folded_graph.same((x,), [x])
