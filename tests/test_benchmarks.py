@@ -260,7 +260,7 @@ def test_scale_with_threads_batch_and_size(capsys):
 
 
 def test_peak_memory_in_processes_of_their_own(tmp_path):
-    peak_memory.main(["--batch", "1", "--pixels", "32", "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "a")])
+    peak_memory.main(["--batch", "2", "--pixels", "32", "--steps", "1", "--rounds", "1", "--out", str(tmp_path / "a")])
     rows = json.loads((tmp_path / "a").read_text())["rows"]
     assert [row[0] for row in rows] == list(peak_memory.KINDS)
     assert all(value > 0 for row in rows for value in row[3:-1])

@@ -18,8 +18,9 @@ from ecosystem.subjects import NETWORKS, SUBJECTS, Subject
 from torch import Tensor, nn
 
 EQUAL, NOTHING, LEFT_OUT = "=", "·", ""
-#: Networks of the same modules as ran_compact: tried with --every-cell alone.
-RARE = ("ran_base", "ran_paper")
+#: Networks of the same modules as ran_compact, and modules that are in an AttentionModule and in every network: tried
+#: with --every-cell alone.
+RARE = ("ran_base", "ran_paper", "ResidualUnit", "SoftMaskBranch")
 
 
 @dataclass
