@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from ran_ext._command import Parser
 
 #: All contenders respect them: torch's kernels and ran_ext's the first, oneDNN's (and so torch.compile's) the second.
-VARIABLES = {"native": {}, "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
+#: A cache of its own, since Inductor's does not ask what oneDNN may use: graphs compiled for AVX-512 crashed.
+CACHE = os.path.join(tempfile.gettempdir(), "torchinductor_avx2")
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "TORCHINDUCTOR_CACHE_DIR": CACHE}
+VARIABLES = {"native": {}, "avx2": AVX2}
 
 
 def parse(parser: Parser, argv: Sequence[str] | None = None) -> argparse.Namespace:
