@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import ran_ext
 from ran_ext._command import Parser
+from ran_ext._folded_graph import differ_by
 
 from .other_cnns import resnet18, vgg16_bn
 from .table import Table
@@ -90,7 +91,7 @@ def measure(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[
             found = calls(model, images, dtype, not options.no_compile, Path(folder))
         found = {one: _on("auto" if one == OURS else "reference", call) for one, call in found.items()}
         for one, call in found.items():
-            off = float((call().float() - expected).abs().max() / expected.abs().max())
+            off = differ_by(call().float(), expected)
             if not off <= TOLERANCE[dtype]:
                 raise SystemExit(f"{one} is off by {off:.2g} of the largest output of {name}")
         seconds = interleave(found, options.rounds, torch.device("cpu"))

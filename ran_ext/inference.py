@@ -80,7 +80,7 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
                 + ("; give images, a batch that the model takes" if images is None else "")
             )
         if images is not None and dtype in (torch.float32, torch.float64):
-            _check(folded(images.to(dtype)), expected)
+            _check(folded(images.to(dtype) if images.is_floating_point() else images), expected)
         return folded.requires_grad_(False)
 
 

@@ -381,3 +381,21 @@ def test_outputs_are_compared_with_nan_and_infinity():
     for other in (torch.tensor([1.0, 2.0, float("nan")]), torch.tensor([1.0, float("inf"), 1.0]), x[:2], x.double()):
         assert not _folded_graph.same(other, x)
     assert not _folded_graph.same((x,), [x])
+
+
+class Counts(nn.Module):
+    """Takes whole numbers, as they come from a file."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block(16, 16)
+
+    def forward(self, x):
+        return self.block(x.long().float() / 255)
+
+
+def test_images_of_whole_numbers_stay_such():
+    network, x = trained(Counts()), torch.randint(256, IMAGES, dtype=torch.uint8)
+    folded = fold_for_inference(network, images=x)
+    with torch.no_grad():
+        assert_close(folded(x), network(x), rtol=1e-4, atol=1e-4)

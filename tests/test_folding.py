@@ -172,6 +172,13 @@ AS_WRITTEN = [swap_conv, swap_bn, group_norm, hook_conv, hook_bn, hook_unit, own
               no_statistics]  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [{"dilation": 2, "padding": 2}, {"padding": 1, "groups": 2}])
+def test_dilated_and_grouped_convolutions_of_a_unit_fold(options):
+    unit = ResidualUnit(8, 8, 8)
+    unit.conv2.conv = nn.Conv2d(8, 8, 3, **options)
+    assert isinstance(check(nn.Sequential(unit), 8)[0], FoldedResidualUnit)
+
+
 @pytest.mark.parametrize("change", AS_WRITTEN, ids=lambda change: change.__name__)
 def test_what_is_not_the_librarys_own_stays_as_written(change):
     unit, other = ResidualUnit(8, 8, 8), ResidualUnit(8, 8, 8)
