@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from ran_ext.train import CudaGraph
 
 from .cases import Case, draw
 from .reference import networks as plain_networks
+
+T = TypeVar("T")
 
 #: The baselines of the ratios; the second where it is present.
 BASELINES = ("eager channels_last", "torch.compile")
@@ -209,15 +211,18 @@ class _Once:
         return self.made()  # type: ignore[misc]
 
 
-def _on_backend(function: Callable[[], Any], contender: Contender) -> Callable[[], Any]:
-    if not contender.ours:
-        return function
+def on_backend(function: Callable[[], T], backend: str) -> Callable[[], T]:
+    """``function``, with the backend set for the time of a call."""
 
-    def run() -> Any:
-        with set_backend(contender.backend):
+    def run() -> T:
+        with set_backend(backend):
             return function()
 
     return run
+
+
+def _on_backend(function: Callable[[], Any], contender: Contender) -> Callable[[], Any]:
+    return on_backend(function, contender.backend) if contender.ours else function
 
 
 def _graphed(function: Callable[[], Any], contender: Contender) -> Callable[[], Any]:

@@ -24,6 +24,7 @@ import ran_ext
 from ran_ext._command import Parser
 from ran_ext._folded_graph import differ_by
 
+from .contenders import on_backend
 from .other_cnns import resnet18, vgg16_bn
 from .table import Table
 from .timing import Spread, interleave, ratios
@@ -89,7 +90,7 @@ def measure(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[
         expected = model(images)
         with ran_ext.set_backend("reference"):
             found = calls(model, images, dtype, not options.no_compile, Path(folder))
-        found = {one: _on("auto" if one == OURS else "reference", call) for one, call in found.items()}
+        found = {one: on_backend(call, "auto" if one == OURS else "reference") for one, call in found.items()}
         for one, call in found.items():
             off = differ_by(call().float(), expected)
             if not off <= TOLERANCE[dtype]:
@@ -99,14 +100,6 @@ def measure(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[
     own = {base: ratios(seconds, base)[OURS].median for base in (EAGER, best)}
     cells = [1e3 * Spread.of(seconds[one]).median if one in seconds else "" for one in (*CONTENDERS, OURS)]
     return [name, len(images), pixels, str(dtype)[6:], *cells, own[EAGER], best, own[best]]
-
-
-def _on(backend: str, call: Call) -> Call:
-    def run() -> Tensor:
-        with ran_ext.set_backend(backend):
-            return call()
-
-    return run
 
 
 CONTENDERS = (EAGER, FROZEN, ONNX, OPENVINO)

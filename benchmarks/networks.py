@@ -22,6 +22,7 @@ from ran_ext._command import Parser
 from ran_ext._compare import bytes_kept
 
 from . import isa
+from .contenders import on_backend
 from .table import Table
 from .timing import interleave, ratios
 
@@ -39,12 +40,11 @@ def measure(name: str, batch: int, pixels: int, options: argparse.Namespace) -> 
     labels = torch.randint(10, (batch,))
 
     def passes(backend: str, network: Callable[..., torch.Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            with ran_ext.set_backend(backend):
-                model.zero_grad()
-                F.cross_entropy(network(images), labels).backward()
+        def step() -> None:
+            model.zero_grad()
+            F.cross_entropy(network(images), labels).backward()
 
-        return run
+        return on_backend(step, backend)
 
     found = {"eager": passes("reference", model), "ran_ext": passes("native", model)}
     if not options.no_compile:

@@ -20,6 +20,7 @@ import ran_ext
 from ran_ext._command import Parser
 
 from . import isa
+from .contenders import on_backend
 from .table import Table
 from .timing import Spread, interleave, matmul_rate, ratios
 
@@ -35,15 +36,11 @@ def steps(batch: int, pixels: int, dtype: torch.dtype) -> dict[str, Callable[[],
     images = torch.randn(batch, 3, pixels, pixels).to(dtype, memory_format=torch.channels_last)
     labels = torch.randint(10, (batch,))
 
-    def on(backend: str) -> Callable[[], None]:
-        def run() -> None:
-            with ran_ext.set_backend(backend):
-                model.zero_grad()
-                F.cross_entropy(model(images).float(), labels).backward()
+    def step() -> None:
+        model.zero_grad()
+        F.cross_entropy(model(images).float(), labels).backward()
 
-        return run
-
-    return {"eager": on("reference"), "ran_ext": on("native")}
+    return {"eager": on_backend(step, "reference"), "ran_ext": on_backend(step, "native")}
 
 
 def measure(table: Table, threads: int, options: argparse.Namespace) -> None:
