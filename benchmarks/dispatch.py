@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.install and (device.type != "cuda" or options.quick):
         parser.error("--install: the table is for GPUs and measured in full, got --device cpu or --quick")
     batches, dtypes = ([2], [torch.bfloat16]) if options.quick else ([128, 1024], [torch.bfloat16, torch.float16])
-    found = rows(batches, dtypes, device, 2 if options.quick else 15)
+    found = rows(batches, dtypes, device, 2 if options.quick else 7)
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "cpu"
     table = json.loads(_measured.SHIPPED.read_text())
     table["tuned"][arch] = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import shutil
@@ -26,7 +27,11 @@ DEFAULT_CAPABILITY = "9.0"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 #: Every op's kernels in bfloat16 on a few small shapes: the sanitizer slows a kernel down 10 to 100 times.
 SANITIZED = ["tests/test_cuda.py", "-k", "dtype1 and channels_last and (shape0 or shape4 or fused)"]
-#: The contenders that fit the time budget beside the baseline; ``compare.py`` alone takes all.
+#: Processes of pytest on a GPU, each with some hundred MB of it.
+WORKERS = "8"
+#: The contenders that fit the time budget beside the baseline; ``compare.py`` alone takes all. Autotuning takes minutes
+#: a network, so that a budget of less than ``AUTOTUNE_MINUTES`` goes without.
+AUTOTUNE_MINUTES = 30
 OP_RIVALS = ["eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph", "cuDNN graph API"]
 OP_RIVALS += ["ran_ext", "ran_ext, CUDA graph"]
 STEP_RIVALS = ["eager NCHW fp32", "eager, CUDA graph", "torch.compile", "max-autotune, CUDA graph"]
@@ -63,8 +68,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
                *_on(gpu, options), found=results / "emulation.json"),
         *(_sanitizer(tool, python, gpu) for tool in TOOLS),
         measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
-        *_op_benchmarks(compared, options.quick),
-        *_step_benchmarks(compared, options.quick),
+        *_step_benchmarks(compared, options),
+        measured("kernels", 2, "-m", "benchmarks.step_kernels"),
+        *_op_benchmarks(compared, options),
         _unpack(options, python, out),
         *_experiments(script, options, [*data, *device, *quick], data, no_data),
     ]  # fmt: skip
@@ -124,6 +130,8 @@ def _constants(stage: Stage, python: str) -> Stage:
 def _tests(python: str, gpu: bool) -> Stage:
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     commands = [[*pytest, "tests", "-m", "gpu"]]
+    if gpu and importlib.util.find_spec("xdist"):
+        commands = [[*pytest, "-v", "--tb=short", "tests", "-m", "gpu", "-n", WORKERS]]
     if not gpu:  # those are all skipped; one that runs
         commands.append([*pytest, "tests/test_attention_gate.py", "-k", "empty"])
     return Stage("tests", 4, commands, read=pytest_counts)
@@ -148,22 +156,28 @@ def _sanitizer(tool: str, python: str, gpu: bool) -> Stage:
     )
 
 
-def _op_benchmarks(compared: Maker, quick: bool) -> list[Stage]:
+def _rivals(names: list[str], options: argparse.Namespace) -> list[str]:
+    return [name for name in names if options.minutes >= AUTOTUNE_MINUTES or "max-autotune" not in name]
+
+
+def _op_benchmarks(compared: Maker, options: argparse.Namespace) -> list[Stage]:
+    quick, rivals = options.quick, _rivals(OP_RIVALS, options)
     both = ["--task", "forward + backward"]
     rounds = ["--rounds", "2"] if quick else []
-    chosen = [*both, *rounds, "--contender", *OP_RIVALS]
+    chosen = [*both, *rounds, "--contender", *rivals]
     found = [compared("bandwidth", 2, "bandwidth", "--dtype", "bfloat16", *chosen)]
     for batch in (128,) if quick else (128, 1024):
         for dtype in ("bfloat16", "float16"):
             size = [] if quick else ["--batch", str(batch)]
             tasks = ["--task", "forward", "forward + backward"] if dtype == "float16" else both  # cuDNN's convolution
-            arguments = [*size, "--dtype", dtype, *tasks, *rounds, "--contender", *OP_RIVALS]
+            arguments = [*size, "--dtype", dtype, *tasks, *rounds, "--contender", *rivals]
             found.append(compared(f"ops-{batch}-{dtype}", 8, "ops", *arguments))
     return found
 
 
-def _step_benchmarks(compared: Maker, quick: bool) -> list[Stage]:
-    step = ["--dtype", "bfloat16", "--task", "training step", "--contender", *STEP_RIVALS]
+def _step_benchmarks(compared: Maker, options: argparse.Namespace) -> list[Stage]:
+    quick = options.quick
+    step = ["--dtype", "bfloat16", "--task", "training step", "--contender", *_rivals(STEP_RIVALS, options)]
     size = {batch: [] if quick else ["--batch", str(batch)] for batch in (128, 1024)}
     rounds = ["--rounds", "2"] if quick else []
     found = [

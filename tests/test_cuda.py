@@ -117,8 +117,9 @@ def test_bn_relu(shape, training, dtype, layout, choice):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bn_relu_of_many_tiles_and_of_a_large_mean(layout, choice):
+    """Of two million values a handful stand so near 0 behind the normalisation that either side may round their sign."""
     for offset in (1.0, 1e2, 1e4):
-        norm.check((32, 64, 32, 32), torch.float32, LAYOUTS[layout], True, offset=offset)
+        norm.check((32, 64, 32, 32), torch.float32, LAYOUTS[layout], True, offset=offset, times=4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -49,7 +49,9 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::
   }
   const auto stride = bounded(any_stride, x, weight, padding);
   if (is_faulty(x, weight, stride, padding)) return at::conv2d(reached(x, stride), weight, bias);
-  return at::conv2d(x, weight, bias, stride, padding);
+  const Tensor out = at::conv2d(x, weight, bias, stride, padding);
+  // On a GPU the library has no float64 in channels_last, and would give NCHW for it.
+  return x.is_cuda() && x.scalar_type() == at::kDouble ? out.contiguous(x.suggest_memory_format()) : out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,

@@ -9,6 +9,9 @@
 namespace ran::cuda {
 
 constexpr int kReduceThreads = 256;
+// Channels of a block in channels_last: two sectors or more of a row. Its last block reads what all tiles left of them,
+// and few channels leave it many threads for that.
+constexpr int64_t kGroupChannels = 32;
 constexpr int kLoads = 4;  // 16-byte loads in flight a thread and tensor
 
 // A reduction's grid: x over groups of channels, y over tiles of a channel's values. The tiles depend on the shape
@@ -18,9 +21,9 @@ struct Tiling {
 };
 
 inline Tiling tiling(const ChannelView& view) {
-  constexpr int64_t kMaxBlocks = 512, kTileValues = 8192, kTileChannels = 256;
+  constexpr int64_t kMaxBlocks = 512, kTileValues = 8192;
   const bool rows = view.inner == 1;
-  const int64_t channels = rows ? std::min(view.channels, kTileChannels) : 1;
+  const int64_t channels = rows ? std::min(view.channels, kGroupChannels) : 1;
   const int64_t groups = blocks_for(view.channels, channels), least = blocks_for(kTileValues, channels);
   const int64_t tiles =
       std::clamp(blocks_for(view.count(), least), int64_t(1), std::max(kMaxBlocks / groups, int64_t(1)));
@@ -33,7 +36,7 @@ inline LaunchShape reduce_shape(const ChannelView& view, int vector) {
   unsigned width = 1;
   LaunchShape shape;
   if (view.inner == 1) {
-    while (width < 32 && width * vector < view.channels) width *= 2;
+    while (width * vector < std::min(view.channels, kGroupChannels)) width *= 2;
     shape.grid.x = static_cast<unsigned>(blocks_for(view.channels, int64_t(width) * vector));
   } else {
     shape.grid.x = static_cast<unsigned>(view.channels);

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import shlex
 import shutil
 import subprocess
@@ -31,6 +32,8 @@ from .build import ROOT, build, kernel_names, kernels
 
 #: For --device cpu, a Hopper GPU of few SMs: capability, SMs, shared bytes a block and an SM.
 SMALL_HOPPER = ["90", "4", str(227 << 10), str(228 << 10)]
+#: What the emulation computed for a machine with a GPU, half as large as it is.
+PREPARED = "emulated.xz"
 #: A dtype's numpy type, and the distance of neighbours relative to the larger.
 DTYPES = {
     "float32": (np.float32, 2.0**-23),
@@ -79,7 +82,7 @@ def read(path: Path) -> tuple[list[str], list[Case]]:
     """The device's limits and the cases of a file that the program wrote."""
     limits: list[str] = []
     cases: list[Case] = []
-    with path.open("rb") as file:
+    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as file:
         while line := file.readline():
             kind, *words = line.decode().split()
             if kind == "device":
@@ -155,7 +158,9 @@ def prepare(folder: Path, archs: str, limits: Sequence[str], objects: Path | Non
     """Leaves in ``folder`` what a machine with a GPU would have to compile and to emulate."""
     with tempfile.TemporaryDirectory() as cache:
         shutil.copy2(build_for_gpu(Path(cache), archs, objects), folder / "compare_gpu_cuda")
-        run([build("compare_gpu", Path(cache), others=kernels())], folder / "emulated", "--limits", *limits)
+        emulated = Path(cache) / "emulated"
+        run([build("compare_gpu", Path(cache), others=kernels())], emulated, "--limits", *limits)
+        (folder / PREPARED).write_bytes(lzma.compress(emulated.read_bytes(), preset=0))
 
 
 def run(command: Sequence[str | Path], out: Path, *options: str) -> tuple[list[str], list[Case]]:
@@ -187,7 +192,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
         program = prebuilt or build_for_gpu(folder, arguments.archs, arguments.objects)
         limits, got = run([*under, program], folder / "got", *only)
         if arguments.prebuilt:
-            emulated, want = read(arguments.prebuilt / "emulated")
+            emulated, want = read(arguments.prebuilt / PREPARED)
             if emulated == limits:
                 wanted = {case.name: case for case in want}
                 return [judge(case, wanted[case.name], False) for case in got]

@@ -140,6 +140,9 @@ inline dim3 blockDim, gridDim;
 namespace emu {
 
 inline constexpr size_t kStack = 128 << 10;
+// Stacks with a page below them that catches overflow: each makes a mapping of its own, of which Linux allows 65,530. A
+// grid that fills a chip needs more stacks than that, and those above run what those below have run.
+inline constexpr size_t kGuarded = 16 << 10;
 
 // A stack with a fiber on it, which runs one thread after the other: ucontext makes it, once, and _setjmp/_longjmp
 // switch, which needs no system call.
@@ -167,7 +170,7 @@ inline Fiber* take_fiber() {
   if (idle_fibers.empty()) {
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) fail("no memory for another thread's stack");
-    mprotect(memory, 4096, PROT_NONE);  // overflow
+    if (fibers.size() < kGuarded) mprotect(memory, 4096, PROT_NONE);
     fibers.push_back(std::make_unique<Fiber>());
     fibers.back()->memory = memory;
     idle_fibers.push_back(fibers.back().get());
