@@ -46,6 +46,45 @@ bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Run
   return kept.has_value();
 }
 
+std::optional<Tensor> cuda_add_with_stats(Tensor& mean, Tensor& var, const Tensor& x, const OptTensor& bias,
+                                          const OptTensor& residual, const Running& running) {
+  const auto data = [](const OptTensor& t) { return present(t) ? t->const_data_ptr() : nullptr; };
+  const auto as_x = [&](const OptTensor& t) { return !present(t) || t->scalar_type() == x.scalar_type(); };
+  constexpr auto kChannelsLast = at::MemoryFormat::ChannelsLast;
+  if (!x.is_cuda() || x.scalar_type() == at::kDouble || !x.is_contiguous(kChannelsLast)) return std::nullopt;
+  if (!as_x(bias) || !as_x(residual) || (present(bias) && !bias->is_contiguous())) return std::nullopt;
+  if (present(residual) && !residual->is_contiguous(kChannelsLast)) return std::nullopt;
+  const c10::DeviceGuard guard(x.device());
+  const ChannelView view = view_of(x);
+  const DType dtype = dtype_of(x, kBnRelu, "x");
+  if (!cuda::add_with_statistics_takes(x.const_data_ptr(), data(bias), data(residual), dtype, view))
+    return std::nullopt;
+  Tensor sum = at::empty_like(x);
+  mean = at::empty({view.channels}, x.options().dtype(at::kFloat)), var = at::empty_like(mean);
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
+  const auto kept = in_launch(running);
+  check_launch(cuda::add_with_statistics(sum.mutable_data_ptr(), mean.mutable_data_ptr<float>(),
+                                         var.mutable_data_ptr<float>(), x.const_data_ptr(), data(bias), data(residual),
+                                         dtype, view, kept.value_or(cuda::RunningStatistics{}), scratch.workspace(),
+                                         scratch.counters(), current_stream()),
+               "add_with_stats");
+  if (!kept && running.kept()) running.update(mean, var, view.count());
+  return sum;
+}
+
+std::optional<Tensor> cuda_channel_sums(const Tensor& x) {
+  if (!x.is_cuda() || x.numel() == 0 || x.scalar_type() == at::kDouble) return std::nullopt;
+  if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return std::nullopt;
+  const c10::DeviceGuard guard(x.device());
+  const ChannelView view = view_of(x);
+  Tensor sums = at::empty({view.channels}, x.options());
+  const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
+  check_launch(cuda::channel_sums(sums.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view,
+                                  scratch.workspace(), scratch.counters(), current_stream()),
+               "channel_sums");
+  return sums;
+}
+
 void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn) {
   const c10::DeviceGuard guard(x.device());
   check_launch(cuda::bn_relu_forward(out.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x),

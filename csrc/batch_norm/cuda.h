@@ -22,6 +22,14 @@ std::optional<cuda::RunningStatistics> in_launch(const Running& running);
 // Fills mean and biased var of x, dense, (N, C, H, W); whether `running` was updated too.
 bool cuda_batch_norm_stats(Tensor& mean, Tensor& var, const Tensor& x, const Running& running);
 
+// x + bias + residual, and the sum's mean and biased var, in one pass over x; nothing where the kernel does not take
+// them. Fills mean and var; `running` is updated.
+std::optional<Tensor> cuda_add_with_stats(Tensor& mean, Tensor& var, const Tensor& x, const OptTensor& bias,
+                                          const OptTensor& residual, const Running& running);
+// The sum of each channel, in x's dtype: a convolution's gradient of its bias. Nothing where the kernel does not take
+// x.
+std::optional<Tensor> cuda_channel_sums(const Tensor& x);
+
 // As bn_relu_apply(), bn_relu_sums() and bn_relu_dx(), x not empty.
 void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn);
 BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);

@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 
+#include "../batch_norm/cuda.h"
 #include "cpu.h"
 #include "cuda.h"
 #include "library.h"
@@ -19,7 +20,18 @@ void library_forward(ConvOutput& y, const Tensor& x, const PreActivation& norm, 
   else
     std::tie(a, y.mean, y.var) =
         bn_relu_batch(kBnReluConv2d, x, norm.weight, norm.bias, norm.eps, norm.running, conv.asked);
-  y.out = library::conv2d(a, weight, bias, conv.stride, conv.padding);
+#ifdef RAN_WITH_CUDA
+  if (x.is_cuda() &&
+      next.wanted) {  // PyTorch would pass over the output for the bias, the residual, and the statistics
+    const Tensor product = library::conv2d(a, weight, std::nullopt, conv.stride, conv.padding);
+    if (auto sum = cuda_add_with_stats(y.next_mean, y.next_var, product, bias, residual, next.running)) {
+      y.out = *sum;
+      return;
+    }
+    y.out = present(bias) ? product.add_(bias->view({1, -1, 1, 1})) : product;
+  }
+#endif
+  if (!y.out.defined()) y.out = library::conv2d(a, weight, bias, conv.stride, conv.padding);
   if (present(residual)) y.out.add_(*residual);
   if (next.wanted) std::tie(y.next_mean, y.next_var) = batch_norm_stats(dense(y.out), next.running);
 }
@@ -60,6 +72,11 @@ std::array<bool, 3> left_of(std::array<bool, 3> wanted, const BackwardPaths& pat
 // The library's gradients of those in `left`; that of its input is returned.
 Tensor library_backward(ConvGradients& g, const Tensor& dy, const Tensor& a, const Tensor& weight,
                         const Convolution& conv, std::array<bool, 3> left) {
+#ifdef RAN_WITH_CUDA
+  if (left[2])
+    if (auto sums = cuda_channel_sums(dy)) g.dbias = *sums, left[2] = false;
+  if (!left[0] && !left[1] && !left[2]) return {};
+#endif
   const auto [da, dweight, dbias] = library::conv2d_backward(dy, a, weight, conv.stride, conv.padding, left);
   if (left[1]) g.dweight = dweight;
   if (left[2]) g.dbias = dbias;

@@ -91,10 +91,11 @@ struct ChannelWalk {
 // How a state looks in the workspace.
 __device__ __forceinline__ float2 partial_of(Moments<float> m) { return make_float2(m.mean, m.m2); }
 __device__ __forceinline__ float2 partial_of(GradientSums s) { return make_float2(s.dz, s.dz_xhat); }
+__device__ __forceinline__ float2 partial_of(float sum) { return make_float2(sum, 0.0f); }
 
 // Ends a reduction: merges the block's rows of threads, then, in the last block of a channel group, all tiles.
-// read(partial, tile) gives a tile's state; finish(i, state) takes channel + i's result. True in that last block's
-// threads.
+// read(partial, tile) gives a tile's state; finish(state) takes the results of `channel` and the next V - 1, to load
+// what it needs of all of them before it stores. True in that last block's threads.
 template <int V, typename State, typename Read, typename Finish>
 __device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspace, unsigned* counters, int64_t channel,
                                              int64_t channels, Shared<State> scratch, Shared<unsigned> flag,
@@ -119,9 +120,7 @@ __device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspac
         for (int i = 0; i < V; ++i) state[i] = merge(state[i], read(__ldcg(slot(tile, i)), tile));
     merge_rows<V>(state, scratch);
   }
-  if (mine)
-#pragma unroll
-    for (int i = 0; i < V; ++i) finish(i, state[i]);
+  if (mine) finish(state);
   return true;
 }
 
@@ -130,10 +129,16 @@ __device__ __forceinline__ float running_factor(const RunningStatistics& running
   return running.momentum >= 0.0f ? running.momentum : 1.0f / static_cast<float>(*running.batches + 1);
 }
 
+__device__ __forceinline__ float updated(float running, float factor, float batch) {
+  return factor * batch + (1.0f - factor) * running;
+}
+
+// The statistics of one channel. Both are loaded before either is stored: a load waits as long as all else here takes.
 __device__ __forceinline__ void update_running(const RunningStatistics& running, float factor, int64_t channel,
                                                float mean, float unbiased) {
-  running.mean[channel] = factor * mean + (1.0f - factor) * running.mean[channel];
-  running.var[channel] = factor * unbiased + (1.0f - factor) * running.var[channel];
+  const float old_mean = running.mean[channel], old_var = running.var[channel];
+  running.mean[channel] = updated(old_mean, factor, mean);
+  running.var[channel] = updated(old_var, factor, unbiased);
 }
 
 }  // namespace ran::cuda

@@ -17,9 +17,14 @@ __device__ __forceinline__ void finish_sums(GradientSums (&state)[V], const Sums
   RAN_SHARED(GradientSums, scratch, V * kReduceThreads / 2);
   RAN_SHARED(unsigned, flag, 1);
   const auto read = [](float2 partial, int) { return GradientSums{partial.x, partial.y}; };
-  const auto finish = [&](int i, GradientSums s) {
-    out.sum_dz[channel + i] = s.dz;
-    out.sum_dz_xhat[channel + i] = s.dz_xhat / std::sqrt(norm.var[channel + i] + static_cast<float>(norm.eps));
+  const auto finish = [&](const GradientSums(&s)[V]) {
+    float var[V];
+    load_channels<V>(norm.var, channel, 1.0f, var);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      out.sum_dz[channel + i] = s[i].dz;
+      out.sum_dz_xhat[channel + i] = s[i].dz_xhat / std::sqrt(var[i] + static_cast<float>(norm.eps));
+    }
   };
   reduce_tiles<V>(state, out.workspace, out.counters, channel, channels, scratch, flag, read, finish);
 }

@@ -83,33 +83,42 @@ struct Exchange {
   }
 };
 
-// Every block's value of column threadIdx.x < columns, in the group's order: use(rank, value). A barrier of the group
-// lies before; the caller places the one behind it, before which no block may go on to end.
-template <bool kClusters, typename Use>
-__device__ __forceinline__ void exchange(const Exchange& shared, float2* workspace, const Slab& slab, int columns,
-                                         float2 mine, Use&& use) {
+// Threads that share what a cooperative launch's group has left of a column: neighbours of one warp.
+constexpr int kParts = 8;
+
+// The merge of what every block of the group has of column threadIdx.x < columns; read(rank, value) gives a block's
+// state. Of a cluster in the order of the ranks; of a cooperative launch, whose groups are large, each of kParts
+// threads takes every so many-th rank. The caller places the barrier of a cluster behind it, before which no block may
+// go on to end.
+template <bool kClusters, typename State, typename Read>
+__device__ __forceinline__ State exchange(const Exchange& shared, float2* workspace, const Slab& slab, int columns,
+                                          float2 mine, Read&& read) {
   const int column = threadIdx.x, first = blockIdx.x - slab.rank;
-  if (column < columns) {
-    if constexpr (kClusters) {
-      shared.published[column] = mine;
-    } else {
-      workspace[blockIdx.x * columns + column] = mine;
-    }
-  }
+  State total{};
   if constexpr (kClusters) {
+    if (column < columns) shared.published[column] = mine;
     cluster_sync();
+    if (column < columns)
+      for (int rank = 0; rank < slab.group; ++rank) {
+        const float2 value = cluster_shared(shared.published, rank)[column];
+        total = merge(total, read(rank, value));
+      }
   } else {
+    if (column < columns) workspace[blockIdx.x * columns + column] = mine;
     grid_sync();
+    const int of = threadIdx.x / kParts, part = threadIdx.x % kParts;
+    if (of < columns)
+#pragma unroll 4
+      for (int rank = part; rank < slab.group; rank += kParts)
+        total = merge(total, read(rank, __ldcg(workspace + (first + rank) * columns + of)));
+#pragma unroll
+    for (int apart = kParts / 2; apart > 0; apart /= 2) total = merge(total, shuffle_xor(total, apart));
+    const auto totals = shared_cast<State>(shared.scratch);
+    if (of < columns && part == 0) totals[of] = total;
+    __syncthreads();
+    if (column < columns) total = totals[column];
   }
-  if (column >= columns) return;
-  for (int rank = 0; rank < slab.group; ++rank) {
-    if constexpr (kClusters) {
-      const float2 value = cluster_shared(shared.published, rank)[column];
-      use(rank, value);
-    } else {
-      use(rank, __ldcg(workspace + (first + rank) * columns + column));
-    }
-  }
+  return total;
 }
 
 template <bool kClusters>
@@ -132,10 +141,10 @@ __device__ __forceinline__ void write_statistics(const ForwardOutput& out, const
                                                  Moments<float> m, Shared<unsigned> flag) {
   if (static_cast<int>(threadIdx.x) < columns) {
     const int64_t channel = slab.channel + threadIdx.x;
-    out.mean[channel] = m.mean;
-    out.var[channel] = m.m2 / m.count;
     if (out.running.mean)
       update_running(out.running, running_factor(out.running), channel, m.mean, m.m2 / (m.count - 1.0f));
+    out.mean[channel] = m.mean;
+    out.var[channel] = m.m2 / m.count;
   }
   // Every slab has read the number of batches before the last one counts this batch.
   if (out.running.batches && last_block(out.counters, gridDim.x / slab.group, flag) && threadIdx.x == 0)
@@ -186,12 +195,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
   const float block_m2 = merge_columns<V>(m2, lanes, shared.scratch);
 
-  Moments<float> total{};
   const int64_t share = (view.outer + group - 1) / group;
-  exchange<kClusters>(shared, workspace, slab, columns, make_float2(block_mean, block_m2), [&](int rank, float2 part) {
+  const auto moments = [&](int rank, float2 part) {
     const float rows = static_cast<float>(max(min(share, view.outer - rank * share), int64_t(0)));
-    total = merge(total, Moments<float>{rows, part.x, part.y});
-  });
+    return Moments<float>{rows, part.x, part.y};
+  };
+  const float2 own = make_float2(block_mean, block_m2);
+  Moments<float> total = exchange<kClusters, Moments<float>>(shared, workspace, slab, columns, own, moments);
   if (column < columns) {
     const int64_t channel = slab.channel + column;
     total.mean += shared.get(1, column);
@@ -253,9 +263,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   });
   const GradientSums block = merge_columns<V>(sums, lanes, shared_cast<GradientSums>(shared.scratch));
-  GradientSums total{};
-  exchange<kClusters>(shared, workspace, slab, columns, partial_of(block),
-                      [&](int, float2 part) { total = merge(total, GradientSums{part.x, part.y}); });
+  const auto sums_of = [](int, float2 part) { return GradientSums{part.x, part.y}; };
+  GradientSums total = exchange<kClusters, GradientSums>(shared, workspace, slab, columns, partial_of(block), sums_of);
   if (column < columns) {
     const int64_t channel = slab.channel + column;
     const float var = norm.var[channel], eps = static_cast<float>(norm.eps);

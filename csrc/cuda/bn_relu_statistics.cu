@@ -24,12 +24,20 @@ __device__ __forceinline__ void finish_statistics(Moments<float> (&state)[V], co
   const auto read = [=](float2 partial, int tile) {
     return Moments<float>{static_cast<float>(min(tile_size, count - tile * tile_size)), partial.x, partial.y};
   };
-  const auto finish = [&](int i, Moments<float> m) {
-    const float n = static_cast<float>(count), mean = pivot[i] + m.mean;
-    out.mean[channel + i] = mean;
-    out.var[channel + i] = m.m2 / n;
-    if (out.running.mean)
-      update_running(out.running, running_factor(out.running), channel + i, mean, m.m2 / (n - 1.0f));
+  const auto finish = [&](const Moments<float>(&m)[V]) {
+    const float n = static_cast<float>(count), factor = out.running.mean ? running_factor(out.running) : 0.0f;
+    float running_mean[V], running_var[V];
+    load_channels<V>(out.running.mean, channel, 0.0f, running_mean);
+    load_channels<V>(out.running.var, channel, 0.0f, running_var);
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      const float mean = pivot[i] + m[i].mean;
+      out.mean[channel + i] = mean;
+      out.var[channel + i] = m[i].m2 / n;
+      if (!out.running.mean) continue;
+      out.running.mean[channel + i] = updated(running_mean[i], factor, mean);
+      out.running.var[channel + i] = updated(running_var[i], factor, m[i].m2 / (n - 1.0f));
+    }
   };
   if (!reduce_tiles<V>(state, out.workspace, out.counters, channel, view.channels, scratch, flag, read, finish)) return;
   // Every channel group has read the number of batches before the last one counts this batch.
@@ -73,23 +81,62 @@ __device__ __forceinline__ Moments<float> moments_of(const float (&v)[kCount], i
   return {static_cast<float>(count), mean, m2};
 }
 
-// channels_last: x is (rows, channels).
+// What is added to x, one value a channel and a tensor, either of which may be null; the sum is written to `out`. It is
+// rounded once, and the statistics are those of the rounded values.
+template <typename T>
+struct Addition {
+  T* out;
+  const T *bias, *residual;
+};
+
 template <typename T, int V>
+__device__ __forceinline__ Pack<T, V> added(const Pack<T, V>& x, const float (&bias)[V], const Pack<T, V>& residual) {
+  float v[V], more[V];
+  unpack(x, v);
+  unpack(residual, more);
+#pragma unroll
+  for (int i = 0; i < V; ++i) v[i] = (v[i] + bias[i]) + more[i];
+  return pack_floats<T>(v);
+}
+
+// channels_last: x is (rows, channels). kAdds: of x with `addition`, else of x.
+template <typename T, int V, bool kAdds>
 __global__ void __launch_bounds__(kReduceThreads, 2)
-    statistics_rows_kernel(StatisticsOutput out, const T* __restrict__ x, ChannelView view, int64_t tile_size) {
+    statistics_rows_kernel(StatisticsOutput out, const T* __restrict__ x, Addition<T> addition, ChannelView view,
+                           int64_t tile_size) {
   const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   const int64_t start = blockIdx.y * tile_size;
   const int rows = channel < view.channels ? static_cast<int>(min(tile_size, view.outer - start)) : 0;
-  const T* tile = x + start * view.channels + channel;
+  const int64_t first = start * view.channels + channel;
+  const auto at = [&](int row) { return first + int64_t(row) * view.channels; };
   ChannelMoments<V> moments;
-  float pivot[V] = {};
-  if (channel < view.channels) load<V>(x + channel, pivot);
+  float pivot[V] = {}, bias[V] = {};
+  if (channel < view.channels) {
+    Pack<T, V> value = load_pack<V>(x + channel), more = {};
+    if constexpr (kAdds) {
+      if (addition.bias) load<V>(addition.bias + channel, bias);
+      if (addition.residual) more = load_pack<V>(addition.residual + channel);
+      value = added(value, bias, more);
+    }
+    unpack(value, pivot);
+  }
   for (int row = threadIdx.y; row < rows; row += kLoads * blockDim.y) {
-    Pack<T, V> pack[kLoads];
+    Pack<T, V> pack[kLoads], more[kLoads] = {};
     const int there = min(kLoads, (rows - row + static_cast<int>(blockDim.y) - 1) / static_cast<int>(blockDim.y));
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-      if (j < there) pack[j] = load_pack<V>(tile + int64_t(row + j * blockDim.y) * view.channels);
+    for (int j = 0; j < kLoads; ++j) {
+      if (j >= there) continue;
+      pack[j] = load_pack<V>(x + at(row + j * blockDim.y));
+      if constexpr (kAdds)
+        if (addition.residual) more[j] = load_pack<V>(addition.residual + at(row + j * blockDim.y));
+    }
+    if constexpr (kAdds)
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        if (j >= there) continue;
+        pack[j] = added(pack[j], bias, more[j]);
+        store_pack<V>(addition.out + at(row + j * blockDim.y), pack[j]);
+      }
     float v[V][kLoads];
 #pragma unroll
     for (int i = 0; i < V; ++i)
@@ -148,11 +195,29 @@ cudaError_t bn_relu_statistics(float* mean, float* var, const void* x, DType dty
     return with_vector<T>(vectors, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       if (rows)
-        return RAN_LAUNCH(reduce_shape(view, V), stream, statistics_rows_kernel<T, V>, out, static_cast<const T*>(x),
-                          view, tiling(view).tile);
+        return RAN_LAUNCH(reduce_shape(view, V), stream, statistics_rows_kernel<T, V, false>, out,
+                          static_cast<const T*>(x), Addition<T>{}, view, tiling(view).tile);
       return RAN_LAUNCH(reduce_shape(view, V), stream, statistics_planes_kernel<T, V>, out, static_cast<const T*>(x),
                         view, tiling(view).tile);
     });
+  });
+}
+
+bool add_with_statistics_takes(const void* x, const void* bias, const void* residual, DType dtype, ChannelView view) {
+  return view.numel() > 0 && view.inner == 1 && (dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16) &&
+         view.channels % (dtype == DType::f32 ? 4 : 8) == 0 && aligned16(x, bias, residual);
+}
+
+cudaError_t add_with_statistics(void* sum, float* mean, float* var, const void* x, const void* bias,
+                                const void* residual, DType dtype, ChannelView view, RunningStatistics running,
+                                void* workspace, unsigned* counters, cudaStream_t stream) {
+  if (!add_with_statistics_takes(x, bias, residual, dtype, view) || !aligned16(sum)) return cudaErrorInvalidValue;
+  const StatisticsOutput out{mean, var, running, static_cast<float2*>(workspace), counters};
+  return with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const Addition<T> addition{static_cast<T*>(sum), static_cast<const T*>(bias), static_cast<const T*>(residual)};
+    return RAN_LAUNCH(reduce_shape(view, kVector<T>), stream, statistics_rows_kernel<T, kVector<T>, true>, out,
+                      static_cast<const T*>(x), addition, view, tiling(view).tile);
   });
 }
 

@@ -49,14 +49,13 @@ static __global__ void statistics_kernel(const ConvStatistics out, const Moments
   const int channel = blockIdx.x * kMergeWidth + threadIdx.x;
   const Moments<float> all = merge_blocks(partials, blocks, channels, channel, scratch);
   if (threadIdx.y != 0 || channel >= channels) return;
-  const float var = all.count > 0 ? all.m2 / all.count : 0;
-  out.mean[channel] = all.mean;
-  out.var[channel] = var;
   if (out.running.mean) {
     const float factor =
         out.running.momentum >= 0 ? out.running.momentum : 1 / static_cast<float>(*out.running.batches);
     update_running(out.running, factor, channel, all.mean, all.m2 / (all.count - 1));
   }
+  out.mean[channel] = all.mean;
+  out.var[channel] = all.count > 0 ? all.m2 / all.count : 0;
 }
 
 // Merges the moments that `blocks` blocks have left.

@@ -60,6 +60,12 @@ struct RunningStatistics {
 // mean and biased variance of each channel; view.count() > 0.
 cudaError_t bn_relu_statistics(float* mean, float* var, const void* x, DType dtype, ChannelView view,
                                RunningStatistics running, void* workspace, unsigned* counters, cudaStream_t stream);
+// sum = x + bias + residual, either null, and the statistics of the sum in the same pass; not in place. Takes
+// channels_last, whole vectors of channels, everything on 16 bytes.
+bool add_with_statistics_takes(const void* x, const void* bias, const void* residual, DType dtype, ChannelView view);
+cudaError_t add_with_statistics(void* sum, float* mean, float* var, const void* x, const void* bias,
+                                const void* residual, DType dtype, ChannelView view, RunningStatistics running,
+                                void* workspace, unsigned* counters, cudaStream_t stream);
 // out = relu(bn(x)) with any mean and variance: the batch's own, running ones, or those merged over processes.
 cudaError_t bn_relu_forward(void* out, const void* x, DType dtype, ChannelView view, BatchNorm<float> norm,
                             cudaStream_t stream);
@@ -73,7 +79,10 @@ cudaError_t bn_relu_backward_reduce(float* sum_dz, float* sum_dz_xhat, const voi
 cudaError_t bn_relu_backward_apply(void* dx, const void* dout, const void* x, const float* sum_dz,
                                    const float* sum_dz_xhat, const void* residual, double count, DType dtype,
                                    ChannelView view, BatchNorm<float> norm, cudaStream_t stream);
-size_t bn_relu_workspace_bytes(ChannelView view);  // of the two that reduce
+// The sum of each channel over a channels_last x, not empty, in x's dtype; scratch as for the reductions above.
+cudaError_t channel_sums(void* sums, const void* x, DType dtype, ChannelView view, void* workspace, unsigned* counters,
+                         cudaStream_t stream);
+size_t bn_relu_workspace_bytes(ChannelView view);  // of those that reduce
 size_t bn_relu_counters(ChannelView view);         // how many words; also enough for the resident variant
 
 // Resident variant, channels_last: one kernel each way, which reads every tensor once and keeps it in shared memory. A

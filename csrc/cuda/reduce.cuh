@@ -27,6 +27,9 @@ __device__ __forceinline__ float shuffle_xor(float x, int lanes) { return __shfl
 __device__ __forceinline__ GradientSums shuffle_xor(GradientSums s, int lanes) {
   return {__shfl_xor_sync(~0u, s.dz, lanes), __shfl_xor_sync(~0u, s.dz_xhat, lanes)};
 }
+__device__ __forceinline__ Moments<float> shuffle_xor(Moments<float> m, int lanes) {
+  return {shuffle_xor(m.count, lanes), shuffle_xor(m.mean, lanes), shuffle_xor(m.m2, lanes)};
+}
 
 // The block is blockDim.x columns by blockDim.y (a power of two) rows of threads, each with V states. Merges the rows
 // of every column in a fixed tree; the result is in row 0. `scratch`: V * blockDim.x * blockDim.y / 2 states, free to

@@ -1,7 +1,8 @@
-// The streaming BN-ReLU kernels against double.
+// The streaming BN-ReLU kernels, and the sums and additions of the same reductions, against double.
 #include "../../csrc/cuda/bn_relu_apply.cu"
 #include "../../csrc/cuda/bn_relu_backward.cu"
 #include "../../csrc/cuda/bn_relu_statistics.cu"
+#include "../../csrc/cuda/channel_sums.cu"
 #include "bn_relu_reference.h"
 
 using namespace check;
@@ -102,6 +103,58 @@ void check_bn_backward(const ran::ChannelView& view, size_t shift, Inputs inputs
   }
 }
 
+template <typename T>
+void check_channel_sums(const ran::ChannelView& view, size_t shift, Inputs inputs) {
+  name_case<T>("channel_sums", view, shift, static_cast<int>(inputs));
+  Buffer<T> x(view.numel(), shift), sums(view.channels, shift);
+  fill_activation(x, view, inputs);
+  Scratch scratch(view);
+  run_schedules(
+      [&] {
+        poison(scratch.workspace);
+        return ran::cuda::channel_sums(sums.data(), x.data(), Type<T>::dtype, view, scratch.workspace.data(),
+                                       scratch.counters.data(), nullptr);
+      },
+      sums);
+  std::vector<double> want(view.channels), size(view.channels);
+  for_each_value(view, [&](int64_t i, int64_t c) {
+    want[c] += value(x[i]);
+    size[c] += std::fabs(value(x[i]));
+  });
+  for (int64_t c = 0; c < view.channels; ++c) expect_close("sums", sums, c, want[c], size[c]);
+}
+
+template <typename T>
+void check_add_with_statistics(const ran::ChannelView& view, Inputs inputs, bool with_bias, bool with_residual) {
+  name_case<T>("add_with_statistics", view, 0, static_cast<int>(inputs) * 4 + with_bias * 2 + with_residual);
+  Buffer<T> x(view.numel()), bias(view.channels), residual(view.numel()), sum(view.numel());
+  fill_activation(x, view, inputs);
+  fill(bias, -4, 4, inputs == Inputs::whole);
+  fill(residual, -4, 4, inputs == Inputs::whole);
+  Buffer<float> mean(view.channels), var(view.channels), running_mean(view.channels), running_var(view.channels);
+  Buffer<int64_t> batches(1);
+  Scratch scratch(view);
+  const T *b = with_bias ? bias.data() : nullptr, *r = with_residual ? residual.data() : nullptr;
+  EXPECT(ran::cuda::add_with_statistics_takes(x.data(), b, r, Type<T>::dtype, view));
+  run_schedules(
+      [&] {
+        for (int64_t c = 0; c < view.channels; ++c) running_mean[c] = 1, running_var[c] = 2;
+        batches[0] = 3;
+        poison(scratch.workspace);
+        return ran::cuda::add_with_statistics(sum.data(), mean.data(), var.data(), x.data(), b, r, Type<T>::dtype, view,
+                                              {running_mean.data(), running_var.data(), batches.data(), 0.25f},
+                                              scratch.workspace.data(), scratch.counters.data(), nullptr);
+      },
+      sum, mean, var, running_mean, running_var, batches);
+  EXPECT(batches[0] == 4);
+  for_each_value(view, [&](int64_t i, int64_t c) {
+    const double more_b = with_bias ? value(bias[c]) : 0, more_r = with_residual ? value(residual[i]) : 0;
+    expect_close("sum", sum, i, value(x[i]) + more_b + more_r,
+                 std::fabs(value(x[i])) + std::fabs(more_b) + std::fabs(more_r));
+  });
+  if (inputs != Inputs::constant) check_statistics(view, sum, mean, var, inputs);
+}
+
 int main() {
   for_each_type([](auto type) {
     using T = decltype(type);
@@ -112,10 +165,16 @@ int main() {
       for (const Inputs inputs : {Inputs::random, Inputs::whole, Inputs::nan}) {
         check_bn_forward<T>(view, 0, inputs);
         check_bn_backward<T>(view, 0, inputs, inputs == Inputs::random);
+        if (view.inner == 1) check_channel_sums<T>(view, 0, inputs);
       }
     }
+    for (const ran::ChannelView& view : {ran::ChannelView{37, 24, 1}, ran::ChannelView{700, 8, 1}})
+      for (const Inputs inputs : kAllInputs)
+        for (const int with : {1, 2, 3}) check_add_with_statistics<T>(view, inputs, with & 1, with & 2);
+    EXPECT(!ran::cuda::add_with_statistics_takes(nullptr, nullptr, nullptr, Type<T>::dtype, {9, 5, 1}));
     for (const ran::ChannelView& view : {ran::ChannelView{65, 16, 1}, ran::ChannelView{2, 3, 16}}) {
       check_bn_statistics<T>(view, 1, Inputs::random);
+      if (view.inner == 1) check_channel_sums<T>(view, 1, Inputs::random);
       check_bn_forward<T>(view, 1, Inputs::random);
       check_bn_backward<T>(view, 1, Inputs::whole, true);
     }

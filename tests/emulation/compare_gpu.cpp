@@ -63,9 +63,13 @@ void add_ops(std::vector<Case>& cases, const DeviceLimits& device) {
     if (device.capability < 90 || (group == 16 && device.capability >= 120)) break;  // what the chips take
     add_resident("resident_cluster_" + std::to_string(group), {32, 64, 1}, group, true);
   }
-  // More memory than a launch has without asking for it; a block on every SM, of one slab: 32 channels in any dtype.
+  // More memory than a launch has without asking for it; a block on every SM, of one slab.
   add_resident("resident_large_slab", {740, 64, 1}, 1, false);
-  add_resident("resident_whole_grid", {int64_t(8) * device.sm_count, 32, 1}, device.sm_count, false);
+  cases.push_back(in_all("resident_whole_grid", [sm_count = device.sm_count](auto type, const Run& run) {
+    using T = decltype(type);
+    constexpr int kSlabBytes = 64;
+    resident<T>(run, {int64_t(8) * sm_count, kSlabBytes / int(sizeof(T)), 1}, sm_count, false, kSlabBytes);
+  }));
 }
 
 void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {

@@ -82,6 +82,18 @@ void streaming(const Run& run, const ran::ChannelView& view) {
   statistics.output(run, view.count() == 32, rounding(8));
   run.output("out", out, Match::bits, rounding(20));
   output_gradients(run, view, dx, sum_dz, sum_dz_xhat);
+  if (view.inner != 1) return;
+  const auto bias = run.input<T>(view.channels, -4, 4);
+  const Array<T> sums(view.channels), sum(view.numel());
+  run.launch(
+      ran::cuda::channel_sums(sums.data(), dout.data(), dtype, view, workspace.data(), counters.data(), nullptr));
+  run.output("channel_sums", sums, Match::bits, rounding(view.count()));
+  if (!ran::cuda::add_with_statistics_takes(x.data(), bias.data(), residual.data(), dtype, view)) return;
+  run.launch(ran::cuda::add_with_statistics(sum.data(), statistics.mean.data(), statistics.var.data(), x.data(),
+                                            bias.data(), residual.data(), dtype, view, statistics.running(),
+                                            workspace.data(), counters.data(), nullptr));
+  run.output("sum", sum, Match::bits, rounding(4));
+  statistics.output(run, view.count() == 32, rounding(8));
 }
 
 template <typename T>
