@@ -16,8 +16,8 @@ from ran_ext import _backend, _measured
 from ran_ext.train import Ranks
 from ran_ext.train.system import environment as versions
 
-#: Cycles that a GPU waits before a sample of small calls, for each of them: the host is ahead then, and what is timed is
-#: the GPU's work. Whole steps are timed with what the host takes.
+#: Cycles that a GPU waits before a sample of small calls, for each of them: the host is ahead then, and what is timed
+#: is the GPU's work. Whole steps are timed with what the host takes.
 HEAD_START = 800_000
 #: Written between two timed calls on a GPU, so that neither finds its inputs in the L2 cache (at most 126 MB so far).
 FLUSH_BYTES = 256 << 20

@@ -26,8 +26,8 @@ ROUNDS, MOST_ROUNDS = 7, 3
 LEAST, MOST_REPEATS = 2e-3, 1000
 #: Written before each call on a GPU, so that none finds its tensors in the second-level cache.
 FLUSHED_BYTES = 256 << 20
-#: Cycles that a GPU waits before it begins, for each call that follows: the host is ahead then, and what is timed is the
-#: GPU's work, not the host's. Calls at once, lest the host fills the queue.
+#: Cycles that a GPU waits before it begins, for each call that follows: the host is ahead then, and what is timed is
+#: the GPU's work, not the host's. Calls at once, lest the host fills the queue.
 HEAD_START, MOST_QUEUED = 200_000, 20
 #: Added to the variance.
 EPS = 1e-5

@@ -136,6 +136,7 @@ def test_infinities_and_nan_around_bilinear_masks_as_in_pytorch(dtype, layout, w
         for value in (float("nan"), float("inf"), -float("inf")):
             for place in (0.0, 0.3, 0.5, 1.0):
                 inputs = dict(zip(("trunk", "mask", "dout"), make(shape, scale), strict=True))
+                inputs["mask"].clamp_(-4, 4)  # where a sigmoid rounds to 1 in 16 bits, PyTorch makes infinity NaN
                 spoilt = inputs[where]
                 spoilt[..., round(place * (spoilt.shape[2] - 1)), round(place * (spoilt.shape[3] - 1))] = value
                 ours, eager = (

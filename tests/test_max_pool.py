@@ -30,7 +30,10 @@ def check(
         x[torch.rand(shape) < 0.3] = -float("inf")
     x = x.contiguous(memory_format=layout)
     dout = torch.randn_like(ops.max_pool2d_ref(x, ceil_mode))
-    ours, eager = (run(fn, x, dout, ceil_mode) for fn in (ops.max_pool2d, ops.max_pool2d_ref))
+    ours = run(ops.max_pool2d, x, dout, ceil_mode)
+    if nan and x.is_cuda:  # PyTorch in channels_last loses the gradient of windows of -inf: docs/upstream.md
+        x, dout = x.contiguous(), dout.contiguous()
+    eager = run(ops.max_pool2d_ref, x, dout, ceil_mode)
     for a, b in zip(ours, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
         assert a.is_contiguous(memory_format=layout)

@@ -77,6 +77,7 @@ std::optional<Tensor> cuda_channel_sums(const Tensor& x) {
   if (!x.is_contiguous(at::MemoryFormat::ChannelsLast)) return std::nullopt;
   const c10::DeviceGuard guard(x.device());
   const ChannelView view = view_of(x);
+  if (view.inner != 1) return std::nullopt;  // NCHW too, as one channel is
   Tensor sums = at::empty({view.channels}, x.options());
   const ScratchWithCounters scratch(cuda::bn_relu_workspace_bytes(view), cuda::bn_relu_counters(view), kBnRelu);
   check_launch(cuda::channel_sums(sums.mutable_data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view,

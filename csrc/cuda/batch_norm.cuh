@@ -21,7 +21,7 @@ struct Tiling {
 };
 
 inline Tiling tiling(const ChannelView& view) {
-  constexpr int64_t kMaxBlocks = 512, kTileValues = 8192;
+  constexpr int64_t kMaxBlocks = 256, kTileValues = 8192;  // about two blocks an SM: all run at once
   const bool rows = view.inner == 1;
   const int64_t channels = rows ? std::min(view.channels, kGroupChannels) : 1;
   const int64_t groups = blocks_for(view.channels, channels), least = blocks_for(kTileValues, channels);
@@ -93,34 +93,28 @@ __device__ __forceinline__ float2 partial_of(Moments<float> m) { return make_flo
 __device__ __forceinline__ float2 partial_of(GradientSums s) { return make_float2(s.dz, s.dz_xhat); }
 __device__ __forceinline__ float2 partial_of(float sum) { return make_float2(sum, 0.0f); }
 
-// Ends a reduction: merges the block's rows of threads, then, in the last block of a channel group, all tiles.
-// read(partial, tile) gives a tile's state; finish(state) takes the results of `channel` and the next V - 1, to load
-// what it needs of all of them before it stores. True in that last block's threads.
+// Ends a reduction: merges what the block's threads have of each column, then, in the last block of a channel group,
+// all tiles. `first`: of the block's channels. read(partial, tile) gives a tile's state; finish(channel, state) takes a
+// result. True in that last block's threads. `scratch`: kReduceThreads states.
 template <int V, typename State, typename Read, typename Finish>
-__device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspace, unsigned* counters, int64_t channel,
+__device__ __forceinline__ bool reduce_tiles(State (&state)[V], float2* workspace, unsigned* counters, int64_t first,
                                              int64_t channels, Shared<State> scratch, Shared<unsigned> flag,
                                              Read&& read, Finish&& finish) {
-  const bool mine = threadIdx.y == 0 && channel < channels;
-  merge_rows<V>(state, scratch);
-  const int tiles = gridDim.y;
+  const int lanes = blockDim.x, columns = V * lanes, tiles = gridDim.y, rank = thread_rank();
+  State total = merge_columns<V>(state, lanes, scratch);
+  const int64_t channel = first + rank % columns;
   if (tiles > 1) {
-    // The block's channels in an order in which neighbouring threads touch neighbouring values.
-    const int64_t first = channel - int64_t(threadIdx.x) * V;
-    const int lanes = static_cast<int>(min(int64_t(blockDim.x), (channels - first) / V));
-    const auto slot = [&](int tile, int i) { return workspace + (tile * channels + first + i * lanes + threadIdx.x); };
-    if (mine)
-#pragma unroll
-      for (int i = 0; i < V; ++i) *slot(blockIdx.y, i) = partial_of(state[i]);
+    if (rank < columns && channel < channels) workspace[blockIdx.y * channels + channel] = partial_of(total);
     if (!last_block(counters + blockIdx.x, tiles, flag)) return false;
-#pragma unroll
-    for (int i = 0; i < V; ++i) state[i] = State{};
+    // Each column has the threads that are `columns` apart.
+    State part[1] = {};
     if (channel < channels)
-      for (int tile = threadIdx.y; tile < tiles; tile += blockDim.y)
-#pragma unroll
-        for (int i = 0; i < V; ++i) state[i] = merge(state[i], read(__ldcg(slot(tile, i)), tile));
-    merge_rows<V>(state, scratch);
+#pragma unroll 4
+      for (int tile = rank / columns; tile < tiles; tile += kReduceThreads / columns)
+        part[0] = merge(part[0], read(__ldcg(workspace + (tile * channels + channel)), tile));
+    total = merge_columns<1>(part, columns, scratch);
   }
-  if (mine) finish(state);
+  if (rank < columns && channel < channels) finish(channel, total);
   return true;
 }
 
@@ -130,7 +124,7 @@ __device__ __forceinline__ float running_factor(const RunningStatistics& running
 }
 
 __device__ __forceinline__ float updated(float running, float factor, float batch) {
-  return factor * batch + (1.0f - factor) * running;
+  return std::fma(factor, batch, (1.0f - factor) * running);
 }
 
 // The statistics of one channel. Both are loaded before either is stored: a load waits as long as all else here takes.

@@ -13,20 +13,16 @@ struct SumsOutput {
 
 template <int V>
 __device__ __forceinline__ void finish_sums(GradientSums (&state)[V], const SumsOutput& out,
-                                            const BatchNorm<float>& norm, int64_t channel, int64_t channels) {
-  RAN_SHARED(GradientSums, scratch, V * kReduceThreads / 2);
+                                            const BatchNorm<float>& norm, int64_t first, int64_t channels) {
+  RAN_SHARED(GradientSums, scratch, kReduceThreads);
   RAN_SHARED(unsigned, flag, 1);
   const auto read = [](float2 partial, int) { return GradientSums{partial.x, partial.y}; };
-  const auto finish = [&](const GradientSums(&s)[V]) {
-    float var[V];
-    load_channels<V>(norm.var, channel, 1.0f, var);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out.sum_dz[channel + i] = s[i].dz;
-      out.sum_dz_xhat[channel + i] = s[i].dz_xhat / std::sqrt(var[i] + static_cast<float>(norm.eps));
-    }
+  const auto finish = [&](int64_t channel, GradientSums s) {
+    const float deviation = std::sqrt(norm.var[channel] + static_cast<float>(norm.eps));
+    out.sum_dz[channel] = s.dz;
+    out.sum_dz_xhat[channel] = s.dz_xhat / deviation;
   };
-  reduce_tiles<V>(state, out.workspace, out.counters, channel, channels, scratch, flag, read, finish);
+  reduce_tiles<V>(state, out.workspace, out.counters, first, channels, scratch, flag, read, finish);
 }
 
 // Until the end dz_xhat is the sum of dz * (x - mean).
@@ -42,7 +38,7 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     backward_reduce_rows_kernel(SumsOutput out, const T* __restrict__ dout, const T* __restrict__ x, ChannelView view,
                                 BatchNorm<float> norm, int64_t tile_size) {
-  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  const int64_t group = int64_t(blockIdx.x) * blockDim.x * V, channel = group + threadIdx.x * V;
   GradientSums state[V] = {};
   if (channel < view.channels) {
     const int64_t start = blockIdx.y * tile_size, base = start * view.channels + channel;
@@ -68,7 +64,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
             add_gradient(state[i], i, to_float(d[j].value[i]), to_float(v[j].value[i]), mean[i], scales);
     }
   }
-  finish_sums<V>(state, out, norm, channel, view.channels);
+  finish_sums<V>(state, out, norm, group, view.channels);
 }
 
 template <typename T, int V>

@@ -14,34 +14,26 @@ struct StatisticsOutput {
   unsigned* counters;
 };
 
+// `pivots`: of the block's columns, from which `state` is counted; set before by threads of the block.
 template <int V>
-__device__ __forceinline__ void finish_statistics(Moments<float> (&state)[V], const float (&pivot)[V],
-                                                  const StatisticsOutput& out, int64_t channel, const ChannelView& view,
+__device__ __forceinline__ void finish_statistics(Moments<float> (&state)[V], Shared<float> pivots,
+                                                  const StatisticsOutput& out, int64_t first, const ChannelView& view,
                                                   int64_t tile_size) {
-  RAN_SHARED(Moments<float>, scratch, V * kReduceThreads / 2);
+  RAN_SHARED(Moments<float>, scratch, kReduceThreads);
   RAN_SHARED(unsigned, flag, 1);
   const int64_t count = view.outer * view.inner;
   const auto read = [=](float2 partial, int tile) {
     return Moments<float>{static_cast<float>(min(tile_size, count - tile * tile_size)), partial.x, partial.y};
   };
-  const auto finish = [&](const Moments<float>(&m)[V]) {
-    const float n = static_cast<float>(count), factor = out.running.mean ? running_factor(out.running) : 0.0f;
-    float running_mean[V], running_var[V];
-    load_channels<V>(out.running.mean, channel, 0.0f, running_mean);
-    load_channels<V>(out.running.var, channel, 0.0f, running_var);
-#pragma unroll
-    for (int i = 0; i < V; ++i) {
-      const float mean = pivot[i] + m[i].mean;
-      out.mean[channel + i] = mean;
-      out.var[channel + i] = m[i].m2 / n;
-      if (!out.running.mean) continue;
-      out.running.mean[channel + i] = updated(running_mean[i], factor, mean);
-      out.running.var[channel + i] = updated(running_var[i], factor, m[i].m2 / (n - 1.0f));
-    }
+  const auto finish = [&](int64_t channel, const Moments<float>& m) {
+    const float n = static_cast<float>(count), mean = pivots[static_cast<int>(channel - first)] + m.mean;
+    if (out.running.mean) update_running(out.running, running_factor(out.running), channel, mean, m.m2 / (n - 1.0f));
+    out.mean[channel] = mean;
+    out.var[channel] = m.m2 / n;
   };
-  if (!reduce_tiles<V>(state, out.workspace, out.counters, channel, view.channels, scratch, flag, read, finish)) return;
+  if (!reduce_tiles<V>(state, out.workspace, out.counters, first, view.channels, scratch, flag, read, finish)) return;
   // Every channel group has read the number of batches before the last one counts this batch.
-  if (out.running.batches && last_block(out.counters + gridDim.x, gridDim.x, flag) && threadIdx.x + threadIdx.y == 0)
+  if (out.running.batches && last_block(out.counters + gridDim.x, gridDim.x, flag) && thread_rank() == 0)
     ++*out.running.batches;
 }
 
@@ -104,7 +96,8 @@ template <typename T, int V, bool kAdds>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     statistics_rows_kernel(StatisticsOutput out, const T* __restrict__ x, Addition<T> addition, ChannelView view,
                            int64_t tile_size) {
-  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  RAN_SHARED(float, pivots, kGroupChannels);
+  const int64_t group = int64_t(blockIdx.x) * blockDim.x * V, channel = group + threadIdx.x * V;
   const int64_t start = blockIdx.y * tile_size;
   const int rows = channel < view.channels ? static_cast<int>(min(tile_size, view.outer - start)) : 0;
   const int64_t first = start * view.channels + channel;
@@ -120,6 +113,9 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
     }
     unpack(value, pivot);
   }
+  if (threadIdx.y == 0)
+#pragma unroll
+    for (int i = 0; i < V; ++i) pivots[threadIdx.x * V + i] = pivot[i];
   for (int row = threadIdx.y; row < rows; row += kLoads * blockDim.y) {
     Pack<T, V> pack[kLoads], more[kLoads] = {};
     const int there = min(kLoads, (rows - row + static_cast<int>(blockDim.y) - 1) / static_cast<int>(blockDim.y));
@@ -147,7 +143,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
   Moments<float> state[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) state[i] = {moments.count, moments.mean[i], moments.m2[i]};
-  finish_statistics<V>(state, pivot, out, channel, view, tile_size);
+  finish_statistics<V>(state, pivots, out, group, view, tile_size);
 }
 
 // NCHW: the block's channel is `outer` runs of `inner` values.
@@ -159,7 +155,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
   const ChannelWalk<V> walk(view, channel, start);
   float first[V];
   load<V>(x + channel * view.inner, first);
-  const float pivot[1] = {first[0]};
+  RAN_SHARED(float, pivot, 1);
+  if (threadIdx.y == 0) pivot[0] = first[0];
   Moments<float> state[1] = {};
   for (int at = threadIdx.y; at < vectors; at += kLoads * kReduceThreads) {
     float v[kLoads * V];
@@ -169,7 +166,7 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
       float loaded[V] = {};
       if (j < there) load<V>(x + walk.offset(at + j * kReduceThreads), loaded);
 #pragma unroll
-      for (int i = 0; i < V; ++i) v[j * V + i] = loaded[i] - pivot[0];
+      for (int i = 0; i < V; ++i) v[j * V + i] = loaded[i] - first[0];
     }
     state[0] = merge(state[0], moments_of(v, there * V));
   }

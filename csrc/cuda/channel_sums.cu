@@ -9,9 +9,10 @@ template <typename T, int V>
 __global__ void __launch_bounds__(kReduceThreads, 2)
     channel_sums_kernel(T* sums, const T* __restrict__ x, ChannelView view, int64_t tile_size, float2* workspace,
                         unsigned* counters) {
-  RAN_SHARED(float, scratch, V* kReduceThreads / 2);
+  RAN_SHARED(float, scratch, kReduceThreads);
   RAN_SHARED(unsigned, flag, 1);
-  const int64_t channel = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * V, start = blockIdx.y * tile_size;
+  const int64_t group = int64_t(blockIdx.x) * blockDim.x * V, channel = group + threadIdx.x * V;
+  const int64_t start = blockIdx.y * tile_size;
   const int rows = channel < view.channels ? static_cast<int>(min(tile_size, view.outer - start)) : 0;
   const T* tile = x + start * view.channels + channel;
   float state[V] = {};
@@ -27,8 +28,8 @@ __global__ void __launch_bounds__(kReduceThreads, 2)
       for (int i = 0; i < V; ++i) state[i] += to_float(pack[j].value[i]);
   }
   const auto read = [](float2 partial, int) { return partial.x; };
-  const auto finish = [&](const float (&sum)[V]) { store<V>(sums + channel, sum); };
-  reduce_tiles<V>(state, workspace, counters, channel, view.channels, scratch, flag, read, finish);
+  const auto finish = [&](int64_t channel, float sum) { sums[channel] = from_float<T>(sum); };
+  reduce_tiles<V>(state, workspace, counters, group, view.channels, scratch, flag, read, finish);
 }
 
 }  // namespace

@@ -38,8 +38,6 @@ struct Operand {
   Pixels pixels{1, 0, 0, 0, 0};
 };
 
-__device__ __forceinline__ int thread_rank() { return threadIdx.y * blockDim.x + threadIdx.x; }
-
 // A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every
 // 8 are kept the other way round, as lanes 4 apart would else meet on the same banks.
 __device__ __forceinline__ int swapped_at(int column) { return column ^ column / 32 % 2 * 4; }

@@ -71,6 +71,9 @@ __device__ __forceinline__ Quotient divide(int64_t a, int b) {
   return {quotient, static_cast<int>(a - quotient * b)};
 }
 
+// Of a thread in its block.
+__device__ __forceinline__ int thread_rank() { return threadIdx.y * blockDim.x + threadIdx.x; }
+
 #if defined(RAN_EMULATE)
 
 template <typename... Parameters, typename... Arguments>

@@ -56,28 +56,49 @@ __device__ __forceinline__ void merge_rows(State (&state)[V], Shared<State> scra
   }
 }
 
-// The block's threads, all in x, walk rows of `lanes` (a power of two <= 32) threads, each with V states of its own
-// columns. Merges the states of every column; thread c < V * lanes returns that of column c. `scratch`: V * lanes
-// states a warp, free to use again after the next barrier.
+// a[i] = merge(a[i], b[i]).
+template <int V, typename State>
+__device__ __forceinline__ void merge_all(State (&a)[V], const State (&b)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) a[i] = merge(a[i], b[i]);
+}
+// A thread has as many values of each of its columns, so that one division serves all.
+template <int V>
+__device__ __forceinline__ void merge_all(Moments<float> (&a)[V], const Moments<float> (&b)[V]) {
+  const float count = a[0].count + b[0].count, share = count == 0.0f ? 0.0f : b[0].count / count;
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float delta = b[i].mean - a[i].mean;
+    a[i] = {count, std::fma(delta, share, a[i].mean), a[i].m2 + b[i].m2 + (a[i].count * delta) * (share * delta)};
+  }
+}
+
+// The block's threads walk rows of `lanes` (a power of two <= 32) threads, each with V states of its own columns.
+// Merges the states of every column; thread c < V * lanes returns that of column c. `scratch`: V * lanes states a warp,
+// which no thread may be reading any more.
 template <int V, typename State>
 __device__ __forceinline__ State merge_columns(State (&state)[V], int lanes, Shared<State> scratch) {
   // A lane's states change places among themselves: lanes whose states begin on one bank then use different ones.
   const auto place = [](int lane, int i) {
-    constexpr int kLanes = 128 / (V * static_cast<int>(sizeof(State)));  // whose states take all banks once
+    constexpr int kLanes =
+        std::max(1, 128 / (V * static_cast<int>(sizeof(State))));  // whose states take all banks once
     return lane * V + (i ^ lane / kLanes % V);
   };
-  const int columns = V * lanes, lane = threadIdx.x % 32;
-  for (int apart = 16; apart >= lanes; apart /= 2)
+  const int columns = V * lanes, rank = thread_rank(), lane = rank % 32;
+  for (int apart = 16; apart >= lanes; apart /= 2) {
+    State other[V];
 #pragma unroll
-    for (int i = 0; i < V; ++i) state[i] = merge(state[i], shuffle_xor(state[i], apart));
+    for (int i = 0; i < V; ++i) other[i] = shuffle_xor(state[i], apart);
+    merge_all(state, other);
+  }
   if (lane < lanes)
 #pragma unroll
-    for (int i = 0; i < V; ++i) scratch[threadIdx.x / 32 * columns + place(lane, i)] = state[i];
+    for (int i = 0; i < V; ++i) scratch[rank / 32 * columns + place(lane, i)] = state[i];
   __syncthreads();
   State total{};
-  const int mine = place(threadIdx.x / V, threadIdx.x % V);
-  if (static_cast<int>(threadIdx.x) < columns)
-    for (int warp = 0; warp < static_cast<int>(blockDim.x) / 32; ++warp) {
+  const int mine = place(rank / V, rank % V);
+  if (rank < columns)
+    for (int warp = 0; warp < static_cast<int>(blockDim.x * blockDim.y) / 32; ++warp) {
       const State other = scratch[warp * columns + mine];
       total = merge(total, other);
     }

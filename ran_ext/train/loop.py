@@ -16,19 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .._errors import one_line
 from .._lock import FolderLock
+from .._lower_weights import LowerWeights
 from .._optimizers import set_lr
 from ..data import Images, Normalize
 from ..data.sources import Source, count_images, require_source
 from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
 from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but
-from .recipe import (
-    GivenOptimizer,
-    given_optimizer,
-    learning_rate,
-    require_trainable,
-    train_batches,
-)
+from .recipe import GivenOptimizer, given_optimizer, learning_rate, require_trainable, train_batches
 from .report import VALIDATION, WARNING, Progress, epoch_line
 from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, run_normalize, slow_dtype
 from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
@@ -241,6 +236,8 @@ class Run:
             self.fall_back(reason)
         model = self.ranks.wrap(state.model)
         wrapped = CompiledModel(model, self.fall_back) if self.kind == "compile" else model
+        if self.kind == "graph" and config.torch_dtype != torch.float32 and config.accumulate == 1:
+            wrapped = LowerWeights(state.model, config.torch_dtype)
         self.plain = state.train_step(wrapped)
         step, batches = make_step(self.plain) if make_step else self.plain, self.batches
         share = config.batch_size // self.ranks.world_size

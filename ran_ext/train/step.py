@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._lower_weights import LowerWeights
 from .recipe import ExponentialMovingAverage, mixup
 from .system import Ranks
 
@@ -137,6 +138,8 @@ class TrainStep:
         loss = loss * (len(images) / len(labels)) if parted else loss
         objective = loss if self.penalty is None or not self.l2 or not last else loss + self.l2 * self.penalty()
         (objective if self.scaler is None else self.scaler.scale(objective)).backward()
+        if isinstance(self.model, LowerWeights):
+            self.model.add_gradients()
         with torch.no_grad():
             predicted = logits.argmax(1, keepdim=True)
             right = predicted == targets[:, None] if share is None else targets.gather(1, predicted)
