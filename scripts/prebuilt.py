@@ -61,8 +61,10 @@ def check(folder: Path) -> dict[str, Any]:
 def install(folder: Path) -> None:
     """Put the extension into this checkout."""
     check(folder)
-    for path in [*folder.glob("_C*.so"), folder / "_built_for.py"]:
-        shutil.copy2(path, PACKAGE / path.name)
+    for path in [*folder.glob("_C*.so"), folder / "_built_for.py"]:  # renamed: the one that is there may be loaded here
+        beside = PACKAGE / f"{path.name}.new"
+        shutil.copy2(path, beside)
+        beside.replace(PACKAGE / path.name)
 
 
 def make(folder: Path, archs: str, chip: str) -> None:
