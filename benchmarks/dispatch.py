@@ -24,6 +24,9 @@ from ran_ext._tune import passes
 
 from .timing import environment
 
+#: Characters of a line of the table, so that a row stands on one.
+ROW = 220
+
 
 def rows(batches: list[int], dtypes: list[torch.dtype], device: torch.device, rounds: int) -> list[dict[str, Any]]:
     """A row for every pass of the network that has several paths, at each batch and dtype."""
@@ -61,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     table["tuned"][arch] = found
     table[f"environment {arch}"] = environment(device)
     for path in (options.out, *([_measured.SHIPPED] if options.install else [])):
-        write_json(path, table)
+        write_json(path, table, width=ROW)
     faster = sum(min(row["us"], key=row["us"].get) in ("product", "resident") for row in found)
     print(f"ours is the fastest in {faster} of {len(found)} passes; {options.out}")
     return 0

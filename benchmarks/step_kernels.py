@@ -48,7 +48,7 @@ def kernels(run: Any, device: torch.device, steps: int) -> dict[str, list[float]
             torch.cuda.synchronize()
     found: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for event in recorded.events() or ():
-        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:
+        if cuda and event.device_type != torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             continue
         row = found[event.name]
         row[0] += 1 / steps
@@ -74,12 +74,12 @@ def pass_rows(dtype: torch.dtype, batch: int, device: torch.device, calls: int) 
                 flushed.add_(1)
                 _candidates._run(path, call)  # type: ignore[arg-type]
 
-            timed = [[name, n, us] for name, (n, us) in kernels(run, device, calls).items() if FLUSHING not in name]
-            own = sum(us for _, _, us in timed)
+            timed = {name: row for name, row in kernels(run, device, calls).items() if FLUSHING not in name}
+            own = sum(us for _, us in timed.values())
             print(f"{row['pass']} {row['x']} {row.get('weight', '')} {row.get('stride', '')} {path}: {own:.1f} us")
-            for name, n, us in timed:
+            for name, (n, us) in timed.items():
                 print(f"    {us:8.1f} {n:4.1f}  {name[:120]}")
-            listed = [[name[:120], round(us, 2)] for name, _, us in timed]
+            listed = [[name[:120], round(us, 2)] for name, (_, us) in timed.items()]
             found.append({**row, "path": path, "sum_us": round(own, 2), "kernels": listed})
     return found
 

@@ -60,14 +60,16 @@ class LowerWeights:
     @torch.no_grad()
     def add_gradients(self) -> None:
         """Add the gradients of the copies, which are given up, to those of the weights."""
-        found = [(weight, copy) for weight, copy in self.weights if copy.grad is not None]
-        again = [weight for weight, _ in found if weight.grad is not None]
-        taken = [weight.grad for weight in again]
-        for weight, _ in found:
-            weight.grad = torch.empty_like(weight)
-        if found:
-            torch._foreach_copy_([weight.grad for weight, _ in found], [copy.grad for _, copy in found])  # type: ignore[misc]
-        if again:
-            torch._foreach_add_([weight.grad for weight in again], taken)  # type: ignore[arg-type]
-        for _, copy in found:
-            copy.grad = None
+        held, copied, before = list[Tensor](), list[Tensor](), list[tuple[Tensor, Tensor]]()
+        for weight, copy in self.weights:
+            if copy.grad is not None:
+                fresh = torch.empty_like(weight)
+                if weight.grad is not None:
+                    before.append((fresh, weight.grad))
+                held.append(fresh)
+                copied.append(copy.grad)
+                weight.grad, copy.grad = fresh, None
+        if held:
+            torch._foreach_copy_(held, copied)
+        if before:
+            torch._foreach_add_([fresh for fresh, _ in before], [grad for _, grad in before])

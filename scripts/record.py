@@ -9,9 +9,10 @@ python -m scripts.record --target 0.893 --quick --device cpu        a rehearsal;
 Contenders: ran_ext; eager and compile, which are plain PyTorch, channels_last, with the same recipe, seeds, batches and
 dtype; and the reference as in the report: eager, float32, NCHW, its own recipe.
 
-Claims. On a CPU one seed was measured (benchmarks/results/cpu_record.json); on a GPU nothing yet.
+Claims. One seed was measured on a CPU (benchmarks/results/cpu_record.json), and one on a GPU (gpu_h200.json there).
     0.893   ran_compact, 10 epochs: 0.8972 (n = 1; predicted from 6 epochs: 0.90), in 5,107 s with --curve, on two cores
-            of an Intel Xeon with AVX512-BF16, torch 2.13 (the report: 1 hour, on a GPU).
+            of an Intel Xeon with AVX512-BF16, torch 2.13; 0.8977 (n = 1) in 20.2 s on an H200, torch 2.11 (the report:
+            1 hour, on a GPU).
     best    ran_compact without the stem's pooling, so with the same 6,810,570 parameters, 100 epochs: not measured yet.
             Aimed at: 0.955 (public best of the family: 0.954, with mixup 0.968). Hardware, versions, n: not measured
             yet.

@@ -72,11 +72,6 @@ std::array<bool, 3> left_of(std::array<bool, 3> wanted, const BackwardPaths& pat
 // The library's gradients of those in `left`; that of its input is returned.
 Tensor library_backward(ConvGradients& g, const Tensor& dy, const Tensor& a, const Tensor& weight,
                         const Convolution& conv, std::array<bool, 3> left) {
-#ifdef RAN_WITH_CUDA
-  if (left[2])
-    if (auto sums = cuda_channel_sums(dy)) g.dbias = *sums, left[2] = false;
-  if (!left[0] && !left[1] && !left[2]) return {};
-#endif
   const auto [da, dweight, dbias] = library::conv2d_backward(dy, a, weight, conv.stride, conv.padding, left);
   if (left[1]) g.dweight = dweight;
   if (left[2]) g.dbias = dbias;

@@ -4,6 +4,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <limits>
+#include <tuple>
+
+#include "../batch_norm/cuda.h"
 
 namespace ran::library {
 namespace {
@@ -57,6 +60,16 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, at::
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& dout, const Tensor& x, const Tensor& weight,
                                                    at::IntArrayRef any_stride, at::IntArrayRef padding,
                                                    std::array<bool, 3> wanted) {
+#ifdef RAN_WITH_CUDA
+  if (wanted[2])
+    if (const auto sums = cuda_channel_sums(dout)) {  // in less than half of the time that PyTorch's sum takes
+      Tensor dx, dweight;
+      if (wanted[0] || wanted[1])
+        std::tie(dx, dweight, std::ignore) =
+            library::conv2d_backward(dout, x, weight, any_stride, padding, {wanted[0], wanted[1], false});
+      return {dx, dweight, *sums};
+    }
+#endif
   if (is_slow(x)) {
     const auto wide = [](const Tensor& t) { return t.to(at::kFloat); };
     const auto narrow = [&](const Tensor& t) { return t.defined() ? t.to(x.scalar_type()) : t; };

@@ -235,7 +235,7 @@ class Run:
         if reason:
             self.fall_back(reason)
         model = self.ranks.wrap(state.model)
-        wrapped = CompiledModel(model, self.fall_back) if self.kind == "compile" else model
+        wrapped: Callable[..., Any] = CompiledModel(model, self.fall_back) if self.kind == "compile" else model
         if self.kind == "graph" and config.torch_dtype != torch.float32 and config.accumulate == 1:
             wrapped = LowerWeights(state.model, config.torch_dtype)
         self.plain = state.train_step(wrapped)
