@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def stages(options: argparse.Namespace) -> list[Stage]:
     data, no_data = _data(options, out)
     results = out / "results"
 
+    def launchers(name: str) -> list[str]:
+        return ["-m", "tests.emulation.compare_gpu", "--out", str(results / f"{name}.json"), *_on(gpu, options)]
+
     def script(name: str, minutes: float, *arguments: str | Path, found: Path | None = None, skip: str = "") -> Stage:
         command = [python, *map(str, arguments)]
         return Stage(name, minutes, [] if skip else [command], found, skip=skip)
@@ -64,14 +68,14 @@ def stages(options: argparse.Namespace) -> list[Stage]:
         _constants(measured("constants", 2, "-m", "benchmarks.constants"), python),
         _build(options, python, gpu),
         _tests(python, gpu),
-        script("emulation", 3, "-m", "tests.emulation.compare_gpu", "--out", results / "emulation.json",
-               *_on(gpu, options), found=results / "emulation.json"),
-        *(_sanitizer(tool, python, gpu) for tool in TOOLS),
+        script("emulation", 2, *launchers("emulation"), found=results / "emulation.json"),
+        _unpack(options, python, out),
+        *_records(script, options, [*data, *device, *quick], no_data),
+        *(_sanitizer(tool, python, gpu, [python, *launchers(tool)]) for tool in TOOLS),
         measured("dispatch", 2, "-m", "benchmarks.dispatch", *(["--install"] if gpu and not options.quick else [])),
         *_step_benchmarks(compared, options),
         measured("kernels", 2, "-m", "benchmarks.step_kernels"),
         *_op_benchmarks(compared, options),
-        _unpack(options, python, out),
         *_experiments(script, options, [*data, *device, *quick], data, no_data),
     ]  # fmt: skip
 
@@ -137,8 +141,11 @@ def _tests(python: str, gpu: bool) -> Stage:
     return Stage("tests", 4, commands, read=pytest_counts)
 
 
-def _sanitizer(tool: str, python: str, gpu: bool) -> Stage:
-    """Without a GPU the tests are only collected, which shows that the selection names some."""
+def _sanitizer(tool: str, python: str, gpu: bool, launchers: list[str]) -> Stage:
+    """memcheck runs the ops' tests, the others every launcher without torch, below which racecheck breaks off itself.
+
+    Without a GPU the tests are only collected, which shows that the selection names some.
+    """
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SANITIZED]
     name = f"sanitizer-{tool}"
     if not gpu:
@@ -147,13 +154,12 @@ def _sanitizer(tool: str, python: str, gpu: bool) -> Stage:
     sanitizer = shutil.which(f"{home}/bin/compute-sanitizer") or find_tool("compute-sanitizer")
     if sanitizer is None:
         return Stage(name, 2, [], skip="no compute-sanitizer: set CUDA_HOME, or pip install nvidia-cuda-sanitizer-api")
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--show-backtrace", "no"]
-    if tool in ("racecheck", "synccheck"):  # the others must see every write of torch's own kernels too
-        command += ["--kernel-regex", "kns=3ran4cuda"]  # namespace ran::cuda, mangled
+    under = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--show-backtrace", "no"]
+    if tool != "memcheck":
+        return Stage(name, 3, [[*launchers, "--under", shlex.join(under)]], read=sanitizer_errors)
     # Each tensor an allocation of its own, so that a byte past its end is nobody's.
-    return Stage(
-        name, 4, [[*command, *pytest]], read=sanitizer_errors, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    )
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(name, 4, [[*under, *pytest]], read=sanitizer_errors, environment=environment)
 
 
 def _rivals(names: list[str], options: argparse.Namespace) -> list[str]:
@@ -194,20 +200,25 @@ def _unpack(options: argparse.Namespace, python: str, out: Path) -> Stage:
     return Stage("data", 1, [[*get, "--out", str(out / "data")]])
 
 
+def _records(script: Maker, options: argparse.Namespace, common: list[str], skip: str) -> list[Stage]:
+    """The record; a seed on an H200 takes half a minute."""
+    folder, seeds = options.out.resolve() / "record", "1" if options.quick else "5"
+    record = ["-m", "scripts.record", "--out", folder, *common, "--target", "0.893", "--seeds", seeds]
+    return [script("record-time", 3, *record, found=folder / "0.893.json", skip=skip)]
+
+
 def _experiments(
     script: Maker, options: argparse.Namespace, common: list[str], data: list[str], skip: str
 ) -> list[Stage]:
-    """Training: the record, the report's experiment, robustness."""
+    """Longer training: the best network, the reference, the report's experiment, robustness."""
     out, quick = options.out.resolve(), options.quick
     folder = out / "record"
     record = ["-m", "scripts.record", "--out", folder, *common]
-    short = [*record, "--target", "0.893", "--seeds", "1" if quick else "5"]
-    plain = [*short, "--contender", "reference"]
+    plain = [*record, "--target", "0.893", "--seeds", "1", "--contender", "reference"]
     best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
     report = ["-m", "scripts.reproduce_report", "--out", out / "report", "--minutes", "{minutes}", *data]
     robust = ["-m", "scripts.robustness", "--out", out / "robustness", *data]
     return [
-        script("record-time", 4, *short, found=folder / "0.893.json", skip=skip),
         script("record-best", 8, *best, found=folder / "best.json", skip=skip),
         script("record-reference", 6, *plain, found=folder / "0.893_reference.json", skip=skip),
         script("report", 9, *report, "--scale", "smoke" if quick else "full", "--device", options.device, skip=skip),

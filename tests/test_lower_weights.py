@@ -31,7 +31,7 @@ class Shared(nn.Module):
         return self.last(self.norm(self.second(self.first(self.first(x.flatten(1))))))
 
 
-def trained(model: nn.Module, together: bool, steps: int = 3, **options) -> list[torch.Tensor]:
+def trained(model: nn.Module, together: bool, steps: int = 2, **options) -> list[torch.Tensor]:
     model = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     penalty = (lambda: sum(p.square().sum() for p in model.parameters())) if options.get("l2") else None
@@ -40,9 +40,8 @@ def trained(model: nn.Module, together: bool, steps: int = 3, **options) -> list
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):
-        shape = (8, 3, 32, 32) if not isinstance(model, Shared) else (8, 12)
-        images = torch.randn(shape, generator=generator)
-        losses.append(step(images, torch.arange(8) % 10)[0])
+        images = torch.randn((4, 12) if isinstance(model, Shared) else (4, 3, 32, 32), generator=generator)
+        losses.append(step(images, torch.arange(4))[0])
     return [*losses, *model.state_dict().values(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
@@ -52,7 +51,7 @@ def test_a_step_of_the_network_has_autocasts_bits(options):
     found, expected = trained(model, True, **options), trained(model, False, **options)
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
-    assert len({loss.item() for loss in expected[:3]}) == 3  # it learns
+    assert expected[0] != expected[1]  # it learns
 
 
 def test_shared_weights_are_one_copy():

@@ -347,7 +347,8 @@ Candidate widest_plan(const ChannelView& view, DType dtype, const Device& device
 }  // namespace
 
 // Of the two barriers that of a cluster is the quicker one; but where channels are few, clusters of 8 leave most SMs
-// without a block. On paper, as neither has been timed: a cooperative launch where it has more than twice the blocks.
+// without a block. On paper, as no shape was timed with both: a cooperative launch where it has more than twice the
+// blocks.
 ResidentPlan bn_relu_resident_plan(ChannelView view, DType dtype, const Device& device, int tensors) {
   if (dtype == DType::f64 || view.inner != 1 || view.numel() == 0) return {};
   const Candidate grid = widest_plan(view, dtype, device, tensors, false);
