@@ -23,6 +23,7 @@ def trained_plainly(case: Case) -> Any:
     "the graphs of a training step, `fullgraph=True` (`backend='aot_eager'`)",
     plain=trained_plainly,
     slow=("ran_base", "ran_paper"),
+    rare=("ran_compact", "folded"),
 )
 def graphs(case: Case) -> Any:
     return train(case, compiled(case, fullgraph=True, backend="aot_eager"))
@@ -42,7 +43,7 @@ def sizes(case: Case, model: Any) -> Any:
     "`dynamic=True`, three batch sizes, one graph (`backend='aot_eager'`)",
     plain=sizes_plainly,
     slow=("AttentionModule", "ran_base", "ran_paper"),
-    rare=("ran_compact",),
+    rare=("ran_compact", "folded"),
 )
 def dynamic(case: Case) -> Any:
     model = compiled(case, dynamic=True, fullgraph=True, backend="aot_eager")

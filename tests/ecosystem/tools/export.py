@@ -42,7 +42,7 @@ def export(case: Case) -> Any:
     return both(case, program.module())
 
 
-@tool("the same, `strict=True`, saved and loaded", plain=plainly, slow=("ran_base", "ran_paper"))
+@tool("the same, `strict=True`, saved and loaded", plain=plainly, slow=("ran_base", "ran_paper"), rare=("ran_compact",))
 def export_strict(case: Case) -> Any:
     torch.export.save(exported(case, strict=True), case.folder / "model.pt2")
     return both(case, torch.export.load(case.folder / "model.pt2").module())
