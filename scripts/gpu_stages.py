@@ -144,18 +144,21 @@ def _tests(python: str, gpu: bool) -> Stage:
 def _sanitizer(tool: str, python: str, gpu: bool, launchers: list[str]) -> Stage:
     """memcheck runs the ops' tests, the others every launcher without torch, below which racecheck breaks off itself.
 
-    Without a GPU the tests are only collected, which shows that the selection names some.
+    Without a GPU the tests are only collected, which shows that the selection names some; the launchers have run in the
+    stage before.
     """
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SANITIZED]
-    name = f"sanitizer-{tool}"
-    if not gpu:
+    name, tests = f"sanitizer-{tool}", tool == "memcheck"
+    if not gpu and tests:
         return Stage(name, 2, [[*pytest, "--collect-only"]], skip="no GPU; its tests were collected")
+    if not gpu:
+        return Stage(name, 1, [], skip="no GPU; its program ran in the stage emulation")
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     sanitizer = shutil.which(f"{home}/bin/compute-sanitizer") or find_tool("compute-sanitizer")
     if sanitizer is None:
         return Stage(name, 2, [], skip="no compute-sanitizer: set CUDA_HOME, or pip install nvidia-cuda-sanitizer-api")
     under = [sanitizer, "--tool", tool, "--error-exitcode", "86", "--show-backtrace", "no"]
-    if tool != "memcheck":
+    if not tests:
         return Stage(name, 3, [[*launchers, "--under", shlex.join(under)]], read=sanitizer_errors)
     # Each tensor an allocation of its own, so that a byte past its end is nobody's.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
