@@ -31,31 +31,6 @@ __device__ __forceinline__ Moments<float> shuffle_xor(Moments<float> m, int lane
   return {shuffle_xor(m.count, lanes), shuffle_xor(m.mean, lanes), shuffle_xor(m.m2, lanes)};
 }
 
-// The block is blockDim.x columns by blockDim.y (a power of two) rows of threads, each with V states. Merges the rows
-// of every column in a fixed tree; the result is in row 0. `scratch`: V * blockDim.x * blockDim.y / 2 states, free to
-// use again on return.
-template <int V, typename State>
-__device__ __forceinline__ void merge_rows(State (&state)[V], Shared<State> scratch) {
-  for (int half = blockDim.y / 2; half > 0; half /= 2) {
-    // Neighbouring threads, also those of two rows, touch neighbouring states.
-    const int row = threadIdx.y % half, apart = half * static_cast<int>(blockDim.x);
-    const auto slot = scratch + (row * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x));
-    if (static_cast<int>(threadIdx.y) >= half && static_cast<int>(threadIdx.y) < 2 * half) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) slot[i * apart] = state[i];
-    }
-    __syncthreads();
-    if (static_cast<int>(threadIdx.y) < half) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) {
-        const State other = slot[i * apart];
-        state[i] = merge(state[i], other);
-      }
-    }
-    __syncthreads();
-  }
-}
-
 // a[i] = merge(a[i], b[i]).
 template <int V, typename State>
 __device__ __forceinline__ void merge_all(State (&a)[V], const State (&b)[V]) {
