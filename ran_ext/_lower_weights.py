@@ -22,7 +22,7 @@ class LowerWeights:
     Autocast does both tensor by tensor: of a captured step of ``ran_compact`` on an H200 a third of all kernels.
 
     Args:
-        model: its weights may change in place between calls, and become frozen; not its modules.
+        model: one that it :meth:`serves`; weights may change in place between calls, and become frozen; not modules.
         dtype: bfloat16 or float16, that of the autocast which is on during the call.
 
     >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
@@ -43,11 +43,27 @@ class LowerWeights:
         #: The copies, by the names that the weights have in the model.
         self.copies: dict[str, Tensor] = {}
         for name, module in model.named_modules():
-            for key, weight in module.named_parameters(recurse=False) if isinstance(module, CAST) else ():
+            for key, weight in module.named_parameters(recurse=False) if type(module) in CAST else ():
                 if weight.dtype == torch.float32:
                     copy = copies.setdefault(weight, torch.empty_like(weight, dtype=dtype, requires_grad=False))
                     self.copies[f"{name}.{key}" if name else key] = copy
         self.weights = list(copies.items())
+
+    @staticmethod
+    def serves(model: nn.Module) -> bool:
+        """Whether all modules of ``model`` are PyTorch's or this package's, and none has a hook.
+
+        Others may compute with a weight in float32 first (weight standardisation), or switch autocast off.
+
+        >>> LowerWeights.serves(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()))
+        True
+        """
+        return all(
+            type(module).__module__.split(".")[0] in ("torch", "ran_ext")
+            and not module._forward_hooks
+            and not module._forward_pre_hooks
+            for module in model.modules()
+        )
 
     def __call__(self, *inputs: Any) -> Any:
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Weights cast together give autocast's bits: steps, parts of a batch, shared and frozen weights, a penalty."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ran_ext._lower_weights import LowerWeights
+from ran_ext.data import CIFAR10
 from ran_ext.models import create_model
-from ran_ext.train import TrainStep
+from ran_ext.train import Config, Ranks, TrainStep, fit
 
 
 def network() -> nn.Module:
@@ -89,3 +91,45 @@ def test_a_weight_that_changed_in_place_is_seen():
     lower.add_gradients()
     assert all(copy_.grad is None for copy_ in lower.copies.values())
     assert model.weight.grad is not None
+
+
+class Standardised(nn.Conv2d):
+    """Computes with its weight in float32, and is cast by autocast only then."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias, padding=1)
+
+
+class WithoutAutocast(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.linear(x.float().mean((2, 3)))
+
+
+def others() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Standardised(3, 8, 3), WithoutAutocast())
+
+
+def test_networks_that_compute_with_their_weights_are_left_to_autocast(tmp_path):
+    assert not LowerWeights.serves(others())
+    assert not LowerWeights.serves(nn.utils.spectral_norm(nn.Conv2d(3, 8, 3)))
+    assert LowerWeights.serves(network())
+    assert LowerWeights(Standardised(3, 8, 3), torch.bfloat16).copies == {}
+    images, config = (
+        CIFAR10.sample("train").subset(torch.arange(32)),
+        Config(epochs=1, batch_size=8, dtype="bfloat16", patience=0, select="last", val_images=0, weight_decay=0.0),
+    )
+    states = []
+    for step in ("eager", "graph"):
+        model = others()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no GPU for a graph
+            fit(model, images, None, config, tmp_path / step, step=step, ranks=Ranks(0, 1, torch.device("cpu")))
+        states.append(model.state_dict().values())
+    assert all(map(torch.equal, *states))

@@ -21,8 +21,8 @@ void library_forward(ConvOutput& y, const Tensor& x, const PreActivation& norm, 
     std::tie(a, y.mean, y.var) =
         bn_relu_batch(kBnReluConv2d, x, norm.weight, norm.bias, norm.eps, norm.running, conv.asked);
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda() &&
-      next.wanted) {  // PyTorch would pass over the output for the bias, the residual, and the statistics
+  // PyTorch would pass over the output for the bias, for the residual, and for the statistics.
+  if (x.is_cuda() && next.wanted) {
     const Tensor product = library::conv2d(a, weight, std::nullopt, conv.stride, conv.padding);
     if (auto sum = cuda_add_with_stats(y.next_mean, y.next_var, product, bias, residual, next.running)) {
       y.out = *sum;

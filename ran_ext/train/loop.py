@@ -236,7 +236,8 @@ class Run:
             self.fall_back(reason)
         model = self.ranks.wrap(state.model)
         wrapped: Callable[..., Any] = CompiledModel(model, self.fall_back) if self.kind == "compile" else model
-        if self.kind == "graph" and config.torch_dtype != torch.float32 and config.accumulate == 1:
+        lower = config.torch_dtype != torch.float32 and config.accumulate == 1
+        if self.kind == "graph" and lower and LowerWeights.serves(state.model):
             wrapped = LowerWeights(state.model, config.torch_dtype)
         self.plain = state.train_step(wrapped)
         step, batches = make_step(self.plain) if make_step else self.plain, self.batches
