@@ -2,7 +2,8 @@
 
 A block holds in its own context (thread or asyncio task) alone; what a block starts elsewhere sees the process's
 choice. Autograd's device threads are the exception: they see the choice of the thread that called backward, so that a
-checkpoint computes again what it computed before.
+checkpoint computes again what it computed before. That is so with torch 2.13; torch 2.11 takes nothing along to them,
+and there a checkpoint on a GPU computes again as the process chose.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks, peak_memory, scale
+from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks, peak_memory, scale, step_kernels
 from benchmarks.agreement import admit, limits, verify
 from benchmarks.cases import BNReLUConv, op_cases
 from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
@@ -264,3 +264,12 @@ def test_peak_memory_in_processes_of_their_own(tmp_path):
     rows = json.loads((tmp_path / "a").read_text())["rows"]
     assert [row[0] for row in rows] == list(peak_memory.KINDS)
     assert all(value > 0 for row in rows for value in row[3:-1])
+
+
+@pytest.mark.usefixtures("native")
+def test_the_kernels_of_passes_are_listed_by_path(tmp_path):
+    out = tmp_path / "passes.json"
+    assert step_kernels.main(["--device", "cpu", "--quick", "--passes", "--dtype", "float32", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["passes"]
+    assert {"library", "product"} <= {row["path"] for row in rows}
+    assert all(row["kernels"] and row["sum_us"] > 0 for row in rows)
