@@ -125,11 +125,14 @@ class Compile:
         headers = [ROOT / name for name in shlex.split(depfile.read_text().replace("\\\n", " ").split(": ", 1)[1])]
         return all(header.exists() and header.stat().st_mtime <= made for header in headers)
 
-    def run(self) -> str:
-        """Compile, and note the command beside the object; what the compiler says."""
+    def run(self, told: Sequence[str] = ()) -> str:
+        """Compile, and note the command beside the object; what the compiler says.
+
+        ``told``: flags that leave the code as it is, and are not noted: whoever wants none finds the object fresh.
+        """
         self.object.parent.mkdir(parents=True, exist_ok=True)
         began = time.time()
-        said = run(self.full_command, cwd=ROOT)
+        said = run([*self.full_command, *told], cwd=ROOT)
         os.utime(self.object, (began, began))  # a source edited meanwhile is newer than its object
         Path(f"{self.object}.cmd").write_text(shlex.join(self.full_command))
         return said
@@ -201,9 +204,9 @@ def cpu_tasks(build: Path = OBJECTS) -> list[Compile]:
     ]
 
 
-def cuda_tasks(build: Path, nvcc: Path, archs: Sequence[str], extra: Sequence[str] = ()) -> list[Compile]:
+def cuda_tasks(build: Path, nvcc: Path, archs: Sequence[str]) -> list[Compile]:
     """Every file of csrc/cuda, for all of ``archs`` at once."""
-    command = (str(nvcc), *CUDA_FLAGS, *gencode(archs), *extra)
+    command = (str(nvcc), *CUDA_FLAGS, *gencode(archs))
     sources = sorted((CSRC / "cuda").glob("*.cu"))
     return [Compile(source, build / "cuda" / f"{source.stem}.o", command) for source in sources]
 

@@ -189,21 +189,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--archs", nargs="+", default=ARCHS, metavar="X.Y")
     parser.add_argument("--files", nargs="+", default=[], metavar="STEM", help="only these files of csrc/cuda")
+    parser.add_argument("--build", type=Path, metavar="DIR", help="keep the objects there, and the PTX beside them")
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name} with what was found")
     arguments = parser.parse_args(argv)
     home = native.find_toolkit()
     if home is None:
         print("check_cuda: no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")
         return 2
+    build = arguments.build.resolve() if arguments.build else None
     with tempfile.TemporaryDirectory() as folder:
-        tasks = native.cuda_tasks(Path(folder), home / "bin" / "nvcc", arguments.archs, ["-Xptxas=-v"])
+        tasks = native.cuda_tasks(build or Path(folder), home / "bin" / "nvcc", arguments.archs)
         chosen = [task for task in tasks if not arguments.files or task.source.stem in arguments.files]
         if not chosen or len(chosen) < len(arguments.files):
             print(f"check_cuda: --files must name files among: {' '.join(task.source.stem for task in tasks)}")
             return 2
         try:
+            more = ["-Xptxas=-v", *(["-lineinfo", "--keep", f"--keep-dir={folder}"] if build else [])]
             with ThreadPoolExecutor(native.jobs()) as pool:
-                usages = [usage for said in pool.map(native.Compile.run, chosen) for usage in parse_ptxas(said)]
+                told = pool.map(lambda task: task.run(more), chosen)
+                usages = [usage for said in told for usage in parse_ptxas(said)]
+            for ptx in Path(folder).glob("*.ptx"):
+                shutil.move(ptx, tasks[0].object.parent / ptx.name)
             tool = find_tool("cuobjdump")
             sass = {key: held for task in chosen if tool for key, held in read_sass(tool, task.object).items()}
         except native.BuildFailure as failure:

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +78,13 @@ def compile_program(name: str, command: Sequence[str | Path], cache: Path, root:
 def build(name: str, cache: Path, root: Path = ROOT, others: Sequence[Path] = ()) -> Path:
     """``tests/emulation/<name>.cpp``, and ``others``, of the tree at ``root`` as an emulation."""
     folders = [f"-iquote{folder}" for folder in includes(root)]
-    files = [root / "tests" / "emulation" / f"{name}.cpp", *others]
-    return compile_program(name, ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++", *files], cache, root)
+    command = ["g++", *FLAGS, *EMULATE, *folders, "-x", "c++"]
+    main = root / "tests" / "emulation" / f"{name}.cpp"
+    if not others:
+        return compile_program(name, [*command, main], cache, root)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        parts = pool.map(lambda file: compile_program(file.stem, [*command, "-c", file], cache, root), [main, *others])
+        return compile_program(name, ["g++", *parts], cache, root)
 
 
 def run(program: Path, *arguments: str, mutant: int = 0) -> subprocess.CompletedProcess[str]:

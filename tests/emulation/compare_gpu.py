@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -185,8 +186,11 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
     under = shlex.split(arguments.under)
     if arguments.device == "cpu":
         emulation = build("compare_gpu", folder, others=kernels())
-        options = ["--schedule", "reverse", "--limits", *SMALL_HOPPER]
-        limits, got = run([*under, emulation], folder / "got", *options, *only)
+        options = ["--limits", *SMALL_HOPPER, *only]
+        with ThreadPoolExecutor(2) as pool:
+            reverse = pool.submit(run, [*under, emulation], folder / "got", "--schedule", "reverse", *options)
+            forward = pool.submit(run, [emulation], folder / "want", *options)
+        (_, got), (_, want) = reverse.result(), forward.result()
     else:
         prebuilt = arguments.prebuilt and arguments.prebuilt / "compare_gpu_cuda"
         program = prebuilt or build_for_gpu(folder, arguments.archs, arguments.objects)
@@ -198,7 +202,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
                 return [judge(case, wanted[case.name], False) for case in got]
             print(f"emulated anew: the folder has it for {' '.join(emulated)}, the GPU is {' '.join(limits)}")
         emulation = build("compare_gpu", folder, others=kernels())
-    _, want = run([emulation], folder / "want", "--limits", *limits, *only)
+        _, want = run([emulation], folder / "want", "--limits", *limits, *only)
     verdicts = [judge(a, b, all_bits=arguments.device == "cpu") for a, b in zip(got, want, strict=True)]
     launched = {name for verdict in verdicts for name in verdict.kernels}
     if missing := kernel_names(kernels()) - launched if arguments.device == "cpu" and not only else ():

@@ -10,12 +10,8 @@ namespace emu {
 template <typename T>
 const T* gather(const T& value, const char* what, int line, unsigned mask);
 
-inline float unpack(unsigned pair, int half, __nv_bfloat16) {
-  return bf16_to_float(static_cast<uint16_t>(half ? pair >> 16 : pair));
-}
-inline float unpack(unsigned pair, int half, __half) {
-  return f16_to_float(static_cast<uint16_t>(half ? pair >> 16 : pair));
-}
+inline float widen(unsigned low, __nv_bfloat16) { return bf16_to_float(static_cast<uint16_t>(low)); }
+inline float widen(unsigned low, __half) { return f16_to_float(static_cast<uint16_t>(low)); }
 
 struct Fragments {
   unsigned a[4], b[2];
@@ -47,15 +43,16 @@ void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2],
   const emu::Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const emu::Fragments* all = emu::gather(mine, "mma.sync.m16n8k16", line, ~0u);
   const int group = emu::self->lane / 4, pair = emu::self->lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = group + (i / 2) * 8, column = pair * 2 + i % 2;
-    double sum = d[i];
+  double rows[2][16], columns[2][16];  // of a and of b, those that this lane multiplies
+  for (int half = 0; half < 2; ++half)
     for (int k = 0; k < 16; ++k) {
-      const int register_a = row / 8 + (k / 8) * 2;
-      const unsigned pair_a = all[(row % 8) * 4 + (k % 8) / 2].a[register_a];
-      const unsigned pair_b = all[column * 4 + (k % 8) / 2].b[k / 8];
-      sum += double(emu::unpack(pair_a, k % 2, T{})) * emu::unpack(pair_b, k % 2, T{});
+      const int holder = k % 8 / 2, shift = k % 2 * 16;
+      rows[half][k] = emu::widen(all[group * 4 + holder].a[half + k / 8 * 2] >> shift, T{});
+      columns[half][k] = emu::widen(all[(pair * 2 + half) * 4 + holder].b[k / 8] >> shift, T{});
     }
+  for (int i = 0; i < 4; ++i) {
+    double sum = d[i];
+    for (int k = 0; k < 16; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
     d[i] = static_cast<float>(sum);
   }
 }

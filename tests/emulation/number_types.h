@@ -47,23 +47,19 @@ inline float bf16_to_float(uint16_t value) { return bits<float>(static_cast<uint
 
 inline float f16_to_float(uint16_t value) {
   const uint32_t sign = (value & 0x8000u) << 16, exponent = (value >> 10) & 31, fraction = value & 1023;
-  if (exponent == 31) return bits<float>(sign | 0x7f800000u | (fraction << 13));
-  const float magnitude =
-      exponent == 0 ? std::ldexp(float(fraction), -24) : std::ldexp(float(fraction + 1024), int(exponent) - 25);
-  return sign ? -magnitude : magnitude;
+  if (exponent == 0) return bits<float>(sign | bits<uint32_t>(float(fraction) * 0x1p-24f));
+  return bits<float>(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
 }
 
 inline uint16_t float_to_f16(float value) {
   const uint16_t sign = static_cast<uint16_t>((bits<uint32_t>(value) >> 16) & 0x8000);
   const float magnitude = std::fabs(value);
   if (value != value) return 0x7fff;
-  if (magnitude == 0) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00;  // from half-way above the largest number on
-  int exponent;
-  std::frexp(magnitude, &exponent);
-  const int quantum = exponent < -13 ? -24 : exponent - 11;  // of the last of the 11 bits
-  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(magnitude, -quantum)));
-  if (exponent < -13) return sign | static_cast<uint16_t>(steps);
+  const int exponent = int(bits<uint32_t>(magnitude) >> 23) - 127;
+  const int quantum = exponent < -14 ? -24 : exponent - 10;  // of the last of the 11 bits
+  const auto steps = static_cast<uint32_t>(std::nearbyint(magnitude * bits<float>(uint32_t(127 - quantum) << 23)));
+  if (exponent < -14) return sign | static_cast<uint16_t>(steps);
   return sign | static_cast<uint16_t>(((quantum + 24) << 10) + steps);  // a carry moves on to the exponent
 }
 

@@ -21,7 +21,6 @@
 #include <functional>
 #include <map>
 #include <memory>
-#include <numeric>
 #include <random>
 #include <string>
 #include <tuple>
@@ -287,22 +286,20 @@ inline void run_late_warps(const std::vector<WarpOf>& warps) {
   std::map<const Block*, int> turn;  // in which a block's first warp ran last
   std::vector<int> meetings(warps.size());
   for (int now = 1;; ++now) {
-    std::vector<size_t> order(warps.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) {
-      const auto key = [&](size_t i) {
-        return std::tuple(warps[i].warp > 0, warps[i].warp ? meetings[i] : 0, -turn[warps[i].block], i);
-      };
-      return key(a) < key(b);
-    });
-    const auto next = std::find_if(order.begin(), order.end(), [&](size_t i) {
+    std::vector<std::tuple<bool, int, int, size_t>> order;
+    for (size_t i = 0; i < warps.size(); ++i)
+      order.emplace_back(warps[i].warp > 0, warps[i].warp ? meetings[i] : 0, -turn[warps[i].block], i);
+    std::sort(order.begin(), order.end());
+    const auto next = std::find_if(order.begin(), order.end(), [&](const auto& one) {
+      const WarpOf& at = warps[std::get<size_t>(one)];
       bool ran = false;
-      while (run_warp_once(*warps[i].block, warps[i].warp, false)) ran = true;
+      while (run_warp_once(*at.block, at.warp, false)) ran = true;
       return ran;
     });
     if (next == order.end()) return;
-    ++meetings[*next];
-    if (warps[*next].warp == 0) turn[warps[*next].block] = now;
+    const size_t ran = std::get<size_t>(*next);
+    ++meetings[ran];
+    if (warps[ran].warp == 0) turn[warps[ran].block] = now;
   }
 }
 

@@ -33,7 +33,7 @@ def run(arch: str, cache: Path) -> Iterator[tuple[mutate.Mutant, str]]:
         for part in ("csrc", "tests/emulation", "tests/ptx"):
             shutil.copytree(programs.ROOT / part, root / part)
         mutants = mutate.mutate(root, mark)
-        tests, _ = programs.build_tests(arch, cache, root)
+        tests = programs.build_tests(programs.programs_of(root), programs.compile_ptx(arch, cache, root), cache, root)
         files = {test: mutate.included(root / "tests" / "emulation" / f"{test}.cpp", set()) for test in tests}
 
         def verdict(mutant: mutate.Mutant) -> str:

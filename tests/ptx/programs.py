@@ -47,8 +47,12 @@ def _sources(root: Path) -> list[bytes]:
     return [path.name.encode() + path.read_bytes() for path in [*build.sources(root), *sorted(HERE.glob("*.h"))]]
 
 
-def compile_ptx(arch: str, folder: Path, root: Path = ROOT, names: Sequence[str] = ()) -> dict[str, list[Kernel]]:
+def compile_ptx(
+    arch: str, folder: Path, root: Path = ROOT, names: Sequence[str] = (), made: Path | None = None
+) -> dict[str, list[Kernel]]:
     """The kernels of every .cu file (or of ``names``) as nvcc compiles them for ``arch``, such as sm_90a.
+
+    ``made``: the folder where ``check_cuda --build`` left what nvcc made of the same sources.
 
     Raises:
         native.BuildFailure: there is no nvcc, or it failed.
@@ -62,6 +66,8 @@ def compile_ptx(arch: str, folder: Path, root: Path = ROOT, names: Sequence[str]
     held = _sources(root)
 
     def one(source: Path) -> list[Kernel]:
+        if made is not None:
+            return read(made / f"{source.stem}.{arch.replace('sm', 'compute')}.ptx")
         made_from = [*command, source.name, *held]
         return read(kept(folder, ".ptx", made_from, lambda to: native.run([*command, "-o", to, source])))
 
@@ -127,23 +133,28 @@ def link(objects: Sequence[Path], folder: Path) -> Path:
     return kept(folder, "", [str(path) for path in objects], lambda to: native.run(["g++", *objects, "-o", to]))
 
 
-def build_tests(arch: str, folder: Path, root: Path = ROOT) -> tuple[dict[str, Path], dict[str, list[Kernel]]]:
-    """Every test program of the emulation on the kernels of ``arch``, by name; and the kernels, by file."""
-    kernels = compile_ptx(arch, folder, root)
+def programs_of(root: Path = ROOT) -> list[Path]:
+    """The test programs of the emulation that run kernels."""
     tests = sorted((root / "tests" / "emulation").glob("*_test.cpp"))
-    tests = [test for test in tests if INCLUDED.search(test.read_text())]
+    return [test for test in tests if INCLUDED.search(test.read_text())]
+
+
+def build_tests(
+    tests: Sequence[Path], kernels: dict[str, list[Kernel]], folder: Path, root: Path = ROOT
+) -> dict[str, Path]:
+    """The programs of ``tests`` on ``kernels``, by name."""
     wrapped = in_parallel(lambda test: wrap(test, kernels, folder, root), tests)
-    objects = compile_kernels([kernel for all_of in kernels.values() for kernel in all_of], folder)
-    return {test.stem: link([one, *objects], folder) for test, one in zip(tests, wrapped, strict=True)}, kernels
+    stems = dict.fromkeys(stem for test in tests for stem in stems_of(test))
+    objects = compile_kernels([kernel for stem in stems for kernel in kernels[stem]], folder)
+    return {test.stem: link([one, *objects], folder) for test, one in zip(tests, wrapped, strict=True)}
 
 
-def build_layout(arch: str, folder: Path) -> tuple[Path, dict[str, list[Kernel]]]:
-    """layout.cpp on the kernels of ``arch``, and those."""
-    kernels = compile_ptx(arch, folder)
+def build_layout(kernels: dict[str, list[Kernel]], folder: Path) -> Path:
+    """layout.cpp on ``kernels``."""
     files = [HERE / "layout.cpp", *(native.CSRC / "cuda" / f"{stem}.cu" for stem in kernels)]
     wrapped = in_parallel(lambda file: wrap(file, kernels, folder), files)
     objects = compile_kernels([kernel for all_of in kernels.values() for kernel in all_of], folder)
-    return link([*wrapped, *objects], folder), kernels
+    return link([*wrapped, *objects], folder)
 
 
 def run(program: Path, **variables: str) -> subprocess.CompletedProcess[str]:

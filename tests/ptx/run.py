@@ -36,14 +36,12 @@ class Ran:
     seconds: float
 
 
-def run_tests(cache: Path, quick: bool) -> tuple[list[Ran], dict[str, dict[str, list[Kernel]]]]:
+def run_tests(kernels: dict[str, dict[str, list[Kernel]]], cache: Path, quick: bool) -> list[Ran]:
     """Every test on the first architecture; on the others those some of whose kernels differ from its own."""
-    found, kernels = [], {}
-    for arch in ARCHS:
-        tests, kernels[arch] = programs.build_tests(arch, cache)
-        for test, program in tests.items():
-            if arch != ARCHS[0] and same(kernels[arch], kernels[ARCHS[0]], test):
-                continue
+    found, first = [], kernels[ARCHS[0]]
+    for arch, mine in kernels.items():
+        tests = [test for test in programs.programs_of() if mine is first or not same(mine, first, test)]
+        for test, program in programs.build_tests(tests, mine, cache).items():
             began = time.monotonic()
             variables = {**(QUICK if quick else {}), **({"RAN_NO_CLUSTERS": "1"} if arch == "sm_80" else {})}
             ran = programs.run(program, **variables)
@@ -52,23 +50,23 @@ def run_tests(cache: Path, quick: bool) -> tuple[list[Ran], dict[str, dict[str, 
             found.append(Ran(arch, test.removesuffix("_test"), fault, equal, time.monotonic() - began))
             print(f"{arch:7} {found[-1].test:17} {'FAILED' if fault else 'passed'} in {found[-1].seconds:5.1f} s, "
                   f"outputs with the bits of the source's: {equal} {fault}", flush=True)  # fmt: skip
-    return found, kernels
+    return found
 
 
-def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test: str) -> bool:
+def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test: Path) -> bool:
     """Whether all kernels of a test are the same function as those of another architecture."""
-    stems = programs.stems_of(programs.ROOT / "tests" / "emulation" / f"{test}.cpp")
     return all(
         mine.function == other.function
-        for stem in stems
+        for stem in programs.stems_of(test)
         for mine, other in zip(kernels[stem], others[stem], strict=True)
     )
 
 
-def measure(cache: Path, update: bool) -> tuple[dict[str, layout.Layout], list[str]]:
+def measure(
+    kernels: dict[str, list[Kernel]], cache: Path, update: bool
+) -> tuple[dict[str, layout.Layout], list[str]]:
     """The layout of each kernel, and where it is over its budget."""
-    program, kernels = programs.build_layout(ARCHS[0], cache)
-    ran = programs.run(program)
+    ran = programs.run(programs.build_layout(kernels, cache))
     if ran.returncode:
         return {}, [f"layout: {ran.stderr.strip()}"]
     found = layout.read(ran.stdout)
@@ -110,6 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help=f"every dtype, schedule and mutant, into {RESULTS.name}")
     parser.add_argument("--update", action="store_true", help=f"rewrite {layout.BUDGETS.name}; its reasons stay")
+    parser.add_argument("--ptx", type=Path, metavar="DIR", help="what check_cuda --build left, not compiled again")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was built")
     arguments = parser.parse_args()
     if programs.native.find_toolkit() is None:
@@ -120,8 +119,9 @@ def main() -> int:
         cache = arguments.cache or Path(folder)
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            ran, kernels = run_tests(cache, quick=not arguments.all)
-            _, faults = measure(cache, arguments.update)
+            kernels = {arch: programs.compile_ptx(arch, cache, made=arguments.ptx) for arch in ARCHS}
+            ran = run_tests(kernels, cache, quick=not arguments.all)
+            _, faults = measure(kernels[ARCHS[0]], cache, arguments.update)
             mutated = [(mutant.name, said) for mutant, said in mutants.run(ARCHS[0], cache)] if arguments.all else []
         except (programs.native.BuildFailure, UnknownInstruction) as failure:
             print(failure)
