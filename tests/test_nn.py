@@ -105,7 +105,9 @@ def test_identity_adds_its_gradient_in_the_convolutions_backward(case):
     )
     torch.testing.assert_close(identity_alone, 2 * weights * x)
     torch.testing.assert_close(both, out_alone + identity_alone, rtol=1e-12, atol=1e-12)
-    torch.autograd.gradgradcheck(lambda x: chained_bn_relu_conv2d(x, unit.bn, unit.conv, next_bn=following)[::2], (x,))
+    torch.autograd.gradgradcheck(
+        lambda x: chained_bn_relu_conv2d(x, unit.bn, unit.conv, next_bn=following)[::2], (x,), fast_mode=True
+    )
 
 
 @pytest.mark.usefixtures("native")
