@@ -220,11 +220,12 @@ def _experiments(
     plain = [*record, "--target", "0.893", "--seeds", "1", "--contender", "reference"]
     best = [*record, "--target", "best", "--seeds", "1" if quick else "3"]
     report = ["-m", "scripts.reproduce_report", "--out", out / "report", "--minutes", "{minutes}", *data]
+    report += ["--scale", "smoke" if quick else "full", "--device", options.device, "--dtype", "auto"]
     robust = ["-m", "scripts.robustness", "--out", out / "robustness", *data]
     return [
         script("record-best", 8, *best, found=folder / "best.json", skip=skip),
         script("record-reference", 6, *plain, found=folder / "0.893_reference.json", skip=skip),
-        script("report", 9, *report, "--scale", "smoke" if quick else "full", "--device", options.device, skip=skip),
+        script("report", 9, *report, skip=skip),
         script("robustness", 9, *robust, *(["--quick"] if quick else ["--scale", "full"]), skip=skip),
     ]
 

@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--scale", choices=SCALES, default="subset", help="how large the runs are (default: subset)")
     add("--data", type=Path, default=Path("data"), help="folder of CIFAR-10 (default: data; smoke needs none)")
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="float32",
+        help="of ran_ext's networks (default: float32, which is all that the reference has)")  # fmt: skip
     add("--minutes", type=float, help="stop after so many; the same command continues")
     options = parser.parse_args(argv)
     return run_command("reproduce_report", lambda: reproduce(options), how_to_continue(options))
@@ -49,7 +51,7 @@ def reproduce(options: argparse.Namespace) -> int:
     """Train what is missing, then write the page; the exit status."""
     device, deadline = choose_device(options.device), Deadline(options.minutes)
     torch.backends.cudnn.benchmark = True
-    dtype = resolve_dtype(Config(), Ranks(0, 1, device)).dtype
+    dtype = resolve_dtype(Config(dtype=options.dtype), Ranks(0, 1, device)).dtype
     scale = dataclasses.replace(SCALES[options.scale], dtype=dtype)
     study = Study(options.scale, scale, options.out, environment(device)["device"])
     images = load_images(study.scale, options.data)

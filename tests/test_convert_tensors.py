@@ -268,3 +268,41 @@ def test_what_is_normalised_without_gradients_gets_none_later(act, inside, piece
             assert (one is None) == (other is None)
             if one is not None:
                 torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+class JoinsOfJoins(nn.Module):
+    """A dense block in which each join is of the last one; two layers and a pooling look at one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in (16, 20, 24, 24))
+        self.convs = nn.ModuleList(nn.Conv2d(c, 4, 1) for c in (16, 20, 24, 24))
+
+    def forward(self, x):
+        pairs = zip(self.bns, self.convs, strict=True)
+        first, second, third, fourth = (lambda t, b=b, c=c: c(F.relu(b(t))) for b, c in pairs)
+        x = torch.cat([x, first(x)], 1)
+        x = torch.cat([x, second(x)], 1)
+        both = third(x) + fourth(x)
+        return torch.cat([x.detach(), x, both], 1) + F.adaptive_avg_pool2d(x, 1).mean()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_joins_of_joins_hand_their_gradients_on(frozen):
+    """Of pieces that several layers and a pooling take, and of which some take none; twice differentiated, too."""
+    plain = head(JoinsOfJoins(), nn.BatchNorm2d(52), nn.ReLU(), nn.Conv2d(52, 8, 1)).double()
+    step(plain, images())
+    if frozen:
+        plain[0].requires_grad_(False)
+    ours, x = convert(copy.deepcopy(plain)), images()
+    assert_same(step(plain, x), step(ours, x))
+    inputs = [[p for p in network.parameters() if p.requires_grad] for network in (plain, ours)]
+    twice = []
+    for network, wanted in zip((plain, ours), inputs, strict=True):
+        first = torch.autograd.grad(network(x).square().sum(), wanted, create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted, allow_unused=True))
+    for one, other in zip(*twice, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)

@@ -15,6 +15,7 @@ FLAGS += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 #: Compiler, flags, name of the instruction set, and what runs its programs.
 PROCESSORS: dict[str, tuple[str, list[str], str, list[str]]] = {
     "aarch64": ("aarch64-linux-gnu-g++", ["-static"], "baseline", ["qemu-aarch64"]),
+    "clang": ("clang++", ["-mavx2", "-mfma", "-mf16c"], "avx2", []),
     # AVX-512's layouts and loops without its instructions; pairs of bfloat16 in software.
     "512 bits": ("g++", ["-DRAN_VECTOR_BYTES=64", "-DRAN_BF16_PAIRS", "-mavx2", "-mfma"], "wide", []),
 }

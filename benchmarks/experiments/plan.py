@@ -74,7 +74,7 @@ class Scale:
     test_images: int | None
     workers: int = 0
     sample: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
 
 
 #: ``subset`` ends where the report's SGD did, in the third learning rate: 18 epochs to a step of 7, as 48 to 20.
