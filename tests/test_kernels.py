@@ -15,7 +15,8 @@ FLAGS += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 #: Compiler, flags, name of the instruction set, and what runs its programs.
 PROCESSORS: dict[str, tuple[str, list[str], str, list[str]]] = {
     "aarch64": ("aarch64-linux-gnu-g++", ["-static"], "baseline", ["qemu-aarch64"]),
-    "clang": ("clang++", ["-mavx2", "-mfma", "-mf16c"], "avx2", []),
+    # As Apple's machines have it, but for the system.
+    "clang": ("clang++", ["--target=aarch64-linux-gnu", "-static"], "baseline", ["qemu-aarch64"]),
     # AVX-512's layouts and loops without its instructions; pairs of bfloat16 in software.
     "512 bits": ("g++", ["-DRAN_VECTOR_BYTES=64", "-DRAN_BF16_PAIRS", "-mavx2", "-mfma"], "wide", []),
 }
@@ -39,7 +40,7 @@ def build(name: str, folder: Path) -> Path:
 def test_every_kernel_is_right(name, request):
     compiler, _, isa, runner = PROCESSORS[name]
     if missing := [tool for tool in (compiler, *runner) if not shutil.which(tool)]:
-        pytest.skip(f"needs {', '.join(missing)} (Debian: g++-aarch64-linux-gnu, qemu-user)")
+        pytest.skip(f"needs {', '.join(missing)} (Debian: clang, g++-aarch64-linux-gnu, qemu-user)")
     if isa == "wide" and has_avx512():
         pytest.skip("this processor runs the AVX-512 kernels themselves, in every other test")
     driver = build(name, request.config.cache.mkdir("kernels") / name.replace(" ", ""))
@@ -47,3 +48,13 @@ def test_every_kernel_is_right(name, request):
     assert done.returncode == 0, f"{shlex.join([*runner, str(driver)])}: {done.stdout}{done.stderr}"
     assert done.stdout.startswith(f"{isa}: ")
     assert int(done.stdout.split()[1]) > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("clang++"), reason="needs clang++ (Debian: clang)")
+@pytest.mark.parametrize("isa", sorted(native.X86_ISAS))
+def test_clang_takes_every_instruction_set(isa):
+    sources = sorted((native.CSRC / "cpu").glob("*.cpp"))
+    command = ["clang++", "--target=x86_64-linux-gnu", *FLAGS, *native.X86_ISAS[isa], f"-DRAN_ISA={isa}"]
+    said = native.run([*command, "-Wno-unknown-warning-option", "-Werror", "-fsyntax-only", *sources])
+    assert not said

@@ -91,6 +91,16 @@ inline Vec<A> splat(A value) {
   return value - Vec<A>{};
 }
 
+// Lane i of the result is lane kFrom[i] of a and b side by side.
+template <int... kFrom>
+inline Vec<float> shuffle(Vec<float> a, Vec<float> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kFrom...);
+#else
+  return __builtin_shuffle(a, b, Int32{kFrom...});
+#endif
+}
+
 inline Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(RAN_AVX512)
   return _mm512_fmadd_ps(a, b, c);
@@ -229,6 +239,30 @@ inline Vec<float> from_bf16(Half16 h) {
   return x;
 }
 
+#if !defined(RAN_AVX512) && !defined(RAN_AVX2) && !defined(RAN_NEON)
+// float16 as the processors' own instructions have it, also where subnormal numbers are flushed to zero.
+inline Vec<float> from_f16(Half16 h) {
+  const Bits32 bits = widen(h), sign = (bits & 0x8000u) << 16, magnitude = (bits & 0x7fffu) << 13;
+  const Bits32 exponent = magnitude & 0x0f800000u;
+  const Bits32 infinite = Bits32(exponent == 0x0f800000u), subnormal = Bits32(exponent == 0u);
+  const Bits32 moved = magnitude + (112u << 23) + (infinite & (112u << 23)) + (subnormal & (1u << 23));
+  const Bits32 exact = Bits32(Vec<float>(moved) - Vec<float>(subnormal & (113u << 23)));
+  return Vec<float>(sign | (subnormal & exact) | (~subnormal & moved));
+}
+
+// To nearest even; of a NaN the upper bits stay.
+inline Half16 to_f16(Vec<float> x) {
+  const Bits32 bits = Bits32(x), magnitude = bits & 0x7fffffffu;
+  const Bits32 nan = Bits32(magnitude > 0x7f800000u), large = Bits32(magnitude >= (143u << 23));
+  const Bits32 small = Bits32(magnitude < (113u << 23));
+  const Bits32 infinite = 0x7c00u | (nan & (0x200u | (magnitude >> 13 & 0x3ffu)));
+  const Bits32 subnormal = Bits32(Vec<float>(magnitude) + 0.5f) - (126u << 23);  // the addition rounds
+  const Bits32 normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  const Bits32 found = (large & infinite) | (~large & ((small & subnormal) | (~small & normal)));
+  return narrow((bits >> 16 & 0x8000u) | found);
+}
+#endif
+
 inline Vec<float> load(const float* p) {
   Vec<float> v;
   std::memcpy(&v, p, sizeof v);
@@ -252,13 +286,9 @@ inline Vec<float> load(const f16* p) {
 #elif defined(RAN_NEON)
   return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
-  Vec<float> v{};
-  for (int i = 0; i < VecOf<float>::lanes; ++i) {
-    _Float16 h;
-    std::memcpy(&h, p + i, sizeof h);
-    v[i] = float(h);
-  }
-  return v;
+  Half16 h;
+  std::memcpy(&h, p, sizeof h);
+  return from_f16(h);
 #endif
 }
 
@@ -276,10 +306,8 @@ inline void store(f16* p, Vec<float> v) {
 #elif defined(RAN_NEON)
   vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
 #else
-  for (int i = 0; i < VecOf<float>::lanes; ++i) {
-    const _Float16 h = _Float16(v[i]);
-    std::memcpy(p + i, &h, sizeof h);
-  }
+  const Half16 h = to_f16(v);
+  std::memcpy(p, &h, sizeof h);
 #endif
 }
 

@@ -2,35 +2,25 @@
 // panel perhaps of one vector. Columns are the channels that come out, terms those that are summed over.
 #pragma once
 
+#include <utility>
+
 #include "winograd_tiles.h"
 
 namespace ran::cpu::RAN_ISA {
 
-// Lanes of two rows a and b: `low`, a's without `step`, then b's; `high`, those with it.
-struct Exchange {
-  int32_t low[kLanes], high[kLanes];
-};
-constexpr Exchange exchange(int step) {
-  Exchange e{};
-  for (int i = 0; i < kLanes; ++i) {
-    e.low[i] = i & step ? kLanes + i - step : i;
-    e.high[i] = i & step ? kLanes + i : i + step;
-  }
-  return e;
+// Exchanges the lanes with `step` of row a for those without it of row b.
+template <int kStep, int... kLane>
+inline void exchange(Vec<float>& a, Vec<float>& b, std::integer_sequence<int, kLane...>) {
+  const Vec<float> low = shuffle<(kLane & kStep ? kLanes + kLane - kStep : kLane)...>(a, b);
+  b = shuffle<(kLane & kStep ? kLanes + kLane : kLane + kStep)...>(a, b);
+  a = low;
 }
 
 template <int kStep>
 inline void transpose_step(Vec<float> (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
-    static constexpr Exchange kExchange = exchange(kStep);
-    Int32 low, high;
-    std::memcpy(&low, kExchange.low, sizeof low);
-    std::memcpy(&high, kExchange.high, sizeof high);
     RAN_UNROLL for (int i = 0; i < kLanes; ++i) {
-      if (i & kStep) continue;
-      const Vec<float> a = rows[i], b = rows[i + kStep];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + kStep] = __builtin_shuffle(a, b, high);
+      if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
     }
     transpose_step<2 * kStep>(rows);
   }
