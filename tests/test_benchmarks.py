@@ -1,5 +1,6 @@
 """The benchmarks: what they refuse to time, count and let pass, and a rehearsal of the commands."""
 
+import doctest
 import json
 import os
 import subprocess
@@ -10,7 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import compare, cudnn_graphs, inference, loss_curves, networks, peak_memory, scale, step_kernels
+from benchmarks import (
+    compare,
+    cudnn_graphs,
+    inference,
+    loss_curves,
+    networks,
+    peak_memory,
+    scale,
+    step_kernels,
+    strided,
+)
 from benchmarks.agreement import admit, limits, verify
 from benchmarks.cases import BNReLUConv, op_cases
 from benchmarks.contenders import Subject, contenders, op_oracle, op_subject
@@ -257,6 +268,15 @@ def test_scale_with_threads_batch_and_size(capsys):
         scale.main(["--threads", "1", "--batch", "1", "--pixels", "16", "--rounds", "1", "--dtype", "bfloat16"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1 ")]
     assert [row.split(" | ")[2:4] for row in rows] == [["1", "32"], ["8", "16"]]
+
+
+def test_a_convolution_of_stride_2_is_split_into_stride_1(tmp_path, monkeypatch):
+    assert doctest.testmod(strided).failed == 0
+    monkeypatch.setattr(strided, "SIZES", [(16, 32, 8)])
+    strided.main(["--batch", "1", "--rounds", "1", "--out", str(tmp_path / "a")])
+    [row] = json.loads((tmp_path / "a").read_text())["rows"]
+    assert row[:3] == ["16", "32", "8"]
+    assert row[-1] == pytest.approx(row[-2] * 36 / 25, rel=0.01)
 
 
 def test_peak_memory_in_processes_of_their_own(tmp_path):

@@ -57,7 +57,7 @@ def test_both_implementations_train_by_the_same_recipe(name):
         for field in ("optimizer", "lr", "epochs", "batch_size", "patience", "lr_step_epochs", "seed", "dropout"):
             assert getattr(ours, field) == getattr(theirs, field)
         assert (ours.augment == "report") == theirs.augment
-        assert ours.select == "last"  # as the reference does
+        assert (ours.select, ours.dtype) == ("last", "float32")  # as the reference
         json.dumps(run.settings(scale))
 
 
