@@ -16,12 +16,18 @@ from ._recipe import Activation, Norm, Optional, Recipe, identity, joined, split
 from .ops.conv2d import conv2d
 
 
-def _gradients(out: Tensor, tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor) -> list[Optional]:
-    """Those of ``out`` in the wanted tensors, to be differentiated again; None in the others."""
-    inputs: Any = [t for t, want in zip(tensors, wanted, strict=True) if want]
+def _gradients(
+    compute: Callable[..., Tensor], tensors: Sequence[Optional], wanted: Sequence[bool], dout: Tensor
+) -> list[Optional]:
+    """Those of ``compute(*tensors)`` in the wanted tensors, to be differentiated again; None in the others.
+
+    In each with the others held: one may have been made of another, as a piece of the pieces before it.
+    """
+    held: Any = [t.view_as(t) if t is not None and want else t for t, want in zip(tensors, wanted, strict=True)]
+    inputs = [t for t, want in zip(held, wanted, strict=True) if want]
     if not inputs:
         return [None] * len(wanted)
-    found = iter(torch.autograd.grad(out, inputs, dout, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(compute(*held), inputs, dout, create_graph=True, allow_unused=True))
     return [next(found) if want else None for want in wanted]
 
 
@@ -148,8 +154,14 @@ def _value_gradients(
     """Those of ``act(value)``."""
     if not torch.is_grad_enabled():
         return _again(norm, act, tensors).gradients(wanted, dout)
-    out = act(value_of(norm, *tensors))
-    return _gradients(out, tensors, wanted, dout)
+    return _gradients(lambda *held: act(value_of(norm, *held)), tensors, wanted, dout)
+
+
+def _convolved(
+    norm: Norm, act: Activation, geometry: tuple[Any, ...], weight: Tensor, bias: Tensor | None, *tensors: Optional
+) -> Tensor:
+    """The convolution of ``act(value)``, as torch's own functions have it."""
+    return F.conv2d(act(value_of(norm, *tensors)), weight, bias, *geometry)
 
 
 class Value(torch.autograd.Function):
@@ -224,8 +236,8 @@ class Convolution(torch.autograd.Function):
         wanted = ctx.needs_input_grad[3:]
         weight, bias, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            out = F.conv2d(ctx.act(value_of(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
-            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
+            convolved = partial(_convolved, ctx.norm, ctx.act, ctx.geometry)
+            return None, None, None, *_gradients(convolved, ctx.saved_tensors, wanted, dout)
         again = _again(ctx.norm, ctx.act, tensors)
         value = again.value()
         stride, padding, dilation, groups = ctx.geometry
@@ -290,10 +302,10 @@ class JoinedConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         wanted = ctx.needs_input_grad[3:]
-        weight, bias, *tensors = ctx.saved_tensors
+        weight, _, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            out = F.conv2d(F.relu(value_of(ctx.norm, *tensors)), weight, bias, *ctx.geometry)
-            return None, None, None, *_gradients(out, ctx.saved_tensors, wanted, dout)
+            convolved = partial(_convolved, ctx.norm, F.relu, ctx.geometry)
+            return None, None, None, *_gradients(convolved, ctx.saved_tensors, wanted, dout)
         mean, var, bn_weight, bn_bias = tensors[:4]
         pieces: Any = tensors[4:]
         dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(

@@ -43,16 +43,21 @@ struct Kept {
   }
 };
 
-// The gradients of `out` in `inputs`, differentiable; undefined where an input is absent or needs none.
-inline variable_list differentiate(const Tensor& out, const variable_list& inputs, const Tensor& dout) {
-  variable_list wanted;
-  for (const Tensor& input : inputs)
-    if (input.defined() && input.requires_grad()) wanted.push_back(input);
-  variable_list found = torch::autograd::grad({out}, wanted, {dout}, /*retain_graph=*/true, /*create_graph=*/true,
-                                              /*allow_unused=*/true);
-  variable_list result;
+// The gradients of `compute(inputs)` in `inputs`, differentiable; undefined where an input is absent or needs none. In
+// each with the others held: one may have been made of another, as the input of a layer whose weight an earlier layer
+// shares.
+template <typename Compute>
+variable_list differentiate(const Compute& compute, const variable_list& inputs, const Tensor& dout) {
+  const auto takes_gradient = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
+  variable_list held, wanted, result;
+  for (const Tensor& input : inputs) {
+    held.push_back(takes_gradient(input) ? input.view_as(input) : input);
+    if (takes_gradient(input)) wanted.push_back(held.back());
+  }
+  variable_list found = torch::autograd::grad({compute(held)}, wanted, {dout}, /*retain_graph=*/true,
+                                              /*create_graph=*/true, /*allow_unused=*/true);
   auto next = found.begin();
-  for (const Tensor& input : inputs) result.push_back(input.defined() && input.requires_grad() ? *next++ : Tensor());
+  for (const Tensor& input : inputs) result.push_back(takes_gradient(input) ? *next++ : Tensor());
   return result;
 }
 

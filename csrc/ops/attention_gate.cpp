@@ -107,8 +107,10 @@ struct AttentionGateFunction : torch::autograd::Function<AttentionGateFunction> 
     variable_list result(4);
     if (!grads[0].defined()) return result;
     if (at::GradMode::is_enabled()) {
-      const Tensor out = decomposed::attention_gate(saved[0], saved[1], scale, bilinear);
-      const variable_list found = differentiate(out, {saved[0], saved[1]}, grads[0]);
+      const auto again = [&](const variable_list& t) {
+        return decomposed::attention_gate(t[0], t[1], scale, bilinear);
+      };
+      const variable_list found = differentiate(again, {saved[0], saved[1]}, grads[0]);
       std::copy_n(found.begin(), 2, result.begin());
     } else {
       std::tie(result[0], result[1]) = op.call(grads[0], saved[0], saved[1], scale, bilinear);

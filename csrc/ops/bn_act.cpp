@@ -158,12 +158,13 @@ struct BnActFunction : torch::autograd::Function<BnActFunction> {
                             kept["groups"].toInt(), kept["paths"].toOptional<int64_t>()};
     constexpr int kWeight = 10;
     if (at::GradMode::is_enabled()) {
-      const Tensor value =
-          bn_act_decomposed(x, bn_weight, bn_bias, mean, var, eps, batch_stats, activation_of(act, a, b));
-      const Tensor out = weight.defined() ? at::conv2d(value, weight, bias, geometry.stride, geometry.padding,
-                                                       geometry.dilation, geometry.groups)
-                                          : value;
-      const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
+      const auto again = [&](const variable_list& t) {
+        const Tensor value = bn_act_decomposed(t[0], t[1], t[2], mean, var, eps, batch_stats, activation_of(act, a, b));
+        return t[3].defined() ? at::conv2d(value, t[3], t[4], geometry.stride, geometry.padding, geometry.dilation,
+                                           geometry.groups)
+                              : value;
+      };
+      const variable_list found = differentiate(again, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin());
       std::copy_n(found.begin() + 3, 2, result.begin() + kWeight);
       return result;

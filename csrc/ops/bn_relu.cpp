@@ -90,8 +90,10 @@ struct BnReluFunction : torch::autograd::Function<BnReluFunction> {
     const double eps = ctx->saved_data["eps"].toDouble();
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &mean = saved[3], &var = saved[4];
     if (at::GradMode::is_enabled()) {
-      const Tensor out = decomposed::bn_relu(x, weight, bias, mean, var, batch_stats, eps);
-      const variable_list found = differentiate(out, {x, weight, bias}, grads[0]);
+      const auto again = [&](const variable_list& t) {
+        return decomposed::bn_relu(t[0], t[1], t[2], mean, var, batch_stats, eps);
+      };
+      const variable_list found = differentiate(again, {x, weight, bias}, grads[0]);
       std::copy(found.begin(), found.end(), result.begin());
       return result;
     }

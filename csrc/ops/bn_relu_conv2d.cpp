@@ -121,9 +121,11 @@ struct ChainedFunction : torch::autograd::Function<ChainedFunction> {
     const double eps = ctx->saved_data["eps"].toDouble();
     if (ctx->saved_data["has_residual"].toBool()) result[kResidual] = grads[0];
     if (at::GradMode::is_enabled()) {
-      const Tensor a = decomposed::bn_relu(x, bn_weight, bn_bias, saved[3], saved[4], batch_stats, eps);
-      const Tensor out = library::conv2d(a, weight, bias, stride, padding);
-      const variable_list found = differentiate(out, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
+      const auto again = [&](const variable_list& t) {
+        const Tensor a = decomposed::bn_relu(t[0], t[1], t[2], saved[3], saved[4], batch_stats, eps);
+        return library::conv2d(a, t[3], t[4], stride, padding);
+      };
+      const variable_list found = differentiate(again, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 3, result.begin() + kX);
       std::copy_n(found.begin() + 3, 2, result.begin() + kWeight);
       if (dfork.defined()) result[kX] = result[kX].defined() ? result[kX] + dfork : dfork;

@@ -52,8 +52,8 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
     const auto stride = ctx->saved_data["stride"].toIntVector(), padding = ctx->saved_data["padding"].toIntVector();
     variable_list result(6);
     if (at::GradMode::is_enabled()) {
-      const Tensor out = library::conv2d(x, weight, bias, stride, padding);
-      const variable_list found = differentiate(out, {x, weight, bias}, grads[0]);
+      const auto again = [&](const variable_list& t) { return library::conv2d(t[0], t[1], t[2], stride, padding); };
+      const variable_list found = differentiate(again, {x, weight, bias}, grads[0]);
       std::copy(found.begin(), found.end(), result.begin());
       return result;
     }

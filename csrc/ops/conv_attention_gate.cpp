@@ -70,8 +70,10 @@ struct ConvAttentionGateFunction : torch::autograd::Function<ConvAttentionGateFu
     const Tensor &trunk = saved[0], &x = saved[1], &weight = saved[2], &bias = saved[3], &mask = saved[4];
     const int64_t scale = ctx->saved_data["scale"].toInt();
     if (at::GradMode::is_enabled()) {
-      const Tensor out = decomposed::attention_gate(trunk, library::conv2d(x, weight, bias, {1, 1}, {0, 0}), scale);
-      const variable_list found = differentiate(out, {trunk, x, weight, bias}, grads[0]);
+      const auto again = [&](const variable_list& t) {
+        return decomposed::attention_gate(t[0], library::conv2d(t[1], t[2], t[3], {1, 1}, {0, 0}), scale);
+      };
+      const variable_list found = differentiate(again, {trunk, x, weight, bias}, grads[0]);
       std::copy_n(found.begin(), 4, result.begin());
       return result;
     }

@@ -62,9 +62,7 @@ def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test
     )
 
 
-def measure(
-    kernels: dict[str, list[Kernel]], cache: Path, update: bool
-) -> tuple[dict[str, layout.Layout], list[str]]:
+def measure(kernels: dict[str, list[Kernel]], cache: Path, update: bool) -> tuple[dict[str, layout.Layout], list[str]]:
     """The layout of each kernel, and where it is over its budget."""
     ran = programs.run(programs.build_layout(kernels, cache))
     if ran.returncode:
