@@ -206,8 +206,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             more = ["-Xptxas=-v", *(["-lineinfo", "--keep", f"--keep-dir={folder}"] if build else [])]
             with ThreadPoolExecutor(native.jobs()) as pool:
-                told = pool.map(lambda task: task.run(more), chosen)
-                usages = [usage for said in told for usage in parse_ptxas(said)]
+                outputs = pool.map(lambda task: task.run(more), chosen)
+                usages = [usage for said in outputs for usage in parse_ptxas(said)]
             for ptx in Path(folder).glob("*.ptx"):
                 shutil.move(ptx, tasks[0].object.parent / ptx.name)
             tool = find_tool("cuobjdump")

@@ -147,6 +147,14 @@ def test_build_is_whole_and_incremental(project):
 
 
 @needs_tools
+def test_flags_that_are_only_told_leave_an_object_fresh(tmp_path):
+    (tmp_path / "a.cpp").write_text("int one() { return 1; }\n")
+    task = native.Compile(tmp_path / "a.cpp", tmp_path / "a.o", (*native.cxx(),))
+    assert "a.cpp" in task.run(["-H", "-v"])
+    assert task.is_fresh()
+
+
+@needs_tools
 @pytest.mark.parametrize(("no_native", "wanted"), [("", f"torch=={MINOR}.*"), ("1", "torch<2.16,>=2.11")])
 def test_requirement_fits_what_is_built(project, no_native, wanted):
     done = call(project, "setup.py", "-q", "egg_info", RAN_EXT_NO_NATIVE=no_native)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from _build import native
@@ -58,3 +59,46 @@ def test_clang_takes_every_instruction_set(isa):
     command = ["clang++", "--target=x86_64-linux-gnu", *FLAGS, *native.X86_ISAS[isa], f"-DRAN_ISA={isa}"]
     said = native.run([*command, "-Wno-unknown-warning-option", "-Werror", "-fsyntax-only", *sources])
     assert not said
+
+
+#: Reads float16 as float32 from its input and writes both, each made of the other.
+HALVES = r"""
+#define RAN_ISA baseline
+#include "vec.h"
+#include <cstdio>
+using namespace ran::cpu::baseline;
+int main() {
+  float x[kLanes];
+  f16 h[kLanes];
+  while (std::fread(x, sizeof x, 1, stdin) == 1) {
+    store(h, load(x));
+    store(x, load(h));
+    std::fwrite(h, sizeof h, 1, stdout);
+    std::fwrite(x, sizeof x, 1, stdout);
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_float16_without_instructions_is_ieee_s(compiler, tmp_path):
+    """Every float16, the middle between each and the next, and what lies just beside that."""
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler}")
+    (tmp_path / "halves.cpp").write_text(HALVES)
+    program = tmp_path / "halves"
+    native.run([compiler, "-std=c++17", "-O2", f"-I{native.CSRC / 'cpu'}", tmp_path / "halves.cpp", "-o", program])
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(all="ignore"):
+        middle = ((halves.astype(np.float64) + np.roll(halves, -1)) / 2).astype(np.float32)
+        given = np.concatenate([halves, middle, *(np.nextafter(middle, np.float32(end)) for end in (-np.inf, np.inf))])
+        wanted = given.astype(np.float16)
+    done = subprocess.run([program], input=given.tobytes(), capture_output=True, check=True)
+    lanes = 4  # of 16 bytes
+    found = np.frombuffer(done.stdout, np.dtype([("half", np.uint16, lanes), ("float", np.float32, lanes)]))
+    nan = np.isnan(given)
+    assert 2046 <= nan.sum() < given.size / 4
+    half = found["half"].ravel()
+    assert (half[~nan] == wanted.view(np.uint16)[~nan]).all()
+    assert np.isnan(half.view(np.float16)[nan]).all()
+    assert (found["float"].ravel()[~nan] == wanted.astype(np.float32)[~nan]).all()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from _build import native
 from tests.ptx import layout, operands, programs, protocols, translate
 from tests.ptx.exploration import Broken
 
@@ -174,3 +175,9 @@ def test_no_memory_of_torch_outlives_a_launch():
     for path in (ROOT / "csrc").glob("*cuda*.*"):
         held = re.findall(r"\bstatic\b[^;(]*\b(?:Tensor|Buffer|TensorOptions)\b[^;]*;", path.read_text())
         assert not held, f"{path.name}: {held}"
+
+
+def test_ptx_that_is_not_there_says_what_makes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "find_toolkit", lambda: tmp_path)
+    with pytest.raises(native.BuildFailure, match=r"no .*attention_gate\.compute_80\.ptx: .*check_cuda --build"):
+        programs.compile_ptx("sm_80", tmp_path, names=["attention_gate"], made=tmp_path / "cuda")

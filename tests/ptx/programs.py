@@ -67,7 +67,12 @@ def compile_ptx(
 
     def one(source: Path) -> list[Kernel]:
         if made is not None:
-            return read(made / f"{source.stem}.{arch.replace('sm', 'compute')}.ptx")
+            ptx = made / f"{source.stem}.{arch.replace('sm', 'compute')}.ptx"
+            if not ptx.exists():
+                raise native.BuildFailure(
+                    f"there is no {ptx}: python -m scripts.check_cuda --build {made.parent} makes it"
+                )
+            return read(ptx)
         made_from = [*command, source.name, *held]
         return read(kept(folder, ".ptx", made_from, lambda to: native.run([*command, "-o", to, source])))
 
