@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ran_ext import convert, ops
+from ran_ext import convert, ops, set_backend
 
 
 def shared(name):
@@ -43,12 +43,14 @@ class Twice(nn.Module):
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("name", ["conv2d", "bn_relu", "bn_relu_conv2d", "gate", "conv gate", "silu", "join"])
-def test_one_argument_made_of_another_counts_once_where_gradients_are_differentiated(name):
+def test_one_argument_made_of_another_counts_once_where_gradients_are_differentiated(name, backend):
     """As of layers that share a weight: ``create_graph`` changes no gradient."""
     call, parameters = shared(name)
     x = torch.randn(2, 4, 5, 5, dtype=torch.float64, requires_grad=True)
-    out = call(x)
+    with set_backend(backend):
+        out = call(x)
     loss, leaves = (out * torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)).sum(), [x, *parameters]
     once = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
     again = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
