@@ -95,11 +95,13 @@ class Training:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=gpu)])
-@pytest.mark.parametrize("optimizer", ["adam", "nesterov"])
+@pytest.mark.parametrize("optimizer", ["adam", "nesterov", "muon"])
 def test_captured_steps_are_the_eager_ones_bit_for_bit(images, device, optimizer, dtype):
     """Learning rate, order, augmentation, dropout, momentum, average and loss scale, over two epochs."""
     if dtype == "float16" and device.type == "cpu":
         pytest.skip("float16 is for CUDA")
+    if dtype == "float16" and optimizer == "muon":
+        pytest.skip("GradScaler reads back whether to skip a step of an optimizer that is not fused")
     eager = Training(images, device, captured=False, optimizer=optimizer, dtype=dtype).run(RATES)
     drawn = torch.rand(4, device=device)
     training = Training(images, device, captured=True, optimizer=optimizer, dtype=dtype)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: Python's floors, from the lowest: a file imports from its own floor and from those below it.
 FLOORS = {
     "base": "_C _backend _built_for _candidates _choice _command _errors _files _hardware _json _kept _lock _measured "
-    "_optimizers _paths _tracing _wrappers",
+    "_muon _optimizers _paths _tracing _wrappers",
     "ops": "ops",
     "nn": "nn _fusion",
     "models": "models",

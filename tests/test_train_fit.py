@@ -98,7 +98,7 @@ def uninterrupted(images, val_images, tmp_path_factory):
     return run(images, val_images, CONFIG, out, test_set=val_images), out
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "nesterov"])
+@pytest.mark.parametrize("optimizer", ["adam", "nesterov", "muon"])
 @pytest.mark.parametrize("step", [6, 9])  # within the second epoch, and at its end
 def test_resume_continues_bit_for_bit(images, val_images, uninterrupted, tmp_path, monkeypatch, optimizer, step):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)

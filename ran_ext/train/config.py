@@ -17,7 +17,7 @@ from .system import require_memory
 
 #: Fields with a closed set of values.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "optimizer": ("adam", "nesterov"),
+    "optimizer": ("adam", "nesterov", "muon"),
     "weight_decay_scope": ("dense", "all"),
     "schedule": ("step", "onecycle", "cosine", "constant"),
     "select": ("best", "last"),
@@ -28,7 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 #: Fields that say what the optimizer and its schedule are.
 OF_OPTIMIZER = ("optimizer", "lr", "momentum", "schedule", "lr_step_epochs", "lr_step_factor", "warmup")
-DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1}
+DEFAULT_LR = {"adam": 1e-3, "nesterov": 0.1, "muon": 0.2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Config:
         model: a name of :func:`ran_ext.models.list_models`.
         model_options: keyword arguments of its builder, without ``dropout``.
         dropout: probability before the dense layer; None for the model's own default.
-        optimizer: ``adam`` (``torch.optim.Adam``, whose eps stands outside the root; the report prints it inside,
-            which at 1e-8 makes no measurable difference) or ``nesterov`` (SGD with Nesterov momentum).
-        lr: the highest learning rate; None for 1e-3 (adam) or 0.1 (nesterov).
-        momentum: of ``nesterov``; 0 for plain SGD. ``adam`` has none.
+        optimizer: ``adam``, ``nesterov`` (SGD with Nesterov momentum) or ``muon`` (that, but convolutions' steps
+            orthogonalized).
+        lr: the highest learning rate; None for 1e-3 (adam), 0.1 (nesterov), 0.2 (muon).
+        momentum: of ``nesterov`` and ``muon``; 0 for plain SGD. ``adam`` has none.
         weight_decay: of the weights in ``weight_decay_scope``.
         weight_decay_scope: ``dense`` adds ``weight_decay * sum(w**2)`` over the dense layer's weight to the loss;
             ``all`` adds ``weight_decay * w`` to the gradient of every convolution's and the dense layer's weight.
@@ -204,7 +204,7 @@ class Config:
         {'lr_step_epochs': "schedule is 'cosine'", 'lr_step_factor': "schedule is 'cosine'", 'warmup': ...}
         """
         schedule, names = f"schedule is {self.schedule!r}", list[tuple[str, str]]()
-        names += [] if self.optimizer == "nesterov" else [("momentum", f"optimizer is {self.optimizer!r}")]
+        names += [] if self.optimizer != "adam" else [("momentum", f"optimizer is {self.optimizer!r}")]
         names += [] if self.schedule == "step" else [("lr_step_epochs", schedule), ("lr_step_factor", schedule)]
         names += [] if self.schedule == "onecycle" else [("warmup", schedule)]
         return dict(names)

@@ -17,13 +17,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from .._errors import one_line
 from .._lock import FolderLock
 from .._lower_weights import LowerWeights
-from .._optimizers import set_lr
+from .._optimizers import GivenOptimizer, given_optimizer, set_lr
 from ..data import Images, Normalize
 from ..data.sources import Source, count_images, require_source
 from .checkpoint import TRAINING, load_weights, misfit_explained, read_entries
 from .config import Config
 from .evaluation import EpochFigures, Evaluation, Result, evaluate, frozen, train_all_but
-from .recipe import GivenOptimizer, given_optimizer, learning_rate, require_trainable, train_batches
+from .recipe import learning_rate, require_trainable, train_batches
 from .report import VALIDATION, WARNING, Progress, epoch_line
 from .state import LAST, Callback, RunFiles, TrainingState, resolve_dtype, run_normalize, slow_dtype
 from .step import CapturedStep, CompiledModel, Step, TrainStep, choose_step
@@ -119,13 +119,13 @@ def fit(
     if augment and config.cutout:
         raise ValueError(f"fit: augment takes the place of config.cutout, which must be 0, got {config.cutout}")
     normalize = normalize or run_normalize(train_set, config, Path(out_dir) / LAST if resume else None, workers)
-    given = given_optimizer(optimizer, scheduler, scheduler_interval, model, val_set)
+    given = given_optimizer(optimizer, scheduler, scheduler_interval, model, val_set is not None)
     if not resume:  # of a run that goes on, the settings are what they were
         config.require_effect(given is not None)
     if checkpoint_every < 1:
         raise ValueError(f"fit: checkpoint_every must be at least 1, got {checkpoint_every}")
     parameters = sum(p.numel() for p in model.parameters())
-    copies = 3 + (not given and config.optimizer == "adam") + (config.ema > 0)
+    copies = 3 + (not given and config.optimizer != "nesterov") + (config.ema > 0)
     require_memory(parameters, copies, ranks.device)
     with (
         StopRequest() as stop,

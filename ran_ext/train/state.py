@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from .._hardware import multiplies_bfloat16
 from .._lock import FolderInUseError, FolderLock
-from .._optimizers import load_optimizer
+from .._muon import Muon
+from .._optimizers import GivenOptimizer, load_optimizer
 from ..data import Images, Normalize
 from ..data.sources import Source, class_names, image_shape
 from .checkpoint import (
@@ -30,7 +31,7 @@ from .checkpoint import (
 )
 from .config import Config
 from .evaluation import EarlyStopping, EpochFigures, Evaluation, Result
-from .recipe import ExponentialMovingAverage, GivenOptimizer, build_normalize, build_optimizer
+from .recipe import ExponentialMovingAverage, build_normalize, build_optimizer
 from .step import StepHistory, TrainStep
 from .system import CheckpointError, Ranks
 
@@ -356,6 +357,7 @@ def conv_seconds(dtype: torch.dtype, device: torch.device) -> float:
 KEPT: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.SGD: {"momentum_buffer"},
+    Muon: {"momentum_buffer"},
 }
 
 
