@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Muon(Optimizer):
         groups: with ``params``, ``weight_decay`` and ``orthogonal``, whether the group's steps are orthogonalized.
         lr: a tensor on the parameters' device.
         momentum: in [0, 1), of what is not orthogonalized; the others' is 0.6.
-        dtype: of the matrix products.
+        bfloat16: whether the matrix products are in that, else in float32.
 
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
@@ -68,19 +69,17 @@ class Muon(Optimizer):
     True
     """
 
-    def __init__(
-        self, groups: list[dict[str, Any]], lr: Tensor, momentum: float, dtype: torch.dtype = torch.float32
-    ) -> None:
-        self.dtype = dtype
-        super().__init__(groups, {"lr": lr})
+    def __init__(self, groups: list[dict[str, Any]], lr: Tensor, momentum: float, bfloat16: bool = False) -> None:
+        super().__init__(groups, {"lr": lr, "bfloat16": bfloat16})
         for group in self.param_groups:
             group["momentum"] = MOMENTUM if group["orthogonal"] else momentum
             for parameter in group["params"]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move the parameters that have gradients; ``closure`` must be None."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Move the parameters that have gradients, after ``closure`` has made them anew; what that returned."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             parameters: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -94,22 +93,24 @@ class Muon(Optimizer):
             torch._foreach_add_(momenta, gradients)
             steps = list(torch._foreach_add(gradients, momenta, alpha=group["momentum"]))
             if orthogonal:
-                self._orthogonalize(steps)
+                _orthogonalize(steps, torch.bfloat16 if group["bfloat16"] else torch.float32)
             torch._foreach_mul_(steps, group["lr"])
             if decay and orthogonal:
                 torch._foreach_mul_(parameters, 1 - group["lr"] * decay)
             torch._foreach_sub_(parameters, steps)
+        return loss
 
-    def _orthogonalize(self, steps: list[Tensor]) -> None:
-        """In place; weights of one shape together, as the small products of each alone would not fill a GPU."""
-        shapes: dict[torch.Size, list[int]] = {}
-        for index, step in enumerate(steps):
-            shapes.setdefault(step.shape, []).append(index)
-        for shape, indices in shapes.items():
-            out, into, *kernel = shape
-            # channels last, in which weights and their gradients lie; the order of a row's elements does not matter
-            rows = [steps[index].movedim(1, -1).reshape(out, -1).to(self.dtype) for index in indices]
-            # a tall matrix's step is longer, so that each of its outputs changes as much as a square one's
-            matrices = orthogonalize(torch.stack(rows)) * (SHARE * max(1.0, out / rows[0].shape[1]) ** 0.5)
-            for index, matrix in zip(indices, matrices.unbind(), strict=True):
-                steps[index].copy_(matrix.view(out, *kernel, into).movedim(-1, 1))
+
+def _orthogonalize(steps: list[Tensor], dtype: torch.dtype) -> None:
+    """In place; weights of one shape together, as the small products of each alone would not fill a GPU."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for index, step in enumerate(steps):
+        shapes.setdefault(step.shape, []).append(index)
+    for shape, indices in shapes.items():
+        out, into, *kernel = shape
+        # channels last, as weights mostly lie, so without a copy; the order of a row's elements does not matter
+        rows = [steps[index].movedim(1, -1).reshape(out, -1).to(dtype) for index in indices]
+        # a tall matrix's step is longer, so that each of its outputs changes as much as a square one's
+        matrices = orthogonalize(torch.stack(rows)) * (SHARE * max(1.0, out / rows[0].shape[1]) ** 0.5)
+        for index, matrix in zip(indices, matrices.unbind(), strict=True):
+            steps[index].copy_(matrix.view(out, *kernel, into).movedim(-1, 1))

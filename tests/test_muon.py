@@ -1,5 +1,7 @@
 """ran_ext.train's Muon against singular value decompositions, torch.optim.SGD and its own formula."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -120,8 +122,9 @@ def test_both_layouts_train_alike_and_the_loss_falls():
 
 def test_products_in_bfloat16_where_the_run_is():
     network = small_network()
-    assert build_optimizer(network, Config(optimizer="muon", dtype="bfloat16"), CPU).dtype == torch.bfloat16
-    assert build_optimizer(network, Config(optimizer="muon", dtype="float16"), CPU).dtype == torch.float32
+    for dtype, bfloat16 in (("float32", False), ("bfloat16", True), ("float16", False)):
+        optimizer = build_optimizer(network, Config(optimizer="muon", dtype=dtype), CPU)
+        assert {group["bfloat16"] for group in optimizer.param_groups} == {bfloat16}
     optimizer = build_optimizer(network, Config(optimizer="muon", dtype="bfloat16", lr=0.05), CPU)
     losses = train(network, optimizer, steps=40)
     assert losses[-1] < losses[0] - 0.1
@@ -134,3 +137,24 @@ def test_parameters_without_gradients_stay():
     before = [p.detach().clone() for p in network.parameters()]
     optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(network.parameters(), before, strict=True))
+
+
+def test_a_copy_and_a_closure_step_alike():
+    """As tools take them: ``copy.deepcopy`` of an optimizer and its network, ``step(closure)``."""
+    network = small_network()
+    optimizer = build_optimizer(network, Config(optimizer="muon", dtype="bfloat16", lr=0.05), CPU)
+    train(network, optimizer, steps=2)
+    network_copy, optimizer_copy = copy.deepcopy((network, optimizer))
+
+    def closure():
+        optimizer_copy.zero_grad()
+        loss = network_copy(torch.ones(2, 3, 10, 10)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.zero_grad()
+    network(torch.ones(2, 3, 10, 10)).square().sum().backward()
+    optimizer.step()
+    assert optimizer_copy.step(closure).item() > 0
+    for mine, theirs in zip(network.parameters(), network_copy.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

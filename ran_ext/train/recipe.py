@@ -254,8 +254,8 @@ def build_optimizer(model: nn.Module, config: Config, device: torch.device) -> O
         groups[0]["params"] = [p for p in weights if id(p) not in chosen]
         parts = [{"params": matrices, "weight_decay": decay, "orthogonal": True}]
         parts += [{**group, "orthogonal": False} for group in groups]
-        dtype = torch.bfloat16 if config.torch_dtype == torch.bfloat16 else torch.float32
-        return Muon([part for part in parts if part["params"]], lr, config.momentum, dtype)
+        bfloat16 = config.torch_dtype == torch.bfloat16
+        return Muon([part for part in parts if part["params"]], lr, config.momentum, bfloat16)
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True, capturable=device.type == "cuda")
     sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.momentum > 0, fused=True)
