@@ -56,7 +56,7 @@ from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.checkpoint import read_entries
 from ran_ext.train.cli import load_data
 from ran_ext.train.state import LAST
-from ran_ext.train.system import choose_device
+from ran_ext.train.system import choose_device, keep_freed_memory
 
 RECIPES = {
     # Seven, since Muon made the error after a given time as small as SGD's after 1.4 times as long, on held-out images
@@ -254,6 +254,7 @@ def draw(path: Path, title: str, rows: Mapping[str, Sequence[dict[str, Any]]]) -
 
 def run(options: argparse.Namespace) -> None:
     """Measure the seeds that are missing, then print all."""
+    keep_freed_memory()
     device, config = choose_device(options.device), RECIPES[options.target]
     if options.quick:
         config = rehearsal(config)

@@ -29,7 +29,7 @@ from benchmarks.experiments.tables import write_tables
 from benchmarks.timing import environment
 from ran_ext._command import Parser
 from ran_ext.train import Config, Ranks, resolve_dtype
-from ran_ext.train.system import choose_device
+from ran_ext.train.system import choose_device, keep_freed_memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reproduce(options: argparse.Namespace) -> int:
     """Train what is missing, then write the page; the exit status."""
+    keep_freed_memory()
     device, deadline = choose_device(options.device), Deadline(options.minutes)
     torch.backends.cudnn.benchmark = True
     dtype = resolve_dtype(Config(dtype=options.dtype), Ranks(0, 1, device)).dtype

@@ -45,7 +45,7 @@ from ran_ext.train import (
 from ran_ext.train.arguments import SAMPLE
 from ran_ext.train.cli import load_data
 from ran_ext.train.state import LAST, SELECTED
-from ran_ext.train.system import choose_device
+from ran_ext.train.system import choose_device, keep_freed_memory
 
 #: Options of ``ran_compact``.
 NETWORKS: dict[str, dict[str, Any]] = {ATTENTION: {}, TRUNK: {"attention": False}}
@@ -152,6 +152,7 @@ def title_of(options: argparse.Namespace, scale: Scale) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Train and test what is missing, then write table and figure."""
+    keep_freed_memory()
     device, scale = choose_device(options.device), SCALES[options.scale]
     torch.backends.cudnn.benchmark = True
     config = resolve_dtype(config_of(scale, ATTENTION, 0), Ranks(0, 1, device))

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "caches.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "moments.h"
@@ -60,7 +61,7 @@ inline void multiply_block(const uint32_t* strips, const uint32_t* panels, int64
                            Epilogue&& epilogue) {
   for (int64_t column = 0; column < columns; column += kColumns)
     for (int64_t row = 0; row < rows; row += kRows) {
-      Tile<T> tile{};
+      Tile<T> tile;
       multiply_strip(tile, strips + row * count, panels + column * count, count);
       epilogue(tile, row, int(std::min<int64_t>(kRows, rows - row)), column);
     }
@@ -90,6 +91,8 @@ void forward(T* out, double* tiles, const T* x, const T* weight, const float* bi
     pack_transposed(panels.get(), weight, begin * kColumns, end * kColumns, s.co, s.ci);
   });
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
+    prefetch_values<true>(out + first * s.co, rows * s.co);
+    if (residual) prefetch_values<false>(residual + first * s.co, rows * s.co);
     pack_strips<T>(strips, rows, s.ci, [&](int64_t row, int64_t c, int lanes) {
       const Vec<float> value = load(x + (first + row) * s.ci + c, lanes);
       return relu(fma(value, load(table.scale + c, lanes), load(table.shift + c, lanes)));
@@ -121,6 +124,10 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
     float* const sums = partial + first / kBlockRows * 2 * s.ci;
     std::fill_n(sums, 2 * s.ci, 0.0f);
+    if (s.ci > 2 * kColumns) {  // a panel takes a small part of each row, which the processor does not foresee
+      prefetch_values<false>(x + first * s.ci, rows * s.ci);
+      prefetch_values<true>(dz + first * s.ci, rows * s.ci);
+    }
     pack_strips<T>(strips, rows, s.co,
                    [&](int64_t row, int64_t c, int lanes) { return load(dout + (first + row) * s.co + c, lanes); });
     multiply_block<T>(strips, panels.get(), rows, count, s.ci, [&](Tile<T>& tile, int64_t row, int n, int64_t column) {
@@ -194,7 +201,7 @@ inline void add_products(float* dweight, const uint32_t* gradient, const uint32_
   const int64_t row_size = s.taps() * s.ci;
   for (int64_t column = 0; column < s.ci; column += kColumns)
     for (int64_t row = 0; row < s.co; row += kRows) {
-      Tile<T> tile{};  // each step's sum starts at 0: short sums round less than one long one
+      Tile<T> tile;  // each step's sum starts at 0: short sums round less than one long one
       multiply_columns(tile, gradient + row / kChunk * count * kChunk + row % kChunk, activation + column * count,
                        count);
       for_vectors(column, s.ci, [&](int h, int64_t c, int lanes) {

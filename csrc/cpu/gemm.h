@@ -72,32 +72,35 @@ inline Vec<float> multiply_add(Vec<float> sum, uint32_t a, const uint32_t* b) {
   return fma(floats_of(broadcast), floats_of(column), sum);
 }
 
-// tile += A strip * B panel, over `words` (a multiple of kChunk).
+// A strip * B panel, over `words` (a multiple of kChunk).
 template <typename T>
 inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
+  Vec<float> sum[kRows][2];
+  RAN_UNROLL for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec<float>{};
   for (int64_t k = 0; k < words; k += kChunk, a += kRows * kChunk) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kChunk; ++i, b += kColumns) {
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        tile.at[r][0] = multiply_add<T>(tile.at[r][0], a[r * kChunk + i], b);
-        tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r * kChunk + i], b + kLanes);
+    RAN_UNROLL for (int i = 0; i < kChunk; ++i, b += kColumns) {
+      RAN_UNROLL for (int r = 0; r < kRows; ++r) {
+        sum[r][0] = multiply_add<T>(sum[r][0], a[r * kChunk + i], b);
+        sum[r][1] = multiply_add<T>(sum[r][1], a[r * kChunk + i], b + kLanes);
       }
     }
   }
+  RAN_UNROLL for (int r = 0; r < kRows; ++r) tile.at[r][0] = sum[r][0], tile.at[r][1] = sum[r][1];
 }
 
-// tile += A^T * B, A being [words][kChunk] with the tile's rows side by side, a vector a word: the weight gradient,
-// summed over pixels.
+// A^T * B, A being [words][kChunk] with the tile's rows side by side, a vector a word: the weight gradient, summed over
+// pixels.
 template <typename T>
 inline void multiply_columns(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
+  Vec<float> sum[kRows][2];
+  RAN_UNROLL for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec<float>{};
   for (int64_t k = 0; k < words; ++k, a += kChunk, b += kColumns) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      tile.at[r][0] = multiply_add<T>(tile.at[r][0], a[r], b);
-      tile.at[r][1] = multiply_add<T>(tile.at[r][1], a[r], b + kLanes);
+    RAN_UNROLL for (int r = 0; r < kRows; ++r) {
+      sum[r][0] = multiply_add<T>(sum[r][0], a[r], b);
+      sum[r][1] = multiply_add<T>(sum[r][1], a[r], b + kLanes);
     }
   }
+  RAN_UNROLL for (int r = 0; r < kRows; ++r) tile.at[r][0] = sum[r][0], tile.at[r][1] = sum[r][1];
 }
 
 // Two rows of values as words: row `even` in the low halves, `odd` in the high ones.

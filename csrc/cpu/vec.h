@@ -36,6 +36,12 @@
 
 #include "../common/types.h"
 
+// GCC 12 keeps arrays of vectors in memory unless the loops over them are unrolled before all else, and passes them in
+// memory to a function that it does not inline.
+#define RAN_UNROLL _Pragma("GCC unroll 16")
+#define RAN_ALWAYS __attribute__((always_inline))  // behind a lambda's arguments
+#define RAN_INLINE inline RAN_ALWAYS
+
 #ifndef RAN_ISA
 #error "compile with -DRAN_ISA=baseline|avx2|avx512|avx512_bf16; _build/native.py does"
 #endif

@@ -5,6 +5,43 @@
 
 namespace ran::cpu::RAN_ISA {
 
+// Floats as doubles, from memory or the halves of a vector: GCC 12 converts a vector through memory.
+#if !defined(RAN_AVX512) && !defined(RAN_AVX2)
+typedef float HalfVec __attribute__((vector_size(kBytes / 2)));
+inline Vec<double> wide_at(const void* p) {
+  HalfVec half;
+  std::memcpy(&half, p, sizeof half);
+  return __builtin_convertvector(half, Vec<double>);
+}
+#endif
+inline Vec<double> load_wide(const float* p) {
+#if defined(RAN_AVX512)
+  return _mm512_maskz_cvtps_pd(__mmask8(kEvery), _mm256_loadu_ps(p));
+#elif defined(RAN_AVX2)
+  return _mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+  return wide_at(p);
+#endif
+}
+inline Vec<double> low_wide(Vec<float> v) {
+#if defined(RAN_AVX512)
+  return _mm512_maskz_cvtps_pd(__mmask8(kEvery), _mm512_castps512_ps256(v));
+#elif defined(RAN_AVX2)
+  return _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+#else
+  return wide_at(&v);
+#endif
+}
+inline Vec<double> high_wide(Vec<float> v) {
+#if defined(RAN_AVX512)
+  return _mm512_maskz_cvtps_pd(__mmask8(kEvery), _mm512_extractf32x8_ps(v, 1));
+#elif defined(RAN_AVX2)
+  return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+#else
+  return wide_at(reinterpret_cast<const char*>(&v) + sizeof v / 2);
+#endif
+}
+
 // The sum of vectors, each lane in double: of whole numbers it is exact, and no sum of floats leaves its range.
 template <typename A>
 struct WideSum {
@@ -19,11 +56,10 @@ struct WideSum {
     return sum;
   }
   void operator+=(Vec<A> v) {
-    for (int i = 0; i < parts; ++i) {
-      Part p;
-      std::memcpy(&p, reinterpret_cast<const A*>(&v) + i * lanes, sizeof p);
-      part[i] += __builtin_convertvector(p, Vec<double>);
-    }
+    if constexpr (parts == 1)
+      part[0] += v;
+    else
+      part[0] += low_wide(v), part[1] += high_wide(v);
   }
   WideSum operator+(WideSum other) const {
     for (int i = 0; i < parts; ++i) other.part[i] += part[i];

@@ -47,7 +47,7 @@ void convolve(const T* x, const Weight<T>& weight, const float* panels, const Co
 
   const auto transform = [&](float* values, int64_t first, int64_t tile) {
     float* const row = values + (tile - first) * kRun;
-    input_points<F>(x, s, weight.terms(), grid.at(tile), 0, weight.terms(), 0, F::n, values_step, activate,
+    input_points<F>(x, s, weight.terms(), grid.at(tile), 0, weight.terms(), values_step, activate,
                     [&](int64_t c) { return row + c / kRun * kRun * block + c % kRun; });
   };
   // Of columns [from, to), the products with terms [begin, end), a panel of which has `panel_terms`.

@@ -18,11 +18,7 @@ void plain_gradient(T* dx, const T* dout, const T* weight, const ConvShape& s) {
   const ConvolvePlan plan(F::n * F::n, grid.count, s.co, s.ci);
   const auto output = [&](int64_t, const Place& at, Vec<float>(&y)[F::m][F::m], int64_t c, int lanes, int64_t) {
     T* const first = dx + ((at.image * s.h + at.y) * s.w + at.x) * s.ci + c;
-    const auto write = [&](int rows, int columns) {
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < columns; ++j) store(first + (i * s.w + j) * s.ci, y[i][j], lanes);
-    };
-    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+    for_pixels<F::m>(at, [&](int i, int j) RAN_ALWAYS { store(first + (i * s.w + j) * s.ci, y[i][j], lanes); });
   };
   convolve<F>(dout, Weight<T>{weight, s.co, s.ci, true}, nullptr, s, plan, AsItIs(), output,
               [&](int64_t begin, int64_t end, int64_t part, int64_t parts) {
@@ -43,19 +39,15 @@ void data_gradient(T* dz, float* sum_dz, float* sum_dz_xhat, const T* dout, cons
     const Vec<float> mean = load(bn.mean + c, lanes);
     const int64_t first = ((at.image * s.h + at.y) * s.w + at.x) * s.ci + c;
     Vec<float> s0{}, s1{};  // of this tile: short sums round less
-    const auto write = [&](int rows, int columns) {
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < columns; ++j) {
-          const int64_t to = first + (i * s.w + j) * s.ci;
-          const Vec<float> value = load(x + to, lanes);
-          const Vec<float> masked = relu_backward(y[i][j], fma(value, scale, shift));
-          store(dz + to, masked, lanes);
-          const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
-          s0 += stored;
-          s1 = fma(stored, value - mean, s1);
-        }
-    };
-    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+    for_pixels<F::m>(at, [&](int i, int j) RAN_ALWAYS {
+      const int64_t to = first + (i * s.w + j) * s.ci;
+      const Vec<float> value = load(x + to, lanes);
+      const Vec<float> masked = relu_backward(y[i][j], fma(value, scale, shift));
+      store(dz + to, masked, lanes);
+      const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
+      s0 += stored;
+      s1 = fma(stored, value - mean, s1);
+    });
     store(sums, load(sums, lanes) + s0, lanes);
     store(sums + s.ci, load(sums + s.ci, lanes) + s1, lanes);
   };

@@ -26,18 +26,14 @@ void forward(T* out, float* out_mean, float* out_var, const T* x, const T* weigh
                           int64_t block) {
     const Vec<float> added = bias ? load(bias + c, lanes) : Vec<float>{};
     const int64_t first = ((at.image * s.h + at.y) * s.w + at.x) * s.co + c;
-    const auto write = [&](int rows, int columns) {
-      for (int i = 0; i < rows; ++i)
-        for (int j = 0; j < columns; ++j) {
-          const int64_t to = first + (i * s.w + j) * s.co;
-          Vec<float> value = y[i][j] + added;
-          if (residual) value += load(residual + to, lanes);
-          value = with_relu ? relu(value) : value;
-          store(out + to, value, lanes);
-          y[i][j] = rounded_to<T>(value);  // the statistics are of what the next pass reads
-        }
-    };
-    at.pixels() == F::m* F::m ? write(F::m, F::m) : write(at.rows, at.columns);
+    for_pixels<F::m>(at, [&](int i, int j) RAN_ALWAYS {
+      const int64_t to = first + (i * s.w + j) * s.co;
+      Vec<float> value = y[i][j] + added;
+      if (residual) value += load(residual + to, lanes);
+      value = with_relu ? relu(value) : value;
+      store(out + to, value, lanes);
+      y[i][j] = rounded_to<T>(value);  // the statistics are of what the next pass reads
+    });
     if (!out_mean) return;
     const int64_t tile = block * plan.blocks.block + row;
     moments.add(y, at, pixels_before(tile) - pixels_before(tile - row), c, lanes, block);

@@ -22,10 +22,10 @@ class TileMoments {
   void add(const Vec<float> (&y)[m][m], const Place& place, int64_t before, int64_t c, int lanes, int64_t block) {
     float* const at = sums_.data() + block * 3 * channels_ + c;
     const float pixels = float(place.pixels()), whole = float(before) + pixels;
-    const auto sum = [&](auto&& term) {
-      Vec<float> total{};
-      for (int i = 0; i < place.rows; ++i)
-        for (int j = 0; j < place.columns; ++j) total += term(y[i][j]);
+    const auto sum = [&](auto&& term) RAN_ALWAYS {
+      Vec<float> rows[m] = {}, total{};
+      for_pixels<m>(place, [&](int i, int j) RAN_ALWAYS { rows[i] += term(y[i][j]); });
+      RAN_UNROLL for (int i = 0; i < m; ++i) total += rows[i];
       return total;
     };
     if (before == 0) store(at, sum([](Vec<float> v) { return v; }) * (1 / pixels), lanes);

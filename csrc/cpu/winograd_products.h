@@ -23,6 +23,15 @@ constexpr int64_t apart(int64_t count) { return round_up(count, 16) + 16; }
 // perhaps of one.
 constexpr int64_t panel_width(int64_t column, int64_t columns) { return std::min<int64_t>(kPanel, columns - column); }
 
+// Between the products of one row of a register tile and the next: else GCC loads many factors ahead, and then lacks
+// registers for the sums.
+template <int kVectors>
+RAN_INLINE void keep_order(Vec<float> (&sum)[kVectors]) {
+#if defined(RAN_AVX512)
+  RAN_UNROLL for (int v = 0; v < kVectors; ++v) asm volatile("" : "+v"(sum[v]));
+#endif
+}
+
 // m[row][column] += (add) or = the sum over `terms` of a(row, term) * b[term][column], for kRows rows and kVectors
 // vectors of columns, side by side in m and b.
 // a(row, term) is a[row * kRun + term], each run `a_step` after the last; or, kByTerm, a[term * a_step + row].
@@ -43,6 +52,7 @@ void multiply_tile(float* m, const float* a, int64_t a_step, const float* b, int
         RAN_UNROLL for (int r = 0; r < kRows; ++r) {
           const Vec<float> factor = splat(kByTerm ? term[r] : term[r * kRun + i]);
           RAN_UNROLL for (int v = 0; v < kVectors; ++v) sum[r][v] = fma(factor, column[v], sum[r][v]);
+          keep_order(sum[r]);
         }
         if (kByTerm) term += a_step;
       }

@@ -2,6 +2,7 @@
 // Tensors may hold any dtype; points are float.
 #pragma once
 
+#include "caches.h"
 #include "kernels.h"
 #include "winograd_products.h"
 
@@ -30,27 +31,23 @@ struct TileGrid {
 // The kSide x kSide pixels from (y, x) on. One outside is read at the border and then masked.
 template <int kSide, typename T>
 struct Window {
-  const T* at[kSide][kSide];
-  uint32_t inside[kSide][kSide];  // all bits, or none
+  const T* row[kSide];
+  int64_t column[kSide];
+  uint32_t inside[kSide][kSide];  // all bits, or none; not set where the window is whole
   bool whole;
 
   Window(const T* image, int64_t height, int64_t width, int64_t channels, int64_t y, int64_t x)
       : whole(y >= 0 && x >= 0 && y + kSide <= height && x + kSide <= width) {
-    int64_t column[kSide];
-    bool column_inside[kSide];
-    for (int j = 0; j < kSide; ++j) {
-      column[j] = std::clamp<int64_t>(x + j, 0, width - 1) * channels;
-      column_inside[j] = x + j >= 0 && x + j < width;
-    }
     for (int i = 0; i < kSide; ++i) {
-      const T* const row = image + std::clamp<int64_t>(y + i, 0, height - 1) * width * channels;
-      const bool row_inside = y + i >= 0 && y + i < height;
-      for (int j = 0; j < kSide; ++j) {
-        at[i][j] = row + column[j];
-        inside[i][j] = row_inside && column_inside[j] ? ~0u : 0u;
-      }
+      row[i] = image + std::clamp<int64_t>(y + i, 0, height - 1) * width * channels;
+      column[i] = std::clamp<int64_t>(x + i, 0, width - 1) * channels;
     }
+    if (whole) return;
+    for (int i = 0; i < kSide; ++i)
+      for (int j = 0; j < kSide; ++j)
+        inside[i][j] = y + i >= 0 && y + i < height && x + j >= 0 && x + j < width ? ~0u : 0u;
   }
+  const T* at(int i, int j) const { return row[i] + column[j]; }
 };
 
 inline Vec<float> keep(Vec<float> v, uint32_t bits) {
@@ -61,21 +58,21 @@ inline Vec<float> keep(Vec<float> v, uint32_t bits) {
   return v;
 }
 
-// The 36 or 16 points of an n x n window's channels [c, c + lanes), of them those of rows [row, row + rows):
-// transform(points, values) along one axis, kIn values each; point i of the rows goes to `to + i * step`.
+// The 36 or 16 points of an n x n window's channels [c, c + lanes): transform(points, values) along one axis, kIn
+// values each; point i goes to `to + i * step`.
 template <int kIn, int kPoints, bool kWhole, typename T, typename Transform, typename Activate>
-inline void points_of(float* to, int64_t step, const Window<kIn, T>& window, int64_t c, int lanes, int row, int rows,
-                      Transform&& transform, Activate&& activate) {
+RAN_INLINE void points_of(float* to, int64_t step, const Window<kIn, T>& window, int64_t c, int lanes,
+                          Transform&& transform, Activate&& activate) {
   Vec<float> half[kPoints][kIn], values[kIn], points[kPoints];
   RAN_UNROLL for (int j = 0; j < kIn; ++j) {
     RAN_UNROLL for (int i = 0; i < kIn; ++i) {
-      values[i] = activate(load(window.at[i][j] + c, lanes));
+      values[i] = activate(load(window.at(i, j) + c, lanes));
       if (!kWhole) values[i] = keep(values[i], window.inside[i][j]);
     }
     transform(points, values);
     RAN_UNROLL for (int i = 0; i < kPoints; ++i) half[i][j] = points[i];
   }
-  for (int i = row; i < row + rows; ++i) {
+  for (int i = 0; i < kPoints; ++i) {
     transform(points, half[i]);
     RAN_UNROLL for (int j = 0; j < kPoints; ++j) store(to + j * step, points[j]);
     to += kPoints * step;
@@ -99,14 +96,15 @@ struct ScaleShiftRelu {
 
 // The points of an input tile's channels [c, c + channels); to(channel - c) is where those of a vector go.
 template <class F, typename T, typename Activate, typename To>
-inline void input_points(const T* x, const ConvShape& s, int64_t all_channels, const Place& place, int64_t c,
-                         int64_t channels, int row, int rows, int64_t step, const Activate& activate, To&& to) {
+RAN_INLINE void input_points(const T* x, const ConvShape& s, int64_t all_channels, const Place& place, int64_t c,
+                             int64_t channels, int64_t step, const Activate& activate, To&& to) {
   const Window<F::n, T> window(x + place.image * s.h * s.w * all_channels, s.h, s.w, all_channels, place.y - 1,
                                place.x - 1);
   const auto run = [&](auto whole) {
     for_lanes<float>(channels, [&](int64_t i, int lanes) {
-      points_of<F::n, F::n, decltype(whole)::value>(to(i), step, window, c + i, lanes, row, rows, F::input,
-                                                    activate.at(c + i, lanes));
+      points_of<F::n, F::n, decltype(whole)::value>(
+          to(i), step, window, c + i, lanes, [](auto* points, auto* values) { F::input(points, values); },
+          activate.at(c + i, lanes));
     });
   };
   window.whole ? run(std::true_type()) : run(std::false_type());
@@ -124,25 +122,23 @@ inline void outputs_of(Vec<float> (&y)[F::m][F::m], const float* points, int64_t
   RAN_UNROLL for (int i = 0; i < F::m; ++i) F::output(y[i], half[i]);
 }
 
+// body(i, j) for the pixels of an m x m tile that are inside; of a whole one, whose sizes are constants, unrolled.
+template <int m, typename Body>
+inline void for_pixels(const Place& place, Body&& body) {
+  if (place.pixels() == m * m) {
+    RAN_UNROLL for (int i = 0; i < m; ++i) { RAN_UNROLL for (int j = 0; j < m; ++j) body(i, j); }
+    return;
+  }
+  for (int i = 0; i < place.rows; ++i)
+    for (int j = 0; j < place.columns; ++j) body(i, j);
+}
+
 // A tensor whose pixels at a tile's place, moved by `offset` along both axes, are used soon.
 template <typename T>
 struct Touched {
   const T* data;
   int64_t channels, used, offset;  // `used` of the channels, from `data` on
 };
-
-// Assembly, since GCC 12 takes a function that does nothing but __builtin_prefetch for one without effect.
-template <bool kWrite>
-inline void prefetch_line(const void* p) {
-#if defined(__x86_64__)
-  if (kWrite)
-    asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
-  else
-    asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, kWrite, 2);
-#endif
-}
 
 // Asks the cache for part `part` of `parts` of the pixels of tiles [begin, end): waiting for them, the transforms take
 // three times as long.

@@ -14,38 +14,48 @@ namespace ran::cpu::RAN_ISA {
 
 namespace {
 
-constexpr int64_t kTiles = 64;      // transformed in one go, a multiple of kRun
-constexpr int64_t kChannels = 128;  // of a block of the weight, in and out: its sums stay near the core
+constexpr int64_t kTiles = 64;               // whose products are summed in float, a multiple of kRun
+constexpr int64_t kChannels = 128;           // of a block of the weight, in and out: its sums stay near the core
+constexpr int64_t kKept = int64_t{4} << 20;  // bytes of points that a thread keeps at a time
 
-// A part of the work: for `rows` rows of the points, the sums of channels [k, k + ks) x [c, c + cs) over all tiles.
+// A part of the work, which one thread does: channels [k, k + ks) x [c, c + cs) of the weight's gradient over tiles
+// [first, last), the `share`th of the tiles.
 struct Part {
-  int64_t block, k, ks, c, cs;
-  int row, rows;
+  int64_t share, first, last, k, ks, c, cs;
 };
 
-// The weight in blocks of channels, each in parts of whole rows of points, so that all threads have something to do.
-// Every sum is taken in one part, in the order of the tiles: the parts do not change it.
+// The weight in blocks of channels and the tiles in shares. Blocks get smaller where there are too few for the threads;
+// no sum depends on them, and shares are a matter of the shape, so that the threads do not change the result. Parts
+// have nothing in common but what they read: memory that another core has just written is slow to come.
 struct Parts {
-  int64_t ks, cs, k_blocks, c_blocks;
-  int splits;  // of the rows of points
+  int64_t tiles, shares, ks, cs, k_blocks, c_blocks;
 
-  Parts(int n, const ConvShape& s, int64_t threads) {
-    k_blocks = (s.co + kChannels - 1) / kChannels, c_blocks = (s.ci + kChannels - 1) / kChannels;
-    splits = 1;
-    for (int more = 2; more <= n && k_blocks * c_blocks * splits < threads; ++more)
-      if (n % more == 0) splits = more;
-    while (k_blocks * c_blocks * splits < threads && k_blocks * kRun < s.co) k_blocks *= 2;
-    ks = round_up((s.co + k_blocks - 1) / k_blocks, kRun), cs = round_up((s.ci + c_blocks - 1) / c_blocks, kPanel);
-    k_blocks = (s.co + ks - 1) / ks, c_blocks = (s.ci + cs - 1) / cs;
+  Parts(int64_t tiles, const ConvShape& s, int64_t threads) : tiles(tiles) {
+    constexpr int64_t kShare = 1024, kEnough = 8;  // tiles of a share at least; parts that are enough
+    const auto set = [&](int64_t k, int64_t c) {
+      ks = round_up(k, kRun), cs = round_up(c, kPanel);
+      k_blocks = divide_up(s.co, ks), c_blocks = divide_up(s.ci, cs);
+    };
+    const auto even = [](int64_t count) { return divide_up(count, divide_up(count, kChannels)); };
+    set(even(s.co), even(s.ci));
+    for (shares = 1; 2 * count() <= kEnough && 2 * shares * kShare <= tiles;) shares *= 2;
+    while (count() < threads && std::max(ks, cs) > kPanel) ks >= cs ? set(ks / 2, cs) : set(ks, cs / 2);
   }
-  int64_t blocks() const { return k_blocks * c_blocks; }
-  int64_t count() const { return blocks() * splits; }
-  Part at(int64_t index, int n, const ConvShape& s) const {
-    const int64_t block = index / splits, k = block / c_blocks * ks, c = block % c_blocks * cs;
-    const int rows = n / splits;
-    return {block, k, std::min(ks, s.co - k), c, std::min(cs, s.ci - c), int(index % splits) * rows, rows};
+  int64_t count() const { return k_blocks * c_blocks * shares; }
+  Part at(int64_t index, const ConvShape& s) const {
+    const int64_t share = index % shares, k = index / shares / c_blocks * ks, c = index / shares % c_blocks * cs;
+    return {share, tiles * share / shares, tiles * (share + 1) / shares, k, std::min(ks, s.co - k),
+            c,     std::min(cs, s.ci - c)};
   }
 };
+
+// to[i] = (fresh) or += from[i].
+inline void add_wide(double* to, const float* from, int64_t count, bool fresh) {
+  for (int64_t i = 0; i < count; i += VecOf<double>::lanes) {
+    const Vec<double> wide = load_wide(from + i);
+    store(to + i, fresh ? wide : load(to + i) + wide);
+  }
+}
 
 template <class F, typename T, typename Activate>
 class WeightGradient {
@@ -58,81 +68,104 @@ class WeightGradient {
         s_(s),
         activate_(activate),
         grid_(s),
-        parts_(F::n, s, max_threads()),
-        sums_step_(apart(parts_.ks * round_up(parts_.cs, kLanes))) {}
+        parts_(grid_.count, s, max_threads()) {}
 
+  // Each share's gradient, then their sum.
   void run() const {
-    // All parts of a block add to one set of sums; where there is but one part, a thread needs only its own.
-    const bool alone = parts_.splits == 1;
-    const int64_t size = F::n * F::n * sums_step_;
-    const Scratch<double> shared(alone ? 0 : parts_.blocks() * size);
+    const bool alone = parts_.shares == 1;
+    const int64_t size = s_.co * 9 * s_.ci;
+    const Scratch<float> shares(alone ? 0 : parts_.shares * (size + s_.co));
     parallel_for(0, parts_.count(), 1, [&](int64_t begin, int64_t end) {
-      const Scratch<double> own(alone ? size : 0);
       for (int64_t index = begin; index < end; ++index) {
-        const Part part = parts_.at(index, F::n, s_);
-        double* const sums = alone ? own.get() : shared.get() + part.block * size;
-        add_up(sums, part);
-        if (alone) taps(sums, part, part.k, part.k + part.ks);
+        const Part part = parts_.at(index, s_);
+        float* const at = shares.get() + part.share * (size + s_.co);
+        alone ? run_part(dweight_, dbias_, part) : run_part(at, dbias_ ? at + size : nullptr, part);
       }
     });
     if (alone) return;
-    parallel_for(0, s_.co, 8, [&](int64_t begin, int64_t end) {
-      for (int64_t block = 0; block < parts_.blocks(); ++block) {
-        const Part part = parts_.at(block * parts_.splits, F::n, s_);
-        taps(shared.get() + block * size, part, std::max(begin, part.k), std::min(end, part.k + part.ks));
-      }
+    const auto add_up = [&](int64_t i, int lanes) {
+      Vec<float> total = load(shares.get() + i, lanes);
+      for (int64_t share = 1; share < parts_.shares; ++share)
+        total += load(shares.get() + share * (size + s_.co) + i, lanes);
+      return total;
+    };
+    parallel_for(0, divide_up(size, kLanes), 4096, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kLanes;
+      for_lanes<float>(std::min(size, end * kLanes) - first,
+                       [&](int64_t i, int lanes) { store(dweight_ + first + i, add_up(first + i, lanes), lanes); });
     });
+    if (dbias_)
+      for_lanes<float>(s_.co, [&](int64_t i, int lanes) { store(dbias_ + i, add_up(size + i, lanes), lanes); });
   }
 
  private:
-  // sums [point][c / kPanel][k][kPanel], of a part's points. Those of kTiles tiles are taken in float, then added up in
-  // double: a long sum of floats would round more than the library's, which is shared among its threads.
-  void add_up(double* sums, const Part& part) const {
-    const int points = part.rows * F::n, first_point = part.row * F::n;
-    const int64_t columns = round_up(part.cs, kLanes), stride = part.ks + 16;
-    const int64_t values_step = apart(kTiles * columns), gradient_step = apart(kTiles * stride);
-    const Scratch<float> values(points * values_step), gradient(points * gradient_step), products(part.ks * kPanel);
-    std::vector<float> bias(size_t(dbias_ && part.row == 0 && part.c == 0 ? part.ks : 0));
-    for (int64_t first = 0; first < grid_.count; first += kTiles) {
-      const int64_t tiles = std::min(kTiles, grid_.count - first), terms = round_up(tiles, kStep);
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        input_points<F>(x_, s_, s_.ci, grid_.at(first + tile), part.c, part.cs, part.row, part.rows, values_step,
-                        activate_, [&](int64_t c) {
-                          const int64_t panel = c / kPanel * kPanel;
-                          return values.get() + panel * kTiles + tile * panel_width(panel, columns) + c - panel;
-                        });
-      for (int64_t tile = 0; tile < tiles; ++tile)
-        gradient_points(gradient.get() + tile * stride, gradient_step, grid_.at(first + tile), part,
-                        bias.empty() ? nullptr : bias.data());
-      for (int64_t tile = tiles; tile < terms; ++tile)  // filled up with zeros
-        for (int point = 0; point < points; ++point) {
-          std::fill_n(gradient.get() + point * gradient_step + tile * stride, part.ks, 0.0f);
-          for (int64_t c = 0; c < columns; c += kPanel) {
-            const int64_t width = panel_width(c, columns);
-            std::fill_n(values.get() + point * values_step + c * kTiles + tile * width, width, 0.0f);
-          }
-        }
-      for (int point = 0; point < points; ++point) {
-        if (part.cs + part.ks <= kChannels) {  // what wider parts multiply would push it out of the cache again
-          const int64_t next = first + kTiles;
-          prefetch_tiles<false>(Touched<T>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + kTiles, point, points);
-          prefetch_tiles<false>(Touched<T>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + kTiles, point,
-                                points);
-        }
-        for (int64_t c = 0; c < columns; c += kPanel) {
-          const int64_t width = panel_width(c, columns);
-          multiply_panel<true>(products.get(), gradient.get() + point * gradient_step, stride,
-                               values.get() + point * values_step + c * kTiles, part.ks, width, terms, false);
-          double* const to = sums + (first_point + point) * sums_step_ + c * parts_.ks;
-          for (int64_t i = 0; i < part.ks * width; i += kLanes) {
-            WideSum<float> sum = first ? WideSum<float>::at(to + i) : WideSum<float>();
-            sum += load(products.get() + i);
-            sum.store_to(to + i, kLanes);
-          }
+  static constexpr int kPoints = F::n * F::n;
+
+  // The points of as many tiles as there is room for, and where they are: values [point][c / kPanel][tile][kPanel] and
+  // gradient [point][tile][k].
+  struct Points {
+    float *values, *gradient;
+    int64_t values_step, gradient_step, stride, columns, room;
+  };
+
+  template <typename W>
+  void run_part(W* dweight, float* dbias, const Part& part) const {
+    const int64_t columns = round_up(part.cs, kLanes), stride = round_up(part.ks, kLanes) + 16;
+    const int64_t bytes = kPoints * int64_t(sizeof(float)) * (columns + stride), tiles = part.last - part.first;
+    const int64_t room = std::min(round_up(tiles, kStep), std::max(kTiles, kKept / bytes / kTiles * kTiles));
+    const int64_t values_step = apart(room * columns), gradient_step = apart(room * stride);
+    const int64_t sums_step = apart(part.ks * columns);
+    const Scratch<float> values(kPoints * values_step), gradient(kPoints * gradient_step);
+    const Scratch<double> sums(kPoints * sums_step);
+    const Points points{values.get(), gradient.get(), values_step, gradient_step, stride, columns, room};
+    std::vector<float> bias(size_t(dbias && part.c == 0 ? part.ks : 0));
+    for (int64_t first = part.first; first < part.last; first += room) {
+      const int64_t last = std::min(first + room, part.last);
+      transform(points, part, first, last - first, bias.empty() ? nullptr : bias.data());
+      multiply(sums.get(), sums_step, points, part, last - first, first == part.first);
+    }
+    std::copy(bias.begin(), bias.end(), dbias + part.k);
+    taps(dweight, sums.get(), sums_step, part);
+  }
+
+  void transform(const Points& to, const Part& part, int64_t first, int64_t tiles, float* bias) const {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t next = std::min(first + tile + 2, part.last);
+      prefetch_tiles<false>(Touched<T>{x_ + part.c, s_.ci, part.cs, 1}, grid_, next, next + 1, 0, 1);
+      prefetch_tiles<false>(Touched<T>{dout_ + part.k, s_.co, part.ks, 0}, grid_, next, next + 1, 0, 1);
+      const Place place = grid_.at(first + tile);
+      input_points<F>(x_, s_, s_.ci, place, part.c, part.cs, to.values_step, activate_, [&](int64_t c) {
+        const int64_t panel = c / kPanel * kPanel;
+        return to.values + panel * to.room + tile * panel_width(panel, to.columns) + c - panel;
+      });
+      gradient_points(to.gradient + tile * to.stride, to.gradient_step, place, part, bias);
+    }
+    for (int64_t tile = tiles; tile < round_up(tiles, kStep); ++tile)  // filled up with zeros
+      for (int point = 0; point < kPoints; ++point) {
+        std::fill_n(to.gradient + point * to.gradient_step + tile * to.stride, part.ks, 0.0f);
+        for (int64_t c = 0; c < to.columns; c += kPanel) {
+          const int64_t width = panel_width(c, to.columns);
+          std::fill_n(to.values + point * to.values_step + c * to.room + tile * width, width, 0.0f);
         }
       }
-    }
-    if (!bias.empty()) std::copy(bias.begin(), bias.end(), dbias_ + part.k);
+  }
+
+  // Into or on to sums [point][c / kPanel][k][kPanel]. Those of kTiles tiles are taken in float, then added up in
+  // double: a long sum of floats would round more than the library's, which is shared among its threads.
+  void multiply(double* sums, int64_t sums_step, const Points& from, const Part& part, int64_t tiles,
+                bool fresh) const {
+    const Scratch<float> products(part.ks * kPanel);
+    const int64_t terms = round_up(tiles, kStep);
+    for (int point = 0; point < kPoints; ++point)
+      for (int64_t c = 0; c < from.columns; c += kPanel) {
+        const int64_t width = panel_width(c, from.columns);
+        for (int64_t done = 0; done < terms; done += kTiles) {
+          multiply_panel<true>(products.get(), from.gradient + point * from.gradient_step + done * from.stride,
+                               from.stride, from.values + point * from.values_step + c * from.room + done * width,
+                               part.ks, width, std::min(kTiles, terms - done), false);
+          add_wide(sums + point * sums_step + c * part.ks, products.get(), part.ks * width, fresh && done == 0);
+        }
+      }
   }
 
   // The points of a tile of dout, and its sums added to `bias`, or null.
@@ -140,33 +173,35 @@ class WeightGradient {
     const Window<F::m, T> window(dout_ + place.image * s_.h * s_.w * s_.co, s_.h, s_.w, s_.co, place.y, place.x);
     const auto run = [&](auto whole) {
       for_lanes<float>(part.ks, [&](int64_t k, int lanes) {
-        points_of<F::m, F::n, decltype(whole)::value>(to + k, step, window, part.k + k, lanes, part.row, part.rows,
-                                                      F::gradient, [](Vec<float> v) { return v; });
+        points_of<F::m, F::n, decltype(whole)::value>(
+            to + k, step, window, part.k + k, lanes, [](auto* points, auto* values) { F::gradient(points, values); },
+            [](Vec<float> v) { return v; });
         if (!bias) return;
         Vec<float> sum{};
         for (int i = 0; i < std::min(place.rows, F::m); ++i)
-          for (int j = 0; j < std::min(place.columns, F::m); ++j) sum += load(window.at[i][j] + part.k + k, lanes);
+          for (int j = 0; j < std::min(place.columns, F::m); ++j) sum += load(window.at(i, j) + part.k + k, lanes);
         store(bias + k, load(bias + k, lanes) + sum, lanes);
       });
     };
     window.whole ? run(std::true_type()) : run(std::false_type());
   }
 
-  // dweight of rows [begin, end) from a part's block of sums.
-  void taps(const double* sums, const Part& part, int64_t begin, int64_t end) const {
+  // A part's gradient from its sums.
+  template <typename W>
+  void taps(W* dweight, const double* sums, int64_t sums_step, const Part& part) const {
     const int64_t columns = round_up(part.cs, kLanes);
-    for (int64_t k = begin; k < end; ++k)
+    for (int64_t k = 0; k < part.ks; ++k)
       for_lanes<float>(part.cs, [&](int64_t c, int lanes) {
         const int64_t panel = c / kPanel * kPanel;
-        const double* const at = sums + panel * parts_.ks + (k - part.k) * panel_width(panel, columns) + c - panel;
+        const double* const at = sums + panel * part.ks + k * panel_width(panel, columns) + c - panel;
         Vec<float> half[3][F::n], points[F::n], out[3];
         RAN_UNROLL for (int j = 0; j < F::n; ++j) {
           RAN_UNROLL for (int i = 0; i < F::n; ++i) points[i] =
-              WideSum<float>::at(at + (i * F::n + j) * sums_step_).rounded();
+              WideSum<float>::at(at + (i * F::n + j) * sums_step).rounded();
           F::taps(out, points);
           RAN_UNROLL for (int i = 0; i < 3; ++i) half[i][j] = out[i];
         }
-        T* const to = dweight_ + k * 9 * s_.ci + part.c + c;
+        W* const to = dweight + (part.k + k) * 9 * s_.ci + part.c + c;
         RAN_UNROLL for (int i = 0; i < 3; ++i) {
           F::taps(out, half[i]);
           RAN_UNROLL for (int j = 0; j < 3; ++j) store(to + (i * 3 + j) * s_.ci, out[j], lanes);
@@ -181,7 +216,6 @@ class WeightGradient {
   const Activate activate_;
   const TileGrid<F::m> grid_;
   const Parts parts_;
-  const int64_t sums_step_;
 };
 
 }  // namespace

@@ -44,6 +44,7 @@ from .system import (
     TrainingError,
     duration,
     environment,
+    keep_freed_memory,
     out_of_memory_explained,
     process_group,
     run_folder,
@@ -56,6 +57,7 @@ MASK_IMAGES = 8
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 after an error, 130 after an interruption."""
     log_to_terminal()
+    keep_freed_memory()
     try:
         options = parse(argv)
         with process_group(options.device) as ranks:
