@@ -297,7 +297,7 @@ class JoinedConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.norm, ctx.geometry, ctx.paths = recipe.norm, (stride, padding), paths(recipe.pieces[0])
         ctx.save_for_backward(weight, bias, *tensors)
-        return recipe.fused(torch.cat(recipe.pieces, 1), weight, bias, stride, padding)
+        return recipe.fused(torch.ops.ran_ext._join(recipe.pieces), weight, bias, stride, padding)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
@@ -309,7 +309,7 @@ class JoinedConvolution(torch.autograd.Function):
         mean, var, bn_weight, bn_bias = tensors[:4]
         pieces: Any = tensors[4:]
         dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
-            dout, torch.cat(pieces, 1), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps,
+            dout, torch.ops.ran_ext._join(pieces), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps,
             ctx.norm.batch_stats,
             [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.paths,
         )  # fmt: skip

@@ -306,3 +306,28 @@ def test_joins_of_joins_hand_their_gradients_on(frozen):
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels", [(12, 12, 4), (24,), (1, 3), (2, 5, 16, 130), (0, 8)], ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "mixed"])
+def test_pieces_are_joined_as_torch_does(dtype, channels, layout):
+    torch.manual_seed(0)
+    pieces = [torch.randn(3, c, 5, 7).to(dtype) for c in channels]
+    for i, piece in enumerate(pieces):
+        if layout == "channels_last" or (layout == "mixed" and i % 2):
+            pieces[i] = piece.contiguous(memory_format=torch.channels_last)
+    out = torch.ops.ran_ext._join(pieces)
+    assert torch.equal(out, torch.cat(pieces, 1))
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.usefixtures("native")
+def test_what_cannot_be_joined_is_refused():
+    with pytest.raises(ValueError, match="_join: pieces must not be empty"):
+        torch.ops.ran_ext._join([])
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        torch.ops.ran_ext._join([torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 3)])
+    assert torch.ops.ran_ext._join([torch.ones(0, 2, 3, 3), torch.ones(0, 1, 3, 3)]).shape == (0, 3, 3, 3)

@@ -31,7 +31,8 @@ struct Parts {
   int64_t tiles, shares, ks, cs, k_blocks, c_blocks;
 
   Parts(int64_t tiles, const ConvShape& s, int64_t threads) : tiles(tiles) {
-    constexpr int64_t kShare = 1024, kEnough = 8;  // tiles of a share at least; parts that are enough
+    constexpr int64_t kShare = 1024, kEnough = 8;       // tiles of a share at least; parts that are enough
+    constexpr int64_t kLeast = std::max(kRun, kPanel);  // channels of a block
     const auto set = [&](int64_t k, int64_t c) {
       ks = round_up(k, kRun), cs = round_up(c, kPanel);
       k_blocks = divide_up(s.co, ks), c_blocks = divide_up(s.ci, cs);
@@ -39,7 +40,7 @@ struct Parts {
     const auto even = [](int64_t count) { return divide_up(count, divide_up(count, kChannels)); };
     set(even(s.co), even(s.ci));
     for (shares = 1; 2 * count() <= kEnough && 2 * shares * kShare <= tiles;) shares *= 2;
-    while (count() < threads && std::max(ks, cs) > kPanel) ks >= cs ? set(ks / 2, cs) : set(ks, cs / 2);
+    while (count() < threads && std::max(ks, cs) > kLeast) ks >= cs ? set(ks / 2, cs) : set(ks, cs / 2);
   }
   int64_t count() const { return k_blocks * c_blocks * shares; }
   Part at(int64_t index, const ConvShape& s) const {
@@ -124,7 +125,7 @@ class WeightGradient {
       transform(points, part, first, last - first, bias.empty() ? nullptr : bias.data());
       multiply(sums.get(), sums_step, points, part, last - first, first == part.first);
     }
-    std::copy(bias.begin(), bias.end(), dbias + part.k);
+    if (!bias.empty()) std::copy(bias.begin(), bias.end(), dbias + part.k);
     taps(dweight, sums.get(), sums_step, part);
   }
 
