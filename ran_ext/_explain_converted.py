@@ -65,7 +65,7 @@ def taken_paths(conv: Any, x: Deferred, outcome: str) -> tuple[str, Paths]:
         why = f"{outcome.removeprefix(RECOMPUTED + ': ')}: its input is computed again in backward, and not kept"
         return "conv2d", dict.fromkeys(PASSES, ("recomputed", why))
     raw = recipe.pieces[0] if len(recipe.pieces) == 1 else torch.cat(recipe.pieces, 1)
-    of = f"of {len(recipe.pieces)} pieces, joined for the call" if len(recipe.pieces) > 1 else ""
+    of = f"of {len(recipe.pieces)} pieces" if len(recipe.pieces) > 1 else ""
     return "bn_relu_conv2d", fused_paths(conv, raw, of)
 
 

@@ -297,7 +297,10 @@ class JoinedConvolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.norm, ctx.geometry, ctx.paths = recipe.norm, (stride, padding), paths(recipe.pieces[0])
         ctx.save_for_backward(weight, bias, *tensors)
-        return recipe.fused(torch.ops.ran_ext._join(recipe.pieces), weight, bias, stride, padding)
+        return torch.ops.ran_ext._joined_bn_relu_conv2d(  # type: ignore[no-any-return]
+            recipe.pieces, weight, bias, recipe.weight, recipe.bias, recipe.mean, recipe.var, recipe.eps, stride,
+            padding, ctx.paths,
+        )  # fmt: skip
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
@@ -308,10 +311,9 @@ class JoinedConvolution(torch.autograd.Function):
             return None, None, None, *_gradients(convolved, ctx.saved_tensors, wanted, dout)
         mean, var, bn_weight, bn_bias = tensors[:4]
         pieces: Any = tensors[4:]
-        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext.bn_relu_conv2d_backward(
-            dout, torch.ops.ran_ext._join(pieces), bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps,
-            ctx.norm.batch_stats,
-            [any(wanted[4:]), wanted[0], wanted[1]], None, ctx.paths,
+        dx, dbn_weight, dbn_bias, dweight, dbias = torch.ops.ran_ext._joined_bn_relu_conv2d_backward(
+            dout, pieces, bn_weight, bn_bias, mean, var, weight, *ctx.geometry, ctx.norm.eps, ctx.norm.batch_stats,
+            [any(wanted[4:]), wanted[0], wanted[1]], ctx.paths,
         )  # fmt: skip
         found = [dweight, dbias, None, None, dbn_weight, dbn_bias]
         found += dx.split([piece.shape[1] for piece in pieces], 1) if any(wanted[4:]) else [None] * len(pieces)

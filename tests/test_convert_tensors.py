@@ -308,26 +308,42 @@ def test_joins_of_joins_hand_their_gradients_on(frozen):
             torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("channels", [(12, 12, 4), (24,), (1, 3), (2, 5, 16, 130), (0, 8)], ids=str)
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "mixed"])
-def test_pieces_are_joined_as_torch_does(dtype, channels, layout):
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 1)])
+@pytest.mark.parametrize("channels", [(12, 12, 24), (5, 30, 1), (16, 130)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_pieces_are_normalised_and_convolved_as_if_joined(native, dtype, channels, kernel, stride, layout):
     torch.manual_seed(0)
-    pieces = [torch.randn(3, c, 5, 7).to(dtype) for c in channels]
-    for i, piece in enumerate(pieces):
-        if layout == "channels_last" or (layout == "mixed" and i % 2):
-            pieces[i] = piece.contiguous(memory_format=torch.channels_last)
-    out = torch.ops.ran_ext._join(pieces)
-    assert torch.equal(out, torch.cat(pieces, 1))
+    pieces = [torch.randn(3, c, 6, 7).to(dtype) for c in channels]
+    x = torch.cat(pieces, 1)
     if layout == "channels_last":
-        assert out.is_contiguous(memory_format=torch.channels_last)
+        x, *pieces = (t.contiguous(memory_format=torch.channels_last) for t in (x, *pieces))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, weight_of_norm, bias_of_norm = torch.randn(3, x.shape[1], dtype=acc)
+    var = torch.rand(x.shape[1], dtype=acc) + 0.5
+    weight = torch.randn(20, x.shape[1], kernel, kernel).to(dtype).to(memory_format=torch.channels_last)
+    norm, geometry = (weight_of_norm, bias_of_norm, mean, var), ([stride] * 2, [kernel // 2] * 2)
+    ops = torch.ops.ran_ext
+    out = ops._joined_bn_relu_conv2d(pieces, weight, None, *norm, 1e-5, *geometry, 0)
+    whole = ops._chained_bn_relu_conv2d(
+        x, *norm, True, [], None, 1e-5, weight, None, None, *geometry, False, [], None, False
+    )
+    assert torch.equal(out, whole[0])
+    dout = torch.randn_like(out)
+    for wanted in ([True, True, True], [True, False, False], [False, True, False]):
+        found = ops._joined_bn_relu_conv2d_backward(dout, pieces, *norm, weight, *geometry, 1e-5, True, wanted, 0)
+        expected = ops.bn_relu_conv2d_backward(dout, x, *norm, weight, *geometry, 1e-5, True, wanted, None)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.usefixtures("native")
-def test_what_cannot_be_joined_is_refused():
-    with pytest.raises(ValueError, match="_join: pieces must not be empty"):
-        torch.ops.ran_ext._join([])
-    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
-        torch.ops.ran_ext._join([torch.ones(1, 2, 3, 3), torch.ones(1, 2, 4, 3)])
-    assert torch.ops.ran_ext._join([torch.ones(0, 2, 3, 3), torch.ones(0, 1, 3, 3)]).shape == (0, 3, 3, 3)
+def test_pieces_that_do_not_fit_are_refused(native):
+    ops, one = torch.ops.ran_ext, torch.ones(2)
+    rest = torch.ones(4, 2, 1, 1), None, one, one, one, one, 1e-5, [1, 1], [0, 0], 0
+    with pytest.raises(ValueError, match="pieces must not be empty"):
+        ops._joined_bn_relu_conv2d([], *rest)
+    with pytest.raises(
+        ValueError, match=r"pieces must be alike but for .*\[1, 1, 3, 3\] and \[1, 1, 4, 3\]"
+    ):
+        ops._joined_bn_relu_conv2d([torch.ones(1, 1, 3, 3), torch.ones(1, 1, 4, 3)], *rest)
+    nothing = [torch.ones(0, 1, 3, 3)] * 2
+    assert ops._joined_bn_relu_conv2d(nothing, *rest).shape == (0, 4, 3, 3)

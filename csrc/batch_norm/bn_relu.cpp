@@ -115,7 +115,7 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
 }
 
 void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
-                const BackwardSums* sums, double count) {
+                const BackwardSums* sums, double count, const Rows* pieces) {
   if (!has_kernels(x)) {
     dx.copy_(decomposed::bn_relu_dx(dout, x, bn, sums, count));
     if (residual.defined()) dx.add_(residual);
@@ -125,7 +125,8 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) return cuda_bn_relu_dx(dx, dout, x, residual, bn, sums, count);
 #endif
-  cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), x.const_data_ptr(), pointer(residual),
+  const Rows rows = pieces ? *pieces : Rows(x.const_data_ptr());
+  cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows, pointer(residual),
                                        sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
                                        count, dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
 }

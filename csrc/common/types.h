@@ -19,6 +19,21 @@ struct ChannelView {
   int64_t numel() const { return outer * channels * inner; }
 };
 
+// The rows of a channels_last activation, [pixels][channels]: of one tensor, or of pieces whose channels lie side by
+// side.
+struct Rows {
+  struct Piece {
+    const void* data;
+    int64_t channels;
+  };
+  Rows(const void* data) : data(data) {}
+  Rows(const Piece* pieces, int64_t count) : pieces(pieces), count(count) {}
+
+  const void* data = nullptr;
+  const Piece* pieces = nullptr;
+  int64_t count = 0;
+};
+
 // The attention gate's trunk, dense NCHW or channels_last. The mask, in the same memory format, is
 // (n, c, ceil(h / scale), ceil(w / scale)).
 struct GateShape {

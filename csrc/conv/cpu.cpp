@@ -9,13 +9,15 @@
 namespace ran {
 namespace {
 
+Rows rows_of(const Tensor& x, const Rows* pieces) { return pieces ? *pieces : Rows(x.const_data_ptr()); }
+
 float* floats(const Tensor& t) { return t.defined() ? t.data_ptr<float>() : nullptr; }
 
 }  // namespace
 
 void cpu_conv_forward(ConvOutput& y, ConvPath path, const Tensor& x, const BatchNormArgs* bn, const Tensor& weight_,
                       const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
-                      const NextStatistics& next) {
+                      const NextStatistics& next, const Rows* pieces) {
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = conv.shape(x, weight);
   y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
@@ -38,14 +40,14 @@ void cpu_conv_forward(ConvOutput& y, ConvPath path, const Tensor& x, const Batch
   std::vector<double> exact(next.wanted && next.running.kept() ? size_t(2 * shape.co) : 0);
   conv_kernels(dtype, shape)
       .conv1x1_forward(y.out.data_ptr(), floats(y.next_mean), floats(y.next_var),
-                       exact.empty() ? nullptr : exact.data(), x.const_data_ptr(), weight.const_data_ptr(),
+                       exact.empty() ? nullptr : exact.data(), rows_of(x, pieces), weight.const_data_ptr(),
                        floats(bias32), added_data, dtype, shape, bn->kernel);
   if (!exact.empty()) next.running.update(exact.data(), shape.pixels());
 }
 
 std::tuple<Tensor, BackwardSums> cpu_conv_dgrad(ConvPath path, const Tensor& dy, const Tensor& x,
-                                                const BatchNormArgs* bn, const Tensor& weight_,
-                                                const Convolution& conv) {
+                                                const BatchNormArgs* bn, const Tensor& weight_, const Convolution& conv,
+                                                const Rows* pieces) {
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
   Tensor dz = at::empty_like(x);
   BackwardSums sums;
@@ -55,7 +57,7 @@ std::tuple<Tensor, BackwardSums> cpu_conv_dgrad(ConvPath path, const Tensor& dy,
   const cpu::Kernels& kernels = conv_kernels(dtype, shape);
   if (path == ConvPath::product)
     kernels.conv1x1_data_gradient(dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat), dy.const_data_ptr(),
-                                  x.const_data_ptr(), weight.const_data_ptr(), dtype, shape, bn->kernel);
+                                  rows_of(x, pieces), weight.const_data_ptr(), dtype, shape, bn->kernel);
   else
     kernels.conv3x3_data_gradient(tile_of(path), dz.data_ptr(), floats(sums.dz), floats(sums.dz_xhat),
                                   dy.const_data_ptr(), bn ? x.const_data_ptr() : nullptr, weight.const_data_ptr(),
@@ -64,7 +66,8 @@ std::tuple<Tensor, BackwardSums> cpu_conv_dgrad(ConvPath path, const Tensor& dy,
 }
 
 std::tuple<Tensor, Tensor> cpu_conv_wgrad(ConvPath path, const Tensor& dy, const Tensor& x, const BatchNormArgs* bn,
-                                          const Tensor& weight, const Convolution& conv, bool want_bias) {
+                                          const Tensor& weight, const Convolution& conv, bool want_bias,
+                                          const Rows* pieces) {
   const Tensor dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   const cpu::ConvShape shape = conv.shape(x, weight);
   const Tensor dbias = want_bias ? at::empty({shape.co}, x.options().dtype(at::kFloat)) : Tensor();
@@ -73,7 +76,7 @@ std::tuple<Tensor, Tensor> cpu_conv_wgrad(ConvPath path, const Tensor& dy, const
     // A larger kernel reads each activation many times: it is written out once rather than computed again at every tap.
     const Tensor a = shape.taps() == 1 ? x : bn_relu_apply(x, *bn);
     conv_kernels(dtype, shape)
-        .conv_weight_gradient(dweight.data_ptr(), floats(dbias), dy.const_data_ptr(), a.const_data_ptr(), dtype, shape,
+        .conv_weight_gradient(dweight.data_ptr(), floats(dbias), dy.const_data_ptr(), rows_of(a, pieces), dtype, shape,
                               shape.taps() == 1 ? &bn->kernel : nullptr);
   } else {
     conv_kernels(dtype, shape)

@@ -12,6 +12,8 @@
 #include "../common/formulas.h"
 #include "moments.h"
 #include "parallel.h"
+#include "rows.h"
+#include "scratch.h"
 #include "tables.h"
 #include "vec.h"
 
@@ -85,22 +87,28 @@ void reduce_rows(Act act, T* kept, A* sum_dz, A* sum_dz_xhat, const T* dout, con
 }
 
 template <bool kBatchStats, typename Act, typename T, typename A = Acc<T>>
-void apply_rows(Act act, T* dx, const T* dout, const T* x, const T* residual, ChannelView v,
+void apply_rows(Act act, T* dx, const T* dout, const RowsOf<T>& x, const T* residual, ChannelView v,
                 const ScaleShiftTable<A>& table, const DxTable<A>& k) {
+  constexpr int64_t kBlock = 32;  // rows
   parallel_for(0, v.outer, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, v.channels)),
                [&](int64_t begin, int64_t end) {
-                 for (int64_t row = begin; row < end; ++row)
-                   for_lanes<A>(v.channels, [&](int64_t i, int n) {
-                     const int64_t at = row * v.channels + i;
-                     const Vec<A> value = load(x + at, n);
-                     const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
-                     const Vec<A> dz = act.gradient(load(dout + at, n), z);
-                     Vec<A> rest{};
-                     if constexpr (kBatchStats)
-                       rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
-                     if (residual) rest += load(residual + at, n);
-                     store(dx + at, fma(load(k.a + i, n), dz, rest), n);
-                   });
+                 const Scratch<T> room(x.room(kBlock));
+                 for (int64_t first = begin; first < end; first += kBlock) {
+                   const int64_t rows = std::min(kBlock, end - first);
+                   const T* const from = x.at(first, rows, room.get());
+                   for (int64_t row = 0; row < rows; ++row)
+                     for_lanes<A>(v.channels, [&](int64_t i, int n) {
+                       const int64_t at = (first + row) * v.channels + i;
+                       const Vec<A> value = load(from + row * v.channels + i, n);
+                       const Vec<A> z = fma(value, load(table.scale + i, n), load(table.shift + i, n));
+                       const Vec<A> dz = act.gradient(load(dout + at, n), z);
+                       Vec<A> rest{};
+                       if constexpr (kBatchStats)
+                         rest = fma(load(k.b + i, n), value - load(k.mean + i, n), load(k.c + i, n));
+                       if (residual) rest += load(residual + at, n);
+                       store(dx + at, fma(load(k.a + i, n), dz, rest), n);
+                     });
+                 }
                });
 }
 
@@ -203,7 +211,7 @@ void bn_backward_reduce(Make&& make, void* kept, void* sum_dz, void* sum_dz_xhat
 }
 
 template <typename Make>
-void bn_backward_apply(Make&& make, void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+void bn_backward_apply(Make&& make, void* dx, const void* dout, const Rows& x, const void* residual, const void* sum_dz,
                        const void* sum_dz_xhat, double count, DType dtype, ChannelView v, BatchNorm<void> bn) {
   with_dtype(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
@@ -214,9 +222,11 @@ void bn_backward_apply(Make&& make, void* dx, const void* dout, const void* x, c
                        v.channels);
     const auto rows = sum_dz ? &apply_rows<true, Act, T> : &apply_rows<false, Act, T>;
     const auto planes = sum_dz ? &apply_planes<true, Act, T> : &apply_planes<false, Act, T>;
-    const auto run = v.inner == 1 ? rows : planes;
-    run(make(t), static_cast<T*>(dx), static_cast<const T*>(dout), static_cast<const T*>(x),
-        static_cast<const T*>(residual), v, table, k);
+    T* const to = static_cast<T*>(dx);
+    const T *const from = static_cast<const T*>(dout), *const added = static_cast<const T*>(residual);
+    const RowsOf<T> source(x, v.channels);
+    v.inner == 1 ? rows(make(t), to, from, source, added, v, table, k)
+                 : planes(make(t), to, from, source.data(), added, v, table, k);
   });
 }
 

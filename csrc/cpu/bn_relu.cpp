@@ -63,7 +63,7 @@ void bn_relu_backward_reduce(void* sum_dz, void* sum_dz_xhat, const void* dout, 
   bn_backward_reduce(make_relu, nullptr, sum_dz, sum_dz_xhat, dout, x, dtype, v, bn);
 }
 
-void bn_relu_backward_apply(void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
+void bn_relu_backward_apply(void* dx, const void* dout, Rows x, const void* residual, const void* sum_dz,
                             const void* sum_dz_xhat, double count, DType dtype, ChannelView v, BatchNorm<void> bn) {
   bn_backward_apply(make_relu, dx, dout, x, residual, sum_dz, sum_dz_xhat, count, dtype, v, bn);
 }

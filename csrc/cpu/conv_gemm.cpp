@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "moments.h"
 #include "parallel.h"
+#include "rows.h"
 #include "scratch.h"
 #include "tables.h"
 #include "vec.h"
@@ -82,8 +83,8 @@ inline void for_vectors(int64_t column, int64_t columns, Body&& body) {
 
 // `tiles`: where the moments of each block of the stored output go, as merge_tiles() takes them; or null.
 template <typename T>
-void forward(T* out, double* tiles, const T* x, const T* weight, const float* bias, const T* residual, ConvShape s,
-             BatchNorm<float> bn) {
+void forward(T* out, double* tiles, const RowsOf<T>& x, const T* weight, const float* bias, const T* residual,
+             ConvShape s, BatchNorm<float> bn) {
   const ScaleShiftTable<float> table(bn, s.ci);
   const int64_t count = WordOf<T>::words(s.ci), columns = round_up(s.co, kColumns);
   const Words panels(count * columns);
@@ -91,10 +92,12 @@ void forward(T* out, double* tiles, const T* x, const T* weight, const float* bi
     pack_transposed(panels.get(), weight, begin * kColumns, end * kColumns, s.co, s.ci);
   });
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
+    const Scratch<T> room(x.room(rows));
+    const T* const from = x.at(first, rows, room.get());
     prefetch_values<true>(out + first * s.co, rows * s.co);
     if (residual) prefetch_values<false>(residual + first * s.co, rows * s.co);
     pack_strips<T>(strips, rows, s.ci, [&](int64_t row, int64_t c, int lanes) {
-      const Vec<float> value = load(x + (first + row) * s.ci + c, lanes);
+      const Vec<float> value = load(from + row * s.ci + c, lanes);
       return relu(fma(value, load(table.scale + c, lanes), load(table.shift + c, lanes)));
     });
     multiply_block<T>(strips, panels.get(), rows, count, s.co, [&](Tile<T>& tile, int64_t row, int n, int64_t column) {
@@ -115,7 +118,7 @@ void forward(T* out, double* tiles, const T* x, const T* weight, const float* bi
 
 // dz = (dout * weight) where z > 0, and per block of pixels the sums of dz and dz * (x - mean).
 template <typename T>
-void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* weight, ConvShape s,
+void data_gradient(T* dz, float* partial, const T* dout, const RowsOf<T>& x, const T* weight, ConvShape s,
                    BatchNorm<float> bn) {
   const ScaleShiftTable<float> table(bn, s.ci);
   const int64_t count = WordOf<T>::words(s.co);
@@ -124,8 +127,10 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
     float* const sums = partial + first / kBlockRows * 2 * s.ci;
     std::fill_n(sums, 2 * s.ci, 0.0f);
+    const Scratch<T> room(x.room(rows));
+    const T* const from = x.at(first, rows, room.get());
     if (s.ci > 2 * kColumns) {  // a panel takes a small part of each row, which the processor does not foresee
-      prefetch_values<false>(x + first * s.ci, rows * s.ci);
+      prefetch_values<false>(from, rows * s.ci);
       prefetch_values<true>(dz + first * s.ci, rows * s.ci);
     }
     pack_strips<T>(strips, rows, s.co,
@@ -136,10 +141,9 @@ void data_gradient(T* dz, float* partial, const T* dout, const T* x, const T* we
         const Vec<float> scale = load(table.scale + c, lanes), shift = load(table.shift + c, lanes);
         const Vec<float> mean = load(bn.mean + c, lanes);
         for (int r = 0; r < n; ++r) {
-          const int64_t at = (first + row + r) * s.ci + c;
-          const Vec<float> value = load(x + at, lanes);
+          const Vec<float> value = load(from + (row + r) * s.ci + c, lanes);
           const Vec<float> masked = relu_backward(tile.at[r][h], fma(value, scale, shift));
-          store(dz + at, masked, lanes);
+          store(dz + (first + row + r) * s.ci + c, masked, lanes);
           const Vec<float> stored = rounded_to<T>(masked);  // the sums are of what the next pass reads
           s0 += stored;
           s1 = fma(stored, value - mean, s1);
@@ -218,10 +222,11 @@ inline void add_products(float* dweight, const uint32_t* gradient, const uint32_
 
 // dweight (co, taps, ci) and dbias over the output pixels [first, last).
 template <typename T, typename Activate>
-void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* x, int64_t first, int64_t last,
+void weight_gradient_part(float* dweight, float* dbias, const T* dout, const RowsOf<T>& x, int64_t first, int64_t last,
                           ConvShape s, Activate&& activate) {
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
   const Words activation(kGradientWords * round_up(s.ci, kColumns)), gradient(kGradientWords * round_up(s.co, kChunk));
+  const Scratch<T> room(x.room(step));
   struct Corner {
     int64_t image, y, x;  // the input pixel under an output pixel's first tap
   } corners[step];
@@ -235,6 +240,12 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
         for (int64_t row = 0; row < rows; ++row) sum += load(dout + (begin + row) * s.co + c, lanes);
         store(dbias + c, load(dbias + c, lanes) + sum, lanes);
       });
+    if (s.is_pointwise()) {
+      const T* const from = x.at(begin, rows, room.get());
+      pack_pixels<kColumns, T>(activation.get(), rows, s.ci, [&](int64_t row) { return from + row * s.ci; }, activate);
+      add_products<T>(dweight, gradient.get(), activation.get(), count, 0, s);
+      continue;
+    }
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t at = begin + row;
       corners[row] = {at / (s.ho * s.wo), at / s.wo % s.ho * s.stride_h - s.pad_h, at % s.wo * s.stride_w - s.pad_w};
@@ -243,7 +254,7 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
       const auto pixel = [&](int64_t row) -> const T* {
         const int64_t y = corners[row].y + tap / s.kw, x_in = corners[row].x + tap % s.kw;
         if (y < 0 || y >= s.h || x_in < 0 || x_in >= s.w) return nullptr;  // padding, after the ReLU
-        return x + ((corners[row].image * s.h + y) * s.w + x_in) * s.ci;
+        return x.data() + ((corners[row].image * s.h + y) * s.w + x_in) * s.ci;
       };
       pack_pixels<kColumns, T>(activation.get(), rows, s.ci, pixel, activate);
       add_products<T>(dweight, gradient.get(), activation.get(), count, tap, s);
@@ -252,7 +263,7 @@ void weight_gradient_part(float* dweight, float* dbias, const T* dout, const T* 
 }
 
 template <typename T, typename Activate>
-void weight_gradient(T* dweight, float* dbias, const T* dout, const T* x, ConvShape s, Activate&& activate) {
+void weight_gradient(T* dweight, float* dbias, const T* dout, const RowsOf<T>& x, ConvShape s, Activate&& activate) {
   // The pixels in as many parts as there are threads, then the parts' sums in order.
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
   const int64_t size = s.co * s.taps() * s.ci, steps = divide_up(s.pixels(), step);
@@ -285,39 +296,38 @@ bool conv_supported(DType dtype, ConvShape s) {
   return dtype != DType::f64 && std::min(s.ci, s.co) >= 16 && s.pixels() > 0;
 }
 
-void conv1x1_forward(void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
+void conv1x1_forward(void* out, float* out_mean, float* out_var, double* exact, Rows x, const void* weight,
                      const float* bias, const void* residual, DType dtype, ConvShape s, BatchNorm<void> bn) {
   const int64_t blocks = divide_up(s.pixels(), kBlockRows);
   std::vector<double> tiles(out_mean ? size_t(blocks * 3 * s.co) : 0);
   with_float_acc(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    forward(static_cast<T*>(out), out_mean ? tiles.data() : nullptr, static_cast<const T*>(x),
-            static_cast<const T*>(weight), bias, static_cast<const T*>(residual), s, typed<float>(bn));
+    forward(static_cast<T*>(out), out_mean ? tiles.data() : nullptr, RowsOf<T>(x, s.ci), static_cast<const T*>(weight),
+            bias, static_cast<const T*>(residual), s, typed<float>(bn));
   });
   if (out_mean)
     merge_tiles(out_mean, out_var, exact, tiles.data(), blocks, s.co,
                 [&](int64_t block) { return std::min(kBlockRows, s.pixels() - block * kBlockRows); });
 }
 
-void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x,
-                           const void* weight, DType dtype, ConvShape s, BatchNorm<void> bn) {
+void conv1x1_data_gradient(void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, Rows x, const void* weight,
+                           DType dtype, ConvShape s, BatchNorm<void> bn) {
   with_float_acc(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const int64_t blocks = divide_up(s.pixels(), kBlockRows);
     std::vector<float> partial(size_t(blocks * 2 * s.ci));
-    data_gradient(static_cast<T*>(dz), partial.data(), static_cast<const T*>(dout), static_cast<const T*>(x),
+    data_gradient(static_cast<T*>(dz), partial.data(), static_cast<const T*>(dout), RowsOf<T>(x, s.ci),
                   static_cast<const T*>(weight), s, typed<float>(bn));
     finish_sums(sum_dz, sum_dz_xhat, partial.data(), blocks, s.ci, typed<float>(bn));
   });
 }
 
-void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const void* x, DType dtype, ConvShape s,
+void conv_weight_gradient(void* dweight, float* dbias, const void* dout, Rows x, DType dtype, ConvShape s,
                           const BatchNorm<void>* bn) {
   with_float_acc(dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const auto run = [&](auto&& activate) {
-      weight_gradient(static_cast<T*>(dweight), dbias, static_cast<const T*>(dout), static_cast<const T*>(x), s,
-                      activate);
+      weight_gradient(static_cast<T*>(dweight), dbias, static_cast<const T*>(dout), RowsOf<T>(x, s.ci), s, activate);
     };
     if (!bn) return run(Identity{});
     const ScaleShiftTable<float> table(typed<float>(*bn), s.ci);
@@ -330,11 +340,10 @@ void conv_weight_gradient(void* dweight, float* dbias, const void* dout, const v
 #else  // no AVX2: the convolution goes to ATen
 
 bool conv_supported(DType, ConvShape) { return false; }
-void conv1x1_forward(void*, float*, float*, double*, const void*, const void*, const float*, const void*, DType,
-                     ConvShape, BatchNorm<void>) {}
-void conv1x1_data_gradient(void*, float*, float*, const void*, const void*, const void*, DType, ConvShape,
-                           BatchNorm<void>) {}
-void conv_weight_gradient(void*, float*, const void*, const void*, DType, ConvShape, const BatchNorm<void>*) {}
+void conv1x1_forward(void*, float*, float*, double*, Rows, const void*, const float*, const void*, DType, ConvShape,
+                     BatchNorm<void>) {}
+void conv1x1_data_gradient(void*, float*, float*, const void*, Rows, const void*, DType, ConvShape, BatchNorm<void>) {}
+void conv_weight_gradient(void*, float*, const void*, Rows, DType, ConvShape, const BatchNorm<void>*) {}
 
 #endif
 

@@ -2,6 +2,7 @@
 // what it makes of an entry; it is undefined again at the end.
 //
 // Order of arguments: outputs, inputs, sizes, options. Vectors of one value a channel are float (double for f64 data).
+// Rows: of pieces only in channels_last, and in a convolution only where it is pointwise.
 // Every sum is taken over tiles of fixed size that are merged in fixed order: results do not depend on the number of
 // threads, but for conv_weight_gradient's, which has a partial sum for each.
 
@@ -33,8 +34,8 @@ RAN_KERNEL(void, bn_relu_backward_reduce,
 // dx of normalisation with batch statistics over `count` values a channel, plus `residual` (the gradient that reaches
 // x by another path, or null); with sum_dz null (running statistics) dx = scale * dz. dx may be dout.
 RAN_KERNEL(void, bn_relu_backward_apply,
-           (void* dx, const void* dout, const void* x, const void* residual, const void* sum_dz,
-            const void* sum_dz_xhat, double count, DType, ChannelView, BatchNorm<void>))
+           (void* dx, const void* dout, Rows x, const void* residual, const void* sum_dz, const void* sum_dz_xhat,
+            double count, DType, ChannelView, BatchNorm<void>))
 
 // The same three with another activation, and without residual. kept: dz, written by silu alone, or null
 RAN_KERNEL(void, bn_act_forward, (void* out, const void* x, DType, ChannelView, BatchNorm<void>, Activation))
@@ -50,15 +51,15 @@ RAN_KERNEL(bool, conv_supported, (DType, ConvShape))
 // out = relu(bn(x)) * weight + bias + residual; bias (float) and residual may be null. out_mean, out_var (biased) and
 // exact: the channels' statistics of out, as above, or null
 RAN_KERNEL(void, conv1x1_forward,
-           (void* out, float* out_mean, float* out_var, double* exact, const void* x, const void* weight,
-            const float* bias, const void* residual, DType, ConvShape, BatchNorm<void>))
+           (void* out, float* out_mean, float* out_var, double* exact, Rows x, const void* weight, const float* bias,
+            const void* residual, DType, ConvShape, BatchNorm<void>))
 // dz = (dout * weight^T) where z > 0, with the two sums of bn_relu_backward_reduce
 RAN_KERNEL(void, conv1x1_data_gradient,
-           (void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, const void* x, const void* weight, DType,
-            ConvShape, BatchNorm<void>))
+           (void* dz, float* sum_dz, float* sum_dz_xhat, const void* dout, Rows x, const void* weight, DType, ConvShape,
+            BatchNorm<void>))
 // dweight and dbias (float; may be null) of a convolution of relu(bn(x)), or, with `bn` null, of x itself
 RAN_KERNEL(void, conv_weight_gradient,
-           (void* dweight, float* dbias, const void* dout, const void* x, DType, ConvShape, const BatchNorm<void>* bn))
+           (void* dweight, float* dbias, const void* dout, Rows x, DType, ConvShape, const BatchNorm<void>* bn))
 
 // Whether those below, of the same meaning, take this convolution: 3x3, stride 1, padding 1. Points and products are
 // float.

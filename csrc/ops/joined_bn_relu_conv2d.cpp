@@ -1,0 +1,128 @@
+// conv2d(relu(batch_norm(x))) of an x in pieces, as a concatenation along the channels has them. Where the CPU's 1x1
+// kernels run, these read the pieces, and x is never written; elsewhere it is, for the time of the call. Below
+// autograd: ran_ext/_recomputed.py has the derivative.
+#include <ATen/ops/cat.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "../common/autograd.h"
+#include "../conv/bn_relu_conv.h"
+#include "../conv/cpu.h"
+
+namespace ran {
+namespace {
+
+class Pieces {
+ public:
+  explicit Pieces(at::TensorList pieces) : pieces_(pieces) {
+    RAN_CHECK_VALUE(!pieces.empty(), kBnReluConv2d, "pieces must not be empty");
+    int64_t channels = 0;
+    const Tensor& first = pieces[0];
+    by_rows_ = first.is_cpu() && first.numel() > 0;
+    for (const Tensor& piece : pieces) {
+      RAN_CHECK_VALUE(piece.dim() == 4 && piece.size(0) == first.size(0) && piece.size(2) == first.size(2) &&
+                          piece.size(3) == first.size(3) && piece.scalar_type() == first.scalar_type() &&
+                          piece.device() == first.device(),
+                      kBnReluConv2d, "pieces must be alike but for their channels, got ", first.sizes(), " and ",
+                      piece.sizes());
+      by_rows_ = by_rows_ && piece.is_contiguous(at::MemoryFormat::ChannelsLast);
+      rows_.push_back({by_rows_ ? piece.const_data_ptr() : nullptr, piece.size(1)});
+      channels += piece.size(1);
+    }
+    sizes_ = {first.size(0), channels, first.size(2), first.size(3)};
+  }
+
+  // Whether kernels can read them: then x is sized() and rows(), else joined().
+  bool by_rows() const { return by_rows_; }
+  Rows rows() const { return {rows_.data(), int64_t(rows_.size())}; }
+  // Memory that nobody writes to or reads: the system gives no pages for it.
+  Tensor sized() const { return at::empty(sizes_, pieces_[0].options(), at::MemoryFormat::ChannelsLast); }
+  Tensor joined() const {
+    const Tensor x = at::cat(pieces_, 1);
+    // Pieces of one channel may be taken for NCHW.
+    return dense_activation(kBnReluConv2d, by_rows_ ? x.contiguous(at::MemoryFormat::ChannelsLast) : x);
+  }
+
+ private:
+  at::TensorList pieces_;
+  std::vector<Rows::Piece> rows_;
+  std::vector<int64_t> sizes_;
+  bool by_rows_;
+};
+
+bool is_pointwise(const Tensor& weight, const Convolution& conv) {
+  return weight.size(2) == 1 && weight.size(3) == 1 && conv.stride == at::IntArrayRef{1, 1} &&
+         conv.padding == at::IntArrayRef{0, 0};
+}
+
+Tensor forward(at::TensorList pieces_, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight,
+               const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, double eps, at::IntArrayRef stride,
+               at::IntArrayRef padding, int64_t paths) {
+  const Pieces pieces(pieces_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  const Tensor x = pieces.by_rows() ? pieces.sized() : pieces.joined();
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_bias(kBnReluConv2d, bias, weight);
+  if (pieces.by_rows() && is_pointwise(weight, conv) &&
+      choose_conv(ConvPass::forward, x, weight, conv) == ConvPath::product) {
+    const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
+    const Rows rows = pieces.rows();
+    ConvOutput y;
+    cpu_conv_forward(y, ConvPath::product, x, &bn, weight, bias, std::nullopt, conv, {false, {}}, &rows);
+    return y.out;
+  }
+  return bn_relu_conv_forward(pieces.by_rows() ? pieces.joined() : x, {bn_weight, bn_bias, mean, var, {}, eps}, weight,
+                              bias, std::nullopt, conv, {false, {}})
+      .out;
+}
+
+using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// As bn_relu_conv2d_backward.
+Tensors5 backward(const Tensor& dout, at::TensorList pieces_, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                  const Tensor& mean, const Tensor& var, const Tensor& weight, at::IntArrayRef stride,
+                  at::IntArrayRef padding, double eps, bool batch_stats, std::array<bool, 3> wanted, int64_t paths) {
+  const Pieces pieces(pieces_);
+  const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
+  const Tensor x = pieces.by_rows() ? pieces.sized() : pieces.joined();
+  check_convolution(kBnReluConv2d, x, weight, conv);
+  check_as(kBnReluConv2d, "dout", dout, conv.out_sizes(x, weight), x);
+  const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
+  const auto is_product = [&](ConvPass pass) { return choose_conv(pass, x, weight, conv) == ConvPath::product; };
+  ConvGradients g;
+  if (pieces.by_rows() && is_pointwise(weight, conv) && (!wanted[0] || is_product(ConvPass::dgrad)) &&
+      (wanted[1] ? is_product(ConvPass::wgrad) : !wanted[2])) {
+    const Tensor dy = dout.contiguous(at::MemoryFormat::ChannelsLast);
+    const Rows rows = pieces.rows();
+    if (wanted[1])
+      std::tie(g.dweight, g.dbias) = cpu_conv_wgrad(ConvPath::product, dy, x, &bn, weight, conv, wanted[2], &rows);
+    if (wanted[0]) {
+      std::tie(g.dx, g.sums) = cpu_conv_dgrad(ConvPath::product, dy, x, &bn, weight, conv, &rows);
+      bn_relu_dx(g.dx, g.dx, x, Tensor(), bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()), &rows);
+    }
+  } else {
+    g = bn_relu_conv_backward(dout, pieces.by_rows() ? pieces.joined() : x, Tensor(), bn, batch_stats, weight, conv,
+                              wanted);
+  }
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+  return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(ran_ext, m) {
+  m.def(
+      "_joined_bn_relu_conv2d(Tensor[] pieces, Tensor weight, Tensor? bias, Tensor? bn_weight, Tensor? bn_bias, "
+      "Tensor mean, Tensor var, float eps, int[2] stride, int[2] padding, int paths) -> Tensor");
+  m.def(
+      "_joined_bn_relu_conv2d_backward(Tensor dout, Tensor[] pieces, Tensor? bn_weight, Tensor? bn_bias, Tensor mean, "
+      "Tensor var, Tensor weight, int[2] stride, int[2] padding, float eps, bool batch_stats, bool[3] wanted, "
+      "int paths) -> (Tensor dx, Tensor dbn_weight, Tensor dbn_bias, Tensor dweight, Tensor dbias)");
+}
+RAN_KERNELS(m) {
+  m.impl("_joined_bn_relu_conv2d", forward);
+  m.impl("_joined_bn_relu_conv2d_backward", backward);
+}
+
+}  // namespace ran
