@@ -341,9 +341,7 @@ def test_pieces_that_do_not_fit_are_refused(native):
     rest = torch.ones(4, 2, 1, 1), None, one, one, one, one, 1e-5, [1, 1], [0, 0], 0
     with pytest.raises(ValueError, match="pieces must not be empty"):
         ops._joined_bn_relu_conv2d([], *rest)
-    with pytest.raises(
-        ValueError, match=r"pieces must be alike but for .*\[1, 1, 3, 3\] and \[1, 1, 4, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"pieces must be alike but for .*\[1, 1, 3, 3\] and \[1, 1, 4, 3\]"):
         ops._joined_bn_relu_conv2d([torch.ones(1, 1, 3, 3), torch.ones(1, 1, 4, 3)], *rest)
     nothing = [torch.ones(0, 1, 3, 3)] * 2
     assert ops._joined_bn_relu_conv2d(nothing, *rest).shape == (0, 4, 3, 3)
