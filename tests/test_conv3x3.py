@@ -103,6 +103,30 @@ def test_weight_gradients_stay_within_the_rule_with_more_threads(threads):
 
 
 @has_kernels
+@pytest.mark.parametrize("case", [(36, 64, 32, 29, 48), (3, 200, 57, 31, 130), (130, 33, 16, 16, 64)], ids=str)
+def test_weight_gradients_of_many_tiles_do_not_depend_on_the_threads(case):
+    """Their tiles are summed in shares, and blocks of channels are smaller where there are more threads."""
+    n, ci, h, w, co = case
+    torch.manual_seed(0)
+    x = torch.randn(n, ci, h, w).to(memory_format=torch.channels_last)
+    weight = torch.randn(co, ci, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    bias = torch.randn(co, requires_grad=True)
+    dout = torch.randn(n, co, h, w).to(memory_format=torch.channels_last)
+    found = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        assert paths(case)["wgrad"] == "Winograd F(4x4, 3x3)"
+        found.append(torch.autograd.grad(ops.conv2d(x, weight, bias, padding=1), (weight, bias), dout))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    exact = torch.nn.grad.conv2d_weight(x.double(), weight.shape, dout.double(), padding=1)
+    plain = torch.nn.grad.conv2d_weight(x, weight.shape, dout, padding=1)
+    ours, eager = ((d.double() - exact).square().mean().sqrt() for d in (found[0][0], plain))
+    assert ours <= 2 * eager
+    torch.testing.assert_close(found[0][1].double(), dout.double().sum((0, 2, 3)), rtol=1e-5, atol=1e-3)
+
+
+@has_kernels
 def test_what_each_pass_takes():
     small, large, none = "Winograd F(2x2, 3x3)", "Winograd F(4x4, 3x3)", LIBRARY
     assert paths((32, 128, 16, 16, 128)) == dict.fromkeys(PASSES, large)

@@ -305,7 +305,7 @@ def run_folder(path: Path, ranks: Ranks) -> Iterator[FolderLock]:
 def keep_freed_memory() -> bool:
     """Have this process keep the memory of freed tensors: each step frees and takes the same again.
 
-    By default glibc hands large blocks back to the system, which then clears every page once more: 5 to 9 % of a step
+    By default glibc hands large blocks back to the system, which then clears every page once more: 5 to 7 % of a step
     of ``ran_compact``. For commands, whose process is their own; the process keeps the memory of its largest step.
 
     Returns:
