@@ -125,8 +125,7 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) return cuda_bn_relu_dx(dx, dout, x, residual, bn, sums, count);
 #endif
-  const Rows rows = pieces ? *pieces : Rows(x.const_data_ptr());
-  cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows, pointer(residual),
+  cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows_of(x, pieces), pointer(residual),
                                        sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
                                        count, dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
 }

@@ -43,6 +43,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_relu_batch(const char* op, const Tensor& x
 // The same with statistics that are known.
 Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn);
 
+// The values of x, dense: its own, or, where it has none but only its sizes, those of `pieces`.
+inline Rows rows_of(const Tensor& x, const Rows* pieces) { return pieces ? *pieces : Rows(x.const_data_ptr()); }
+
 struct BackwardSums {
   Tensor dz, dz_xhat;  // sums over a channel: the gradients of BN's bias and weight
 };

@@ -51,4 +51,11 @@ struct ConvGradients {
   BackwardSums sums;
 };
 
+// As the ops return them: dx, dbn_weight, dbn_bias, dweight, dbias; empty what was not wanted.
+using GradientTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+inline GradientTensors tensors_of(const ConvGradients& g, const Tensor& x) {
+  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+  return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
+}
+
 }  // namespace ran

@@ -9,8 +9,6 @@
 namespace ran {
 namespace {
 
-Rows rows_of(const Tensor& x, const Rows* pieces) { return pieces ? *pieces : Rows(x.const_data_ptr()); }
-
 float* floats(const Tensor& t) { return t.defined() ? t.data_ptr<float>() : nullptr; }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "scratch.h"
 #include "tables.h"
 #include "vec.h"
+#include "weight_parts.h"
 
 namespace ran::cpu::RAN_ISA {
 
@@ -268,26 +269,16 @@ void weight_gradient(T* dweight, float* dbias, const T* dout, const RowsOf<T>& x
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
   const int64_t size = s.co * s.taps() * s.ci, steps = divide_up(s.pixels(), step);
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(max_threads(), steps));
-  const Scratch<float> sums(parts * (size + s.co));
+  const WeightParts sums(parts, size, s.co);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      float* const at = sums.get() + part * (size + s.co);
-      std::fill_n(at, size + s.co, 0.0f);
-      weight_gradient_part(at, dbias ? at + size : nullptr, dout, x, std::min(s.pixels(), steps * part / parts * step),
+      std::fill_n(sums.dweight(part), size + s.co, 0.0f);
+      weight_gradient_part(sums.dweight(part), dbias ? sums.dbias(part) : nullptr, dout, x,
+                           std::min(s.pixels(), steps * part / parts * step),
                            std::min(s.pixels(), steps * (part + 1) / parts * step), s, activate);
     }
   });
-  const auto add_up = [&](int64_t i, int lanes) {
-    Vec<float> total = load(sums.get() + i, lanes);
-    for (int64_t part = 1; part < parts; ++part) total += load(sums.get() + part * (size + s.co) + i, lanes);
-    return total;
-  };
-  parallel_for(0, divide_up(size, kLanes), 4096, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kLanes;
-    for_lanes<float>(std::min(size, end * kLanes) - first,
-                     [&](int64_t i, int lanes) { store(dweight + first + i, add_up(first + i, lanes), lanes); });
-  });
-  if (dbias) for_lanes<float>(s.co, [&](int64_t i, int lanes) { store(dbias + i, add_up(size + i, lanes), lanes); });
+  sums.add_up(dweight, dbias);
 }
 
 }  // namespace

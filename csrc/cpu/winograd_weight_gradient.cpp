@@ -5,6 +5,7 @@
 #include "parallel.h"
 #include "scratch.h"
 #include "tables.h"
+#include "weight_parts.h"
 #include "wide_sum.h"
 #include "winograd_tiles.h"
 
@@ -74,29 +75,15 @@ class WeightGradient {
   // Each share's gradient, then their sum.
   void run() const {
     const bool alone = parts_.shares == 1;
-    const int64_t size = s_.co * 9 * s_.ci;
-    const Scratch<float> shares(alone ? 0 : parts_.shares * (size + s_.co));
+    const WeightParts shares(alone ? 0 : parts_.shares, s_.co * 9 * s_.ci, s_.co);
     parallel_for(0, parts_.count(), 1, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
         const Part part = parts_.at(index, s_);
-        float* const at = shares.get() + part.share * (size + s_.co);
-        alone ? run_part(dweight_, dbias_, part) : run_part(at, dbias_ ? at + size : nullptr, part);
+        alone ? run_part(dweight_, dbias_, part)
+              : run_part(shares.dweight(part.share), dbias_ ? shares.dbias(part.share) : nullptr, part);
       }
     });
-    if (alone) return;
-    const auto add_up = [&](int64_t i, int lanes) {
-      Vec<float> total = load(shares.get() + i, lanes);
-      for (int64_t share = 1; share < parts_.shares; ++share)
-        total += load(shares.get() + share * (size + s_.co) + i, lanes);
-      return total;
-    };
-    parallel_for(0, divide_up(size, kLanes), 4096, [&](int64_t begin, int64_t end) {
-      const int64_t first = begin * kLanes;
-      for_lanes<float>(std::min(size, end * kLanes) - first,
-                       [&](int64_t i, int lanes) { store(dweight_ + first + i, add_up(first + i, lanes), lanes); });
-    });
-    if (dbias_)
-      for_lanes<float>(s_.co, [&](int64_t i, int lanes) { store(dbias_ + i, add_up(size + i, lanes), lanes); });
+    if (!alone) shares.add_up(dweight_, dbias_);
   }
 
  private:

@@ -15,7 +15,6 @@ namespace {
 
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors3 = std::tuple<Tensor, Tensor, Tensor>;
-using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // out; mean and biased variance of x, empty where they were given; those of out, empty where `next_stats` is false; and
 // x again, where autograd is to `fork`: the gradient of that output is added in the launch that writes dx. Below
@@ -49,10 +48,11 @@ Tensors6 chained(const Tensor& x_, const OptTensor& bn_weight, const OptTensor& 
 
 // dx with `dfork` added, dbn_weight, dbn_bias, dweight, dbias; `wanted` says which of (dx and BN's, dweight, dbias) to
 // compute, the others are empty.
-Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
-                                 const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
-                                 at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
-                                 std::array<bool, 3> wanted, const OptTensor& dfork, int64_t paths) {
+GradientTensors bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const OptTensor& bn_weight,
+                                        const OptTensor& bn_bias, const Tensor& mean, const Tensor& var,
+                                        const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+                                        double eps, bool batch_stats, std::array<bool, 3> wanted,
+                                        const OptTensor& dfork, int64_t paths) {
   const Tensor x = dense_activation(kBnReluConv2d, x_);
   const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
   check_convolution(kBnReluConv2d, x, weight, conv);
@@ -60,8 +60,7 @@ Tensors5 bn_relu_conv2d_backward(const Tensor& dout, const Tensor& x_, const Opt
   const ConvGradients g =
       bn_relu_conv_backward(dout, x, present(dfork) ? gradient_like(kBnReluConv2d, *dfork, x) : Tensor(),
                             {kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps}, batch_stats, weight, conv, wanted);
-  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
-  return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
+  return tensors_of(g, x);
 }
 
 // The statistics' arguments on their way through autograd, which differentiates nothing in them.

@@ -51,11 +51,6 @@ class Pieces {
   bool by_rows_;
 };
 
-bool is_pointwise(const Tensor& weight, const Convolution& conv) {
-  return weight.size(2) == 1 && weight.size(3) == 1 && conv.stride == at::IntArrayRef{1, 1} &&
-         conv.padding == at::IntArrayRef{0, 0};
-}
-
 Tensor forward(at::TensorList pieces_, const Tensor& weight, const OptTensor& bias, const OptTensor& bn_weight,
                const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, double eps, at::IntArrayRef stride,
                at::IntArrayRef padding, int64_t paths) {
@@ -64,7 +59,7 @@ Tensor forward(at::TensorList pieces_, const Tensor& weight, const OptTensor& bi
   const Tensor x = pieces.by_rows() ? pieces.sized() : pieces.joined();
   check_convolution(kBnReluConv2d, x, weight, conv);
   check_bias(kBnReluConv2d, bias, weight);
-  if (pieces.by_rows() && is_pointwise(weight, conv) &&
+  if (pieces.by_rows() && conv.shape(x, weight).is_pointwise() &&
       choose_conv(ConvPass::forward, x, weight, conv) == ConvPath::product) {
     const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
     const Rows rows = pieces.rows();
@@ -77,12 +72,11 @@ Tensor forward(at::TensorList pieces_, const Tensor& weight, const OptTensor& bi
       .out;
 }
 
-using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // As bn_relu_conv2d_backward.
-Tensors5 backward(const Tensor& dout, at::TensorList pieces_, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                  const Tensor& mean, const Tensor& var, const Tensor& weight, at::IntArrayRef stride,
-                  at::IntArrayRef padding, double eps, bool batch_stats, std::array<bool, 3> wanted, int64_t paths) {
+GradientTensors backward(const Tensor& dout, at::TensorList pieces_, const OptTensor& bn_weight,
+                         const OptTensor& bn_bias, const Tensor& mean, const Tensor& var, const Tensor& weight,
+                         at::IntArrayRef stride, at::IntArrayRef padding, double eps, bool batch_stats,
+                         std::array<bool, 3> wanted, int64_t paths) {
   const Pieces pieces(pieces_);
   const Convolution conv{stride, padding, asked_of(kBnReluConv2d, paths)};
   const Tensor x = pieces.by_rows() ? pieces.sized() : pieces.joined();
@@ -91,7 +85,7 @@ Tensors5 backward(const Tensor& dout, at::TensorList pieces_, const OptTensor& b
   const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
   const auto is_product = [&](ConvPass pass) { return choose_conv(pass, x, weight, conv) == ConvPath::product; };
   ConvGradients g;
-  if (pieces.by_rows() && is_pointwise(weight, conv) && (!wanted[0] || is_product(ConvPass::dgrad)) &&
+  if (pieces.by_rows() && conv.shape(x, weight).is_pointwise() && (!wanted[0] || is_product(ConvPass::dgrad)) &&
       (wanted[1] ? is_product(ConvPass::wgrad) : !wanted[2])) {
     const Tensor dy = dout.contiguous(at::MemoryFormat::ChannelsLast);
     const Rows rows = pieces.rows();
@@ -105,8 +99,7 @@ Tensors5 backward(const Tensor& dout, at::TensorList pieces_, const OptTensor& b
     g = bn_relu_conv_backward(dout, pieces.by_rows() ? pieces.joined() : x, Tensor(), bn, batch_stats, weight, conv,
                               wanted);
   }
-  const auto or_empty = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
-  return {or_empty(g.dx), or_empty(g.sums.dz_xhat), or_empty(g.sums.dz), or_empty(g.dweight), or_empty(g.dbias)};
+  return tensors_of(g, x);
 }
 
 }  // namespace

@@ -4,6 +4,8 @@
 //   driver [CASES [SEED]]
 #include <algorithm>
 #include <array>
+#include <memory>
+#include <vector>
 
 #include "../../csrc/cpu/kernels.h"
 #include "../../csrc/cpu/parallel.h"
@@ -30,6 +32,7 @@ namespace {
 using ran::BatchNorm;
 using ran::ChannelView;
 using ran::GateShape;
+using ran::Rows;
 using ran::cpu::Conv3x3;
 using ran::cpu::ConvShape;
 const ran::cpu::Kernels& table = ran::cpu::RAN_ISA::table;
@@ -375,6 +378,27 @@ void check_statistics(const Conv& c, const Array& out, const Array& mean, const 
   judge.near("out_var", var, want_var, 1e-5 + 4 * (c.dtype == DType::f32 ? 0 : roundoff(c.dtype)));
 }
 
+// The rows of a tensor in three pieces.
+class InPieces {
+ public:
+  InPieces(const Array& x, int64_t channels) {
+    const int64_t rows = x.count() / channels, first = integer(1, channels - 2),
+                  second = integer(1, channels - first - 1);
+    int64_t begin = 0;
+    for (const int64_t size : {first, second, channels - first - second}) {
+      pieces_.push_back(std::make_unique<Array>(x.dtype(), rows * size));
+      for (int64_t i = 0; i < rows * size; ++i) pieces_.back()->set(i, x[i / size * channels + begin + i % size]);
+      parts_.push_back({pieces_.back()->data(), size});
+      begin += size;
+    }
+  }
+  Rows rows() const { return {parts_.data(), int64_t(parts_.size())}; }
+
+ private:
+  std::vector<std::unique_ptr<Array>> pieces_;
+  std::vector<Rows::Piece> parts_;
+};
+
 void check_products(DType dtype) {
   judge.kernel = std::string("conv1x1 ") + name_of(dtype);
   const int64_t n = integer(1, 3), h = integer(1, 7), w = integer(1, 7), ci = integer(16, 70), co = integer(16, 70);
@@ -382,22 +406,30 @@ void check_products(DType dtype) {
   if (!table.conv_supported(dtype, c.s)) return;
   const Array out(dtype, c.dout.count()), mean(DType::f32, co), var(DType::f32, co);
   const bool adds = integer(0, 1) == 1;
-  table.conv1x1_forward(out.data(), mean.as<float>(), var.as<float>(), nullptr, c.x.data(), c.weight.data(),
-                        c.bias.as<float>(), adds ? c.residual.data() : nullptr, dtype, c.s, c.norm.args());
+  const InPieces pieces(c.x, ci);
+  const Rows x = integer(0, 1) ? pieces.rows() : Rows(c.x.data());
+  table.conv1x1_forward(out.data(), mean.as<float>(), var.as<float>(), nullptr, x, c.weight.data(), c.bias.as<float>(),
+                        adds ? c.residual.data() : nullptr, dtype, c.s, c.norm.args());
   judge.near("out", out, c.outputs(adds), conv_tolerance(dtype, 2e-6));
   check_statistics(c, out, mean, var);
   const Conv::Backward g = c.gradients();
   const Array dz(dtype, c.x.count()), sum_dz(DType::f32, ci), sum_dz_xhat(DType::f32, ci);
-  table.conv1x1_data_gradient(dz.data(), sum_dz.as<float>(), sum_dz_xhat.as<float>(), c.dout.data(), c.x.data(),
-                              c.weight.data(), dtype, c.s, c.norm.args());
+  table.conv1x1_data_gradient(dz.data(), sum_dz.as<float>(), sum_dz_xhat.as<float>(), c.dout.data(), x, c.weight.data(),
+                              dtype, c.s, c.norm.args());
   judge.near("dz", dz, g.dz, conv_tolerance(dtype, 2e-6));
   judge.near("sum_dz", sum_dz, g.sum_dz, conv_tolerance(dtype, 1e-5));
   judge.near("sum_dz_xhat", sum_dz_xhat, g.sum_dz_xhat, conv_tolerance(dtype, 1e-5));
   const Array dweight(dtype, c.weight.count()), dbias(DType::f32, co);
   const BatchNorm<void> norm = c.norm.args();
-  table.conv_weight_gradient(dweight.data(), dbias.as<float>(), c.dout.data(), c.x.data(), dtype, c.s, &norm);
+  table.conv_weight_gradient(dweight.data(), dbias.as<float>(), c.dout.data(), x, dtype, c.s, &norm);
   judge.near("dweight", dweight, g.dweight, conv_tolerance(dtype, 2e-6));
   judge.near("dbias", dbias, g.dbias, 1e-5);
+  const Array whole(dtype, c.x.count()), of_pieces(dtype, c.x.count());
+  for (const Array* dx : {&whole, &of_pieces})
+    table.bn_relu_backward_apply(dx->data(), dz.data(), dx == &whole ? Rows(c.x.data()) : pieces.rows(), nullptr,
+                                 sum_dz.data(), sum_dz_xhat.data(), double(c.s.pixels()), dtype, {c.s.pixels(), ci, 1},
+                                 norm);
+  judge.near("dx of pieces", of_pieces, values_of(whole), 0);
 }
 
 // The weight gradient of any kernel size, stride and padding, of x itself.
@@ -417,7 +449,9 @@ void check_weight_gradient(DType dtype) {
 void check_winograd(DType dtype, Conv3x3 tile) {
   judge.kernel =
       (tile == Conv3x3::f4x4 ? "Winograd F(4x4, 3x3) " : "Winograd F(2x2, 3x3) ") + std::string(name_of(dtype));
-  const int64_t n = integer(1, 3), h = integer(1, 11), w = integer(1, 11), ci = integer(16, 50), co = integer(16, 50);
+  const int64_t n = integer(1, 3), h = integer(1, 11), w = integer(1, 11);
+  const int64_t most = integer(0, 3) ? 50 : 16, ci = integer(16, most),
+                co = integer(16, most);  // 16: fewest of a block
   Conv c{{n, h, w, ci, h, w, co, 3, 3, 1, 1, 1, 1}, dtype};
   if (!table.conv3x3_supported(dtype, c.s)) return;
   c.normalises = integer(0, 2) > 0;
