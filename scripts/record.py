@@ -100,13 +100,20 @@ def running_as(contender: str) -> Iterator[str]:
 
 
 def warm_up(config: Config, train_set: CIFAR10, test_set: CIFAR10, device: torch.device, step: str = "auto") -> None:
-    """A few steps and a test on random labels, so that kernels for the run's shapes are chosen, compiled and cached."""
+    """A few steps and a test on random labels, so that kernels for the run's shapes are chosen, compiled and cached.
+
+    Raises:
+        KeyboardInterrupt: it was asked to stop.
+    """
     few = train_set.subset(torch.arange(min(len(train_set), WARM_UP_STEPS * config.batch_size), device=device))
     few.labels = torch.randint(len(few.classes), (len(few),), device=device)
     config = dataclasses.replace(config, epochs=1)
     with tempfile.TemporaryDirectory() as folder:
         ranks = Ranks(0, 1, device)
-        fit(config.create_model(), few, None, config, folder, test_set=test_set, ranks=ranks, quiet=True, step=step)
+        model = config.create_model()
+        result = fit(model, few, None, config, folder, test_set=test_set, ranks=ranks, quiet=True, step=step)
+    if result.test is None:
+        raise KeyboardInterrupt
 
 
 def measure(

@@ -1,12 +1,13 @@
 """ran_ext.train's Muon against singular value decompositions, torch.optim.SGD and its own formula."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from ran_ext._muon import MOMENTUM, SHARE, Muon, orthogonalize
+from ran_ext._muon import COEFFICIENTS, ITERATIONS, MOMENTUM, SHARE, Muon, orthogonalize
 from ran_ext.train import Config, build_optimizer, set_lr
 
 CPU = torch.device("cpu")
@@ -55,6 +56,28 @@ def test_zero_stays_zero_and_nan_spreads_no_further_than_its_matrix():
     result = orthogonalize(matrices)
     assert torch.equal(result[0], torch.zeros(4, 8))
     assert result[1].isnan().all()
+
+
+def polar(matrices):
+    """The same polynomial of the singular values, by a decomposition in float64."""
+    a, b, c = COEFFICIENTS
+    left, values, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+    values = values / matrices.double().norm(dim=(1, 2))[:, None]
+    for _ in range(ITERATIONS):
+        values = a * values + b * values**3 + c * values**5
+    return left @ (values[..., None] * right)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 288), (2, 64, 16), (2, 24, 48)])
+@pytest.mark.parametrize(("condition", "bounds"), [(1e1, (1e-5, 0.02)), (1e3, (1e-3, 0.15)), (1e5, (1e-3, 0.3))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # whose digits small singular values exceed
+def test_the_iteration_is_the_polynomials_whichever_way_it_goes(shape, condition, bounds, dtype):
+    torch.manual_seed(0)
+    left, values, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    values = torch.logspace(0, -math.log10(condition), values.shape[1]).expand_as(values)
+    matrices = (left @ (values[..., None] * right)).to(dtype)
+    difference = orthogonalize(matrices).double() - polar(matrices)
+    assert difference.norm() / polar(matrices).norm() < bounds[dtype == torch.bfloat16]
 
 
 def test_convolutions_alone_are_orthogonalized_but_for_first_and_depthwise_ones():

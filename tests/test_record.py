@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,13 +107,25 @@ def test_the_warm_up_sees_other_labels_and_leaves_the_data_alone(monkeypatch):
     train_set, test_set = sample("train").subset(torch.arange(96)), sample("test").subset(torch.arange(50))
     labels = train_set.labels.clone()
     seen = []
-    monkeypatch.setattr(record, "fit", lambda model, few, *rest, **options: seen.append((few, options["test_set"])))
+
+    def fit(model, few, *rest, **options):
+        seen.append((few, options["test_set"]))
+        return SimpleNamespace(test=0.1)
+
+    monkeypatch.setattr(record, "fit", fit)
     record.warm_up(CONFIG, train_set, test_set, CPU)
     ((few, tested),) = seen
     assert torch.equal(train_set.labels, labels)
     assert torch.equal(few.images, train_set.images)
     assert (few.labels == labels).double().mean() < 0.3
     assert tested is test_set
+
+
+def test_ctrl_c_in_the_warm_up_ends_the_command(monkeypatch):
+    monkeypatch.setattr(record, "fit", lambda *arguments, **options: SimpleNamespace(test=None))
+    data = sample("test").subset(torch.arange(50))
+    with pytest.raises(KeyboardInterrupt):
+        record.warm_up(CONFIG, data, data, CPU)
 
 
 def test_the_table_has_mean_deviation_and_the_references_ratio():
