@@ -91,7 +91,10 @@ def test_a_seed_cut_short_goes_on_and_its_clock_with_it(tmp_path, monkeypatch):
         def on_epoch(self, figures, state):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(record, "fit", lambda *arguments, **options: fit(*arguments, callbacks=[Stop()], **options))
+    def cut_short(*arguments, callbacks, **options):
+        return fit(*arguments, callbacks=[*callbacks, Stop()], **options)
+
+    monkeypatch.setattr(record, "fit", cut_short)
     with pytest.raises(KeyboardInterrupt):
         record.measure(CONFIG, train_set, test_set, CPU, tmp_path / "cut")
     monkeypatch.setattr(record, "fit", fit)
@@ -160,7 +163,9 @@ def test_contenders_have_the_same_batches_and_their_own_backend(few_images, tmp_
     first, second = (rows[name]["epochs"][0]["train_loss"] for name in ("", "_eager"))
     assert first == pytest.approx(second, rel=0.05)  # the same weights and batches, up to rounding
     assert all(epoch["val_accuracy"] > 0 for row in rows.values() for epoch in row["epochs"])
-    assert rows[""]["accuracy"] > 0
+    for name in ("", "_eager"):  # the last epoch's weights are those of the result
+        assert rows[name]["accuracy"] == rows[name]["epochs"][-1]["val_accuracy"] > 0
+        assert [path.name for path in (tmp_path / f"0.893{name}" / "seed0").iterdir()] == ["model.pt"]
     text = capsys.readouterr().out
     assert "An epoch of eager takes" in text
     assert (tmp_path / "0.893.png").stat().st_size > 10_000
