@@ -26,6 +26,7 @@ def bn_act_recomputed(
     b: float,
 ) -> Tensor: ...
 def bn_act_conv2d(
+    value: Tensor,
     x: Tensor,
     bn_weight: Tensor | None,
     bn_bias: Tensor | None,

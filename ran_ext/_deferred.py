@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ._fusion import PLAIN
 from ._recipe import Activation, Recipe, identity, version
-from ._recomputed import JoinedConvolution, activated, convolved, with_history
+from ._recomputed import JoinedConvolution, activated, convolved, recomputed, with_history
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
@@ -84,6 +84,8 @@ class Deferred(Tensor):
     versions: Any
     #: The value, once something needed it.
     value: Tensor | None = None
+    #: The same as a kernel made it for a convolution, which does not keep it: for the next one, and for others.
+    made: Tensor | None = None
     #: The module that made it; told what became of it.
     owner: nn.Module | None = None
     #: Of a join: called when its pieces are taken.
@@ -140,7 +142,15 @@ class Deferred(Tensor):
             return recipe.value()
         if self.act is F.relu and recipe.native and len(recipe.pieces) == 1:
             return recipe.relu()
-        return activated(recipe, self.act)
+        made = self.make()
+        return activated(recipe, self.act) if made is None else made
+
+    def make(self) -> Tensor | None:
+        """The value where a kernel makes it, once; its gradients then go back through the normalisation together."""
+        made = recomputed(self.recipe, self.act) if self.made is None else self.made
+        if made is not None and (torch.is_grad_enabled() or not self.requires_grad) and not made.is_inference():
+            self.made = made
+        return made
 
     def _tell_owner(self) -> None:
         """A normalisation whose value is written out as it is need not defer the next time."""
@@ -322,26 +332,29 @@ def _convolution(
         return None  # torch has the error's text
     if isinstance(padding, str):
         return None
-    autocasts = torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    autocasts = torch.is_autocast_enabled(x.device.type)
     if not autocasts and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
         return None
     found.check_versions()
     stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
-    if found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None:
-        if len(recipe.pieces) == 1:
-            tell(found.owner, FUSED)
-            return recipe.fused(x, weight, bias, stride, padding)
-        if not autocasts:
-            tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
-            joined: Tensor = JoinedConvolution.apply(recipe, stride, padding, weight, bias, *recipe.tensors)
-            return joined
+    fuses = found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None
+    if fuses and len(recipe.pieces) == 1:
+        tell(found.owner, FUSED)
+        return recipe.fused(x, weight, bias, stride, padding)  # which casts as autocast does
     if autocasts:
-        return None
+        lower = torch.get_autocast_dtype(x.device.type)
+        if x.dtype != lower or weight.dtype == torch.float64:
+            return None
+        weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
+    if fuses:
+        tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
+        joined: Tensor = JoinedConvolution.apply(recipe, stride, padding, weight, bias, *recipe.tensors)
+        return joined
     if found.is_join:
         found.take_pieces()
     grouped = "grouped " if groups > 1 else "dilated " if dilation != (1, 1) else ""
     tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
-    return convolved(recipe, found.act, (stride, padding, dilation, groups), weight, bias)
+    return convolved(recipe, found.act, (stride, padding, dilation, groups), weight, bias, found.make())
 
 
 def _relu(input: Any, inplace: bool = False) -> Tensor | None:

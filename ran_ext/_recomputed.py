@@ -257,9 +257,15 @@ class Convolution(torch.autograd.Function):
 
 def activated(recipe: Recipe, act: Activation) -> Tensor:
     """``act(recipe.value())``, of which backward keeps what it depends on."""
+    value = recomputed(recipe, act)
+    return Value.apply(recipe, act, *recipe.tensors) if value is None else value  # type: ignore[no-any-return]
+
+
+def recomputed(recipe: Recipe, act: Activation) -> Tensor | None:
+    """The same by a kernel; None where there is none."""
     compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
     if compiled is None:
-        return Value.apply(recipe, act, *recipe.tensors)  # type: ignore[no-any-return]
+        return None
     x, norm = recipe.pieces[0], recipe.norm
     native: Any = _backend._C
     return native.bn_act_recomputed(  # type: ignore[no-any-return]
@@ -268,22 +274,31 @@ def activated(recipe: Recipe, act: Activation) -> Tensor:
 
 
 def convolved(
-    recipe: Recipe, act: Activation, geometry: tuple[Any, ...], weight: Tensor, bias: Tensor | None
+    recipe: Recipe,
+    act: Activation,
+    geometry: tuple[Any, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    value: Tensor | None = None,
 ) -> Tensor:
-    """The convolution of ``act(recipe.value())``, which backward computes again; ``geometry`` from the stride on."""
+    """The convolution of ``act(recipe.value())``, which backward computes again; ``geometry`` from the stride on.
+
+    ``value``: what :func:`recomputed` has made of the same.
+    """
     compiled = _compiled(recipe.norm, act, recipe.tensors) if len(recipe.pieces) == 1 else None
     if compiled is None:
         return Convolution.apply(recipe, act, geometry, weight, bias, *recipe.tensors)  # type: ignore[no-any-return]
     x, norm = recipe.pieces[0], recipe.norm
     native: Any = _backend._C
+    value = recomputed(recipe, act) if value is None else value
     return native.bn_act_conv2d(  # type: ignore[no-any-return]
-        x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
+        value, x, recipe.weight, recipe.bias, recipe.mean, recipe.var, norm.batch_stats, norm.eps, *compiled,
         weight, bias, *geometry, paths(x) if geometry[2:] == ((1, 1), 1) else None,
     )  # fmt: skip
 
 
 class JoinedConvolution(torch.autograd.Function):
-    """The compiled BN-ReLU-convolution of pieces, which are joined for the time of a call."""
+    """The compiled BN-ReLU-convolution of pieces, which are joined, if at all, for the time of a call."""
 
     @staticmethod
     def forward(  # type: ignore[override]

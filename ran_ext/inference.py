@@ -19,7 +19,7 @@ from ._wrappers import copied, unwrapped
 LARGEST_DIFFERENCE = 0.01
 
 
-def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, images: Tensor | None = None) -> nn.Module:
+def fold_for_inference(model: nn.Module, dtype: torch.dtype | None = None, images: Tensor | None = None) -> nn.Module:
     """A copy of ``model`` that gives the same outputs in evaluation, with less work; ``model`` itself is left alone.
 
     A batch normalisation joins the convolution before it, or, where it is exact, behind it; a ReLU and the addition of
@@ -39,9 +39,10 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
     Args:
         model: any network in which batch normalisations have running statistics, which are what is folded. Taken out
             of ``torch.compile`` and (Distributed)DataParallel.
-        dtype: of weights and activations: float32, bfloat16, float16 or float64; batch normalisations that stay are
-            at least float32. A network of this package takes images of any floating dtype and returns float32 logits
-            (float64 for float64); what was traced takes them, and returns ``dtype``.
+        dtype: of weights and activations: float32, bfloat16, float16 or float64; by default that of ``model``'s first
+            convolution. Batch normalisations that stay are at least float32. A network of this package takes images of
+            any floating dtype and returns float32 logits (float64 for float64); what was traced takes them, and returns
+            ``dtype``.
         images: a batch that ``model`` takes, in its own dtype. Where the model takes images of channels_last, what was
             traced puts them into it.
 
@@ -61,10 +62,11 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
     >>> bool((fold_for_inference(model, images=x)(x) - model(x)).abs().max() < 1e-5)
     True
     """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"fold_for_inference: dtype must be a floating-point type, got {dtype}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"fold_for_inference: model must be an nn.Module, got {type(model).__name__}")
+    dtype = _dtype_of(model) if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"fold_for_inference: dtype must be a floating-point type, got {dtype}")
     if images is not None and not isinstance(images, Tensor):
         raise TypeError(f"fold_for_inference: images must be a tensor or None, got {type(images).__name__}")
     with torch.inference_mode(False), torch.no_grad():
@@ -82,6 +84,15 @@ def fold_for_inference(model: nn.Module, dtype: torch.dtype = torch.float32, ima
         if images is not None and dtype in (torch.float32, torch.float64):
             _check(folded(images.to(dtype) if images.is_floating_point() else images), expected)
         return folded.requires_grad_(False)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the first convolution; float32 where there is none."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Conv2d) and isinstance(weight, Tensor) and weight.is_floating_point():
+            return weight.dtype
+    return torch.float32
 
 
 def _check(found: Any, expected: Any) -> None:

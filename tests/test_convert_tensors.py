@@ -270,6 +270,50 @@ def test_what_is_normalised_without_gradients_gets_none_later(act, inside, piece
                 torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
 
 
+class Shares(nn.Module):
+    """A value that two convolutions and a sum take, and one of them again, before and after the sum."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(16), act
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        a = self.act(self.bn(x))
+        return self.one(a) * self.two(a) + a + self.two(a + 1) + self.one(a)
+
+
+def nodes(out):
+    """All of the graph behind ``out``."""
+    found, left = set(), [out.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [one for one, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.SiLU(inplace=True), nn.Hardswish(), nn.LeakyReLU()], ids=str)
+def test_a_value_that_several_take_is_made_and_differentiated_once(native, act):
+    plain = head(Shares(act)).double()
+    step(plain, images())
+    ours, x = convert(copy.deepcopy(plain)), images()
+    assert_same(step(plain, x), step(ours, x))
+    names = [node.name() for node in nodes(ours(x))]
+    assert sum("BnActFunction" in name for name in names) == 1
+    assert sum("BnActConvFunction" in name for name in names) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), ours(x), rtol=1e-8, atol=1e-10)
+    inputs = [list(network.parameters()) for network in (plain, ours)]
+    twice = []
+    for network, wanted in zip((plain, ours), inputs, strict=True):
+        first = torch.autograd.grad(network(x).square().sum(), wanted, create_graph=True)
+        twice.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    for one, other in zip(*twice, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
 class JoinsOfJoins(nn.Module):
     """A dense block in which each join is of the last one; two layers and a pooling look at one of them."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ran_ext import convert
+from ran_ext._compare import bytes_kept
 from ran_ext._converted import Converted, Deferring
 
 
@@ -71,13 +72,48 @@ def test_function_transforms():
     assert_same(*found)
 
 
-def test_autocast():
-    plain, ours = pair("preact", torch.float32)
-    x = images(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        mine, theirs = ours(x), plain(x)
-    assert mine.dtype == theirs.dtype
-    torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+class Lower(nn.Module):
+    """A network under autocast."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x)
+
+
+@pytest.mark.parametrize("name", ["preact", "postact", "dense", "mobile", "silu", "leaky", "hardswish in place"])
+def test_autocast_is_as_accurate_and_keeps_less(name):
+    plain, ours = pair(name, torch.float32)
+    dout = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    found = []
+    for network in (copy.deepcopy(plain).double(), Lower(plain), Lower(ours)):
+        is_exact = not isinstance(network, Lower)
+        x = images(torch.float64 if is_exact else torch.float32).requires_grad_()
+        out = network(x)
+        out.backward(dout.to(out.dtype))
+        found.append(
+            [
+                out.detach(),
+                x.grad,
+                *(p.grad for p in network.parameters()),
+                *map(torch.Tensor.double, network.buffers()),
+            ]
+        )
+    for exact, theirs, mine in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        least = 1e-3 * (1 + exact.double().norm())
+        assert (mine - exact).norm() <= 2 * (theirs - exact).norm() + least
+    assert bytes_kept(Lower(ours), [images(torch.float32)]) < bytes_kept(Lower(plain), [images(torch.float32)])
+
+
+def test_autocast_leaves_float64_to_torch():
+    _, ours = pair("dense", torch.float32)
+    ours[1].convs[1].double()
+    with pytest.raises(RuntimeError, match=r"dtype|type"):
+        Lower(ours)(images(torch.float32))
 
 
 def test_copies_pickles_and_files():

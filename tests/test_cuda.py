@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ran_ext import _backend, ops, set_backend, set_bn_relu, set_conv1x1, set_conv3x3
 from ran_ext._explain import layers
+from ran_ext._paths import paths
 from ran_ext.nn import AttentionModule, BNReLUConv2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_gpu")]
@@ -58,6 +59,25 @@ def choice(request: pytest.FixtureRequest) -> Iterator[str]:
     convolutions, bn_relu = CHOICES[request.param]
     with set_conv1x1(convolutions), set_conv3x3(convolutions), set_bn_relu(bn_relu):
         yield request.param
+
+
+@pytest.mark.parametrize("channels", [(64, 32, 32), (8, 72), (16, 12)], ids=str)  # the last are joined
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pieces_are_convolved_as_their_join(choice: str, dtype: torch.dtype, channels: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    to = {"dtype": dtype, "memory_format": torch.channels_last}
+    pieces = [torch.randn(4, c, 9, 7).to(**to) for c in channels]
+    x, c = torch.cat(pieces, 1), sum(channels)
+    mean, gamma, beta = torch.randn(3, c)
+    weight, norm = torch.randn(48, c, 1, 1).to(**to), (gamma, beta, mean, torch.rand(c) + 0.5)
+    calls, geometry, asked = torch.ops.ran_ext, ([1, 1], [0, 0]), paths(x)
+    out = calls._joined_bn_relu_conv2d(pieces, weight, None, *norm, 1e-5, *geometry, asked)
+    whole = calls._joined_bn_relu_conv2d([x], weight, None, *norm, 1e-5, *geometry, asked)
+    assert torch.equal(out, whole)
+    dout, rest = torch.randn_like(out), (*norm, weight, *geometry, 1e-5, True, [True, True, True], asked)
+    found = calls._joined_bn_relu_conv2d_backward(dout, pieces, *rest)
+    expected = calls._joined_bn_relu_conv2d_backward(dout, [x], *rest)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

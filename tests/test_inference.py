@@ -31,7 +31,7 @@ def test_equals_the_trained_network(name, conv_bias, backend):
     model, x = trained(name, conv_bias=conv_bias).double(), torch.randn(3, 3, 20, 27, dtype=torch.float64)
     with set_backend(backend), torch.no_grad():
         torch.testing.assert_close(fold_for_inference(model, torch.float64)(x), model(x))
-        single = fold_for_inference(model)(x)
+        single = fold_for_inference(model, torch.float32)(x)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), model(x), rtol=1e-4, atol=1e-4 * model(x).abs().max().item())
 
@@ -45,6 +45,15 @@ def test_lower_precision_is_as_close_as_autocast(dtype):
             cast = model(x).double()
         folded = fold_for_inference(model, dtype)(x).double()
     assert (folded - exact).norm() <= 2 * (cast - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_dtype_is_the_models_where_none_is_given(dtype):
+    plain = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    for model in (trained("ran_compact").to(dtype), plain.to(dtype), torch.compile(plain.to(dtype))):
+        folded = fold_for_inference(model)
+        convolutions = [module for module in folded.modules() if isinstance(module, FoldedConv2d)]
+        assert {module.weight.dtype for module in convolutions} == {dtype}
 
 
 def test_leaves_the_trained_model_alone_and_can_be_copied_and_saved(tmp_path):

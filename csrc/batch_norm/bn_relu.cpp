@@ -123,7 +123,7 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
   }
   if (x.numel() == 0) return;
 #ifdef RAN_WITH_CUDA
-  if (x.is_cuda()) return cuda_bn_relu_dx(dx, dout, x, residual, bn, sums, count);
+  if (x.is_cuda()) return cuda_bn_relu_dx(dx, dout, x, residual, bn, sums, count, pieces);
 #endif
   cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows_of(x, pieces), pointer(residual),
                                        sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,

@@ -52,8 +52,8 @@ struct BackwardSums {
 BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);
 
 // dx for batch statistics over `count` values a channel, or, without sums, for given statistics; plus `residual`, the
-// gradient that reaches x by another path, undefined where there is none. dx may be dout on the CPU. There `pieces` is
-// where the values of x are, if x has none but only its sizes.
+// gradient that reaches x by another path, undefined where there is none. dx may be dout on the CPU. `pieces` is where
+// the values of x are, if x has none but only its sizes.
 void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
                 const BackwardSums* sums, double count, const Rows* pieces = nullptr);
 

@@ -106,9 +106,9 @@ BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchN
 }
 
 void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
-                     const BackwardSums* sums, double count) {
+                     const BackwardSums* sums, double count, const Rows* pieces) {
   const c10::DeviceGuard guard(x.device());
-  check_launch(cuda::bn_relu_backward_apply(dx.mutable_data_ptr(), dout.const_data_ptr(), x.const_data_ptr(),
+  check_launch(cuda::bn_relu_backward_apply(dx.mutable_data_ptr(), dout.const_data_ptr(), rows_of(x, pieces),
                                             sums ? floats(sums->dz) : nullptr, sums ? floats(sums->dz_xhat) : nullptr,
                                             residual.defined() ? residual.const_data_ptr() : nullptr, count,
                                             dtype_of(x, kBnRelu, "x"), view_of(x), norm_of(bn), current_stream()),

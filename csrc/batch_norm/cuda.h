@@ -34,7 +34,7 @@ std::optional<Tensor> cuda_channel_sums(const Tensor& x);
 void cuda_bn_relu_forward(Tensor& out, const Tensor& x, const BatchNormArgs& bn);
 BackwardSums cuda_bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn);
 void cuda_bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual, const BatchNormArgs& bn,
-                     const BackwardSums* sums, double count);
+                     const BackwardSums* sums, double count, const Rows* pieces);
 
 // As bn_relu_batch() and bn_relu_gradients(), or nothing where x is not on a GPU or is streamed.
 std::optional<std::tuple<Tensor, Tensor, Tensor>> cuda_bn_relu_resident(const char* op, const Tensor& x,

@@ -26,7 +26,7 @@ struct Rows {
     const void* data;
     int64_t channels;
   };
-  Rows(const void* data) : data(data) {}
+  Rows(const void* data = nullptr) : data(data) {}
   Rows(const Piece* pieces, int64_t count) : pieces(pieces), count(count) {}
 
   const void* data = nullptr;

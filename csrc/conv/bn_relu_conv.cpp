@@ -48,18 +48,19 @@ struct BackwardPaths {
 
 // What our kernels compute of dz and the weight's gradients; `bn` null: of the convolution alone.
 Tensor fused_backward(ConvGradients& g, const BackwardPaths& paths, const Tensor& dy, const Tensor& x,
-                      const BatchNormArgs* bn, const Tensor& weight, const Convolution& conv, bool want_bias) {
+                      const BatchNormArgs* bn, const Tensor& weight, const Convolution& conv, bool want_bias,
+                      const Rows* pieces = nullptr) {
   Tensor dz;
   const bool dgrad = is_fused(paths.dgrad), wgrad = is_fused(paths.wgrad);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
-    if (wgrad) std::tie(g.dweight, g.dbias) = cuda_conv_wgrad(dy, x, *bn, weight, conv, want_bias);
-    if (dgrad) std::tie(dz, g.sums) = cuda_conv_dgrad(dy, x, *bn, weight, conv);
+    if (wgrad) std::tie(g.dweight, g.dbias) = cuda_conv_wgrad(dy, x, *bn, weight, conv, want_bias, pieces);
+    if (dgrad) std::tie(dz, g.sums) = cuda_conv_dgrad(dy, x, *bn, weight, conv, pieces);
     return dz;
   }
 #endif
-  if (wgrad) std::tie(g.dweight, g.dbias) = cpu_conv_wgrad(paths.wgrad, dy, x, bn, weight, conv, want_bias);
-  if (dgrad) std::tie(dz, g.sums) = cpu_conv_dgrad(paths.dgrad, dy, x, bn, weight, conv);
+  if (wgrad) std::tie(g.dweight, g.dbias) = cpu_conv_wgrad(paths.wgrad, dy, x, bn, weight, conv, want_bias, pieces);
+  if (dgrad) std::tie(dz, g.sums) = cpu_conv_dgrad(paths.dgrad, dy, x, bn, weight, conv, pieces);
   return dz;
 }
 
@@ -81,7 +82,8 @@ Tensor library_backward(ConvGradients& g, const Tensor& dy, const Tensor& a, con
 }  // namespace
 
 ConvOutput bn_relu_conv_forward(const Tensor& x, const PreActivation& norm, const Tensor& weight, const OptTensor& bias,
-                                const OptTensor& residual, const Convolution& conv, const NextStatistics& next) {
+                                const OptTensor& residual, const Convolution& conv, const NextStatistics& next,
+                                const Rows* pieces) {
   ConvOutput y;
   const ConvPath path = choose_conv(ConvPass::forward, x, weight, conv);
   if (!is_fused(path)) {
@@ -94,24 +96,24 @@ ConvOutput bn_relu_conv_forward(const Tensor& x, const PreActivation& norm, cons
                          given ? *norm.var : y.var, norm.eps);
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) {
-    cuda_conv_forward(y, x, bn, weight, bias, residual, conv, next);
+    cuda_conv_forward(y, x, bn, weight, bias, residual, conv, next, pieces);
     return y;
   }
 #endif
-  cpu_conv_forward(y, path, x, &bn, weight, bias, residual, conv, next);
+  cpu_conv_forward(y, path, x, &bn, weight, bias, residual, conv, next, pieces);
   return y;
 }
 
 ConvGradients bn_relu_conv_backward(const Tensor& dout, const Tensor& x, const Tensor& residual,
                                     const BatchNormArgs& bn, bool batch_stats, const Tensor& weight,
-                                    const Convolution& conv, std::array<bool, 3> wanted) {
+                                    const Convolution& conv, std::array<bool, 3> wanted, const Rows* pieces) {
   ConvGradients g;
   BackwardPaths paths;
   if (wanted[0]) paths.dgrad = choose_conv(ConvPass::dgrad, x, weight, conv);
   if (wanted[1]) paths.wgrad = choose_conv(ConvPass::wgrad, x, weight, conv);
   const Tensor dy = paths.laid_out(dout);
   // The gradient of bn(x), or, from the library, of relu(bn(x)).
-  Tensor dz = fused_backward(g, paths, dy, x, &bn, weight, conv, wanted[2]);
+  Tensor dz = fused_backward(g, paths, dy, x, &bn, weight, conv, wanted[2], pieces);
   const std::array<bool, 3> left = left_of(wanted, paths);
   if (left[0] || left[1] || left[2]) {
     const Tensor a = left[1] ? bn_relu_apply(x, bn) : x;  // the data gradient needs its shape only
@@ -121,10 +123,19 @@ ConvGradients bn_relu_conv_backward(const Tensor& dout, const Tensor& x, const T
   if (!wanted[0]) return g;
   g.dx = x.is_cuda() ? at::empty_like(x) : dz;
   if (is_fused(paths.dgrad))
-    bn_relu_dx(g.dx, dz, x, residual, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()));
+    bn_relu_dx(g.dx, dz, x, residual, bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()), pieces);
   else
     g.sums = bn_relu_gradients(g.dx, dz, x, residual, bn, batch_stats, conv.asked);
   return g;
+}
+
+bool conv_reads_pieces(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                       const Rows& pieces) {
+  if (!conv.shape(x, weight).is_pointwise() || choose_conv(pass, x, weight, conv) != ConvPath::product) return false;
+#ifdef RAN_WITH_CUDA
+  if (x.is_cuda()) return cuda_conv_reads_pieces(pass, x, weight, conv, pieces);
+#endif
+  return pieces.count > 0;
 }
 
 Tensor conv_forward(const Tensor& x, const Tensor& weight, const OptTensor& bias, const Convolution& conv) {

@@ -15,6 +15,7 @@ namespace {
 
 // The kernels of a kernel size: what they take, and what they need.
 struct Kernels1x1 {
+  static constexpr bool kTakesPieces = true;
   using Shape = cuda::Conv1x1Shape;
   using Forward = cuda::Conv1x1Forward;
   using Dgrad = cuda::Conv1x1Dgrad;
@@ -34,6 +35,7 @@ struct Kernels1x1 {
 };
 
 struct Kernels3x3 {
+  static constexpr bool kTakesPieces = false;
   using Shape = cuda::Conv3x3Shape;
   using Forward = cuda::Conv3x3Forward;
   using Dgrad = cuda::Conv3x3Dgrad;
@@ -65,11 +67,19 @@ ScratchWithCounters scratch_of(ConvPass pass, const typename Kernels::Shape& sha
   return {Kernels::workspace(pass, shape), Kernels::counters(pass, shape), kBnReluConv2d};
 }
 
+// Of x in `pieces` where they are not null.
+template <typename Kernels>
+typename Kernels::Shape shape_for(const Tensor& x, const Tensor& weight, const Convolution& conv, const Rows* pieces) {
+  auto shape = Kernels::shape_of(x, weight, conv);
+  if constexpr (Kernels::kTakesPieces) shape.pieces = pieces != nullptr;
+  return shape;
+}
+
 // What every pass is given: shape, where it works, and, unless `bn` is null, what it normalises with.
 template <typename Args, typename Shape>
-Args args_for(const Tensor& x, const BatchNormArgs* bn, const Shape& shape, const ScratchWithCounters& scratch) {
+Args args_for(const Rows& x, const BatchNormArgs* bn, const Shape& shape, const ScratchWithCounters& scratch) {
   Args args{};
-  args.x = x.const_data_ptr();
+  args.x = x;
   if (bn) args.norm = norm_of(*bn);
   args.shape = shape;
   args.workspace = scratch.workspace();
@@ -138,20 +148,27 @@ std::string describe_cuda_conv(ConvPath path, ConvPass pass, const Tensor& x, co
   return why;
 }
 
+bool cuda_conv_reads_pieces(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                            const Rows& pieces) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  const cuda::Conv1x1Shape shape = shape_for<Kernels1x1>(x, weight, conv, &pieces);
+  return cuda::reads_pieces(pieces) && Kernels1x1::supported(pass, shape, dtype_of(x, kBnReluConv2d, "x"), nullptr);
+}
+
 void cuda_conv_forward(ConvOutput& y, const Tensor& x_, const BatchNormArgs& bn, const Tensor& weight_,
                        const OptTensor& bias_, const OptTensor& residual_, const Convolution& conv,
-                       const NextStatistics& next) {
+                       const NextStatistics& next, const Rows* pieces) {
   const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = aligned(x_), weight = weight_of(weight_), bias = bias_of(bias_);
+  const Tensor x = pieces ? x_ : aligned(x_), weight = weight_of(weight_), bias = bias_of(bias_);
   y.out = at::empty(conv.out_sizes(x, weight), x.options(), at::MemoryFormat::ChannelsLast);
   const Tensor residual =
       present(residual_) ? aligned_pixels(gradient_like(kBnReluConv2d, *residual_, y.out)) : Tensor();
   const auto kept = in_launch(next.running);
   with_kernels(weight, [&](auto kernels) {
     using Kernels = decltype(kernels);
-    const auto shape = Kernels::shape_of(x, weight, conv);
+    const auto shape = shape_for<Kernels>(x, weight, conv, pieces);
     const ScratchWithCounters scratch = scratch_of<Kernels>(ConvPass::forward, shape);
-    auto args = args_for<typename Kernels::Forward>(x, &bn, shape, scratch);
+    auto args = args_for<typename Kernels::Forward>(rows_of(x, pieces), &bn, shape, scratch);
     args.y = y.out.mutable_data_ptr();
     args.weight = weight.const_data_ptr();
     args.bias = data_or_null(bias);
@@ -176,7 +193,7 @@ std::tuple<Tensor, Tensor> cuda_conv_gate(const Tensor& trunk_, const Tensor& x_
   Tensor out = at::empty(trunk.sizes(), trunk.options(), at::MemoryFormat::ChannelsLast);
   const cuda::Conv1x1Shape shape = Kernels1x1::shape_of(x, weight, {{1, 1}, {0, 0}, {}});
   const ScratchWithCounters scratch = scratch_of<Kernels1x1>(ConvPass::gate, shape);
-  auto args = args_for<cuda::Conv1x1Forward>(x, nullptr, shape, scratch);
+  auto args = args_for<cuda::Conv1x1Forward>(x.const_data_ptr(), nullptr, shape, scratch);
   args.y = mask.mutable_data_ptr();
   args.weight = weight.const_data_ptr();
   args.bias = data_or_null(bias);
@@ -186,16 +203,16 @@ std::tuple<Tensor, Tensor> cuda_conv_gate(const Tensor& trunk_, const Tensor& x_
 }
 
 std::tuple<Tensor, BackwardSums> cuda_conv_dgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
-                                                 const Tensor& weight_, const Convolution& conv) {
+                                                 const Tensor& weight_, const Convolution& conv, const Rows* pieces) {
   const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = aligned(x_), weight = weight_of(weight_), dy = aligned_pixels(dout);
+  const Tensor x = pieces ? x_ : aligned(x_), weight = weight_of(weight_), dy = aligned_pixels(dout);
   Tensor dz = at::empty_like(x);
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
   with_kernels(weight, [&](auto kernels) {
     using Kernels = decltype(kernels);
-    const auto shape = Kernels::shape_of(x, weight, conv);
+    const auto shape = shape_for<Kernels>(x, weight, conv, pieces);
     const ScratchWithCounters scratch = scratch_of<Kernels>(ConvPass::dgrad, shape);
-    auto args = args_for<typename Kernels::Dgrad>(x, &bn, shape, scratch);
+    auto args = args_for<typename Kernels::Dgrad>(rows_of(x, pieces), &bn, shape, scratch);
     args.dz = dz.mutable_data_ptr();
     args.sum_dz = sums.dz.template mutable_data_ptr<float>();
     args.sum_dz_xhat = sums.dz_xhat.template mutable_data_ptr<float>();
@@ -208,16 +225,17 @@ std::tuple<Tensor, BackwardSums> cuda_conv_dgrad(const Tensor& dout, const Tenso
 }
 
 std::tuple<Tensor, Tensor> cuda_conv_wgrad(const Tensor& dout, const Tensor& x_, const BatchNormArgs& bn,
-                                           const Tensor& weight, const Convolution& conv, bool want_bias) {
+                                           const Tensor& weight, const Convolution& conv, bool want_bias,
+                                           const Rows* pieces) {
   const c10::cuda::CUDAGuard guard(x_.device());
-  const Tensor x = aligned(x_), dy = aligned_pixels(dout);
+  const Tensor x = pieces ? x_ : aligned(x_), dy = aligned_pixels(dout);
   Tensor dweight = at::empty(weight.sizes(), weight.options(), at::MemoryFormat::ChannelsLast);
   Tensor dbias = want_bias ? at::empty({weight.size(0)}, x.options()) : Tensor();
   with_kernels(weight, [&](auto kernels) {
     using Kernels = decltype(kernels);
-    const auto shape = Kernels::shape_of(x, weight, conv);
+    const auto shape = shape_for<Kernels>(x, weight, conv, pieces);
     const ScratchWithCounters scratch = scratch_of<Kernels>(ConvPass::wgrad, shape);
-    auto args = args_for<typename Kernels::Wgrad>(x, &bn, shape, scratch);
+    auto args = args_for<typename Kernels::Wgrad>(rows_of(x, pieces), &bn, shape, scratch);
     args.dweight = dweight.mutable_data_ptr();
     args.dbias = want_bias ? dbias.mutable_data_ptr() : nullptr;
     args.dy = dy.const_data_ptr();

@@ -19,19 +19,25 @@ ConvChoice choose_cuda_conv_gate(const Tensor& trunk, const Tensor& x, const Ten
 std::string describe_cuda_conv(ConvPath path, ConvPass pass, const Tensor& x, const Tensor& weight,
                                const Convolution& conv);
 
+// Whether the 1x1 kernels read these pieces of an x that itself has but its sizes.
+bool cuda_conv_reads_pieces(ConvPass pass, const Tensor& x, const Tensor& weight, const Convolution& conv,
+                            const Rows& pieces);
+
 // y.out = conv(relu(bn(x))) + bias + residual, and the next statistics where they are wanted.
 void cuda_conv_forward(ConvOutput& y, const Tensor& x, const BatchNormArgs& bn, const Tensor& weight,
                        const OptTensor& bias, const OptTensor& residual, const Convolution& conv,
-                       const NextStatistics& next);
+                       const NextStatistics& next, const Rows* pieces = nullptr);
 // The gated trunk, and the mask that gates it: conv(x) + bias.
 std::tuple<Tensor, Tensor> cuda_conv_gate(const Tensor& trunk, const Tensor& x, const Tensor& weight,
                                           const OptTensor& bias, int64_t scale);
 // dz, the gradient of bn(x), and its sums.
 std::tuple<Tensor, BackwardSums> cuda_conv_dgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                                                 const Tensor& weight, const Convolution& conv);
+                                                 const Tensor& weight, const Convolution& conv,
+                                                 const Rows* pieces = nullptr);
 // dweight, and dbias, undefined where it is not wanted.
 std::tuple<Tensor, Tensor> cuda_conv_wgrad(const Tensor& dout, const Tensor& x, const BatchNormArgs& bn,
-                                           const Tensor& weight, const Convolution& conv, bool want_bias);
+                                           const Tensor& weight, const Convolution& conv, bool want_bias,
+                                           const Rows* pieces = nullptr);
 
 #endif
 

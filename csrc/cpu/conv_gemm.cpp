@@ -95,6 +95,8 @@ void forward(T* out, double* tiles, const RowsOf<T>& x, const T* weight, const f
   for_blocks(s.pixels(), kBlockRows * count, [&](int64_t first, int64_t rows, uint32_t* strips) {
     const Scratch<T> room(x.room(rows));
     const T* const from = x.at(first, rows, room.get());
+    const Scratch<double> sums(tiles ? BlockMoments::scratch(s.co) : 0);
+    BlockMoments moments(sums.get(), s.co);
     prefetch_values<true>(out + first * s.co, rows * s.co);
     if (residual) prefetch_values<false>(residual + first * s.co, rows * s.co);
     pack_strips<T>(strips, rows, s.ci, [&](int64_t row, int64_t c, int lanes) {
@@ -106,14 +108,16 @@ void forward(T* out, double* tiles, const RowsOf<T>& x, const T* weight, const f
         const Vec<float> added = bias ? load(bias + c, lanes) : Vec<float>{};
         for (int r = 0; r < n; ++r) {
           const int64_t at = (first + row + r) * s.co + c;
-          Vec<float> y = tile.at[r][h] + added;
+          Vec<float>& y = tile.at[r][h];
+          y += added;
           if (residual) y += load(residual + at, lanes);
           store(out + at, y, lanes);
+          y = rounded_to<T>(y);  // the moments are of what is stored
         }
+        if (tiles) moments.add(n, c, lanes, row == 0, [&](int r) { return tile.at[r][h]; });
       });
     });
-    // The block is still in the cache.
-    if (tiles) tile_moments(tiles + first / kBlockRows * 3 * s.co, out, s.co, first, rows, 0, s.co);
+    if (tiles) moments.leave(tiles + first / kBlockRows * 3 * s.co, s.co);
   });
 }
 

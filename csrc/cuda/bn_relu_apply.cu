@@ -1,5 +1,6 @@
 // The passes of BN-ReLU that move tensors and reduce nothing: out = relu(bn(x)), and dx.
 #include "batch_norm.cuh"
+#include "pieces.cuh"
 
 namespace ran::cuda {
 namespace {
@@ -95,6 +96,26 @@ struct DxScales {
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kApplyThreads, 2)
+    backward_pieces_kernel(T* __restrict__ dx, const T* __restrict__ dout, const Pieces<T> pieces, ChannelView view,
+                           BatchNorm<float> norm, Sums sums) {
+  const int64_t channel = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V;
+  if (channel >= view.channels) return;
+  const DxScales<V> scales(norm, sums, channel);
+  const Column<T> x = column_of(pieces, static_cast<int>(channel));
+  const int64_t step = int64_t(gridDim.x) * blockDim.y;
+#pragma unroll 2
+  for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < view.outer; row += step) {
+    float d[V], v[V];
+    load<V>(dout + row * view.channels + channel, d);
+    load<V>(x.data + row * x.pitch, v);
+#pragma unroll
+    for (int i = 0; i < V; ++i) v[i] = scales(i, d[i], v[i]);
+    store<V>(dx + row * view.channels + channel, v);
+  }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kApplyThreads, 2)
     backward_rows_kernel(T* __restrict__ dx, const T* __restrict__ dout, const T* __restrict__ x,
                          const T* __restrict__ residual, ChannelView view, BatchNorm<float> norm, Sums sums) {
   const int64_t channel = (int64_t(blockIdx.y) * blockDim.x + threadIdx.x) * V;
@@ -155,24 +176,32 @@ cudaError_t bn_relu_forward(void* out, const void* x, DType dtype, ChannelView v
   });
 }
 
-cudaError_t bn_relu_backward_apply(void* dx, const void* dout, const void* x, const float* sum_dz,
-                                   const float* sum_dz_xhat, const void* residual, double count, DType dtype,
-                                   ChannelView view, BatchNorm<float> norm, cudaStream_t stream) {
+cudaError_t bn_relu_backward_apply(void* dx, const void* dout, Rows x, const float* sum_dz, const float* sum_dz_xhat,
+                                   const void* residual, double count, DType dtype, ChannelView view,
+                                   BatchNorm<float> norm, cudaStream_t stream) {
   if (view.numel() == 0) return cudaSuccess;
   const bool rows = view.inner == 1;
   const Sums sums{sum_dz, sum_dz_xhat, static_cast<float>(count)};
+  if (x.pieces && (!rows || residual || !reads_pieces(x) || !aligned16(dx, dout))) return cudaErrorInvalidValue;
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const bool vectors = aligned16(dx, dout, x, residual) && (rows ? view.channels : view.inner) % kVector<T> == 0;
+    if (x.pieces) {
+      if constexpr (sizeof(T) == 2)
+        return RAN_LAUNCH(rows_shape(view, 8, 1), stream, backward_pieces_kernel<T, 8>, static_cast<T*>(dx),
+                          static_cast<const T*>(dout), pieces_of<T>(x), view, norm, sums);
+      else
+        return cudaErrorInvalidValue;
+    }
+    const bool vectors = aligned16(dx, dout, x.data, residual) && (rows ? view.channels : view.inner) % kVector<T> == 0;
     return with_vector<T>(vectors, [&](auto vector) {
       constexpr int V = decltype(vector)::value;
       if (rows)
         return RAN_LAUNCH(rows_shape(view, V, 1), stream, backward_rows_kernel<T, V>, static_cast<T*>(dx),
-                          static_cast<const T*>(dout), static_cast<const T*>(x), static_cast<const T*>(residual), view,
-                          norm, sums);
+                          static_cast<const T*>(dout), static_cast<const T*>(x.data), static_cast<const T*>(residual),
+                          view, norm, sums);
       return RAN_LAUNCH(planes_shape(view, V), stream, backward_planes_kernel<T, V>, static_cast<T*>(dx),
-                        static_cast<const T*>(dout), static_cast<const T*>(x), static_cast<const T*>(residual), view,
-                        norm, sums);
+                        static_cast<const T*>(dout), static_cast<const T*>(x.data), static_cast<const T*>(residual),
+                        view, norm, sums);
     });
   });
 }

@@ -13,6 +13,7 @@ namespace ran::cuda {
 struct Conv1x1Shape {
   int64_t n, h, w, c_in, c_out;
   int stride;
+  bool pieces = false;  // whether x is in pieces: of stride 1, normalised, and as reads_pieces() takes them
   int64_t out_h() const { return (h + stride - 1) / stride; }
   int64_t out_w() const { return (w + stride - 1) / stride; }
   int64_t rows() const { return n * out_h() * out_w(); }

@@ -51,9 +51,12 @@ __device__ __forceinline__ void gate_rows(const ForwardArgs<T>& args, int first_
   }
 }
 
-template <typename Tile, typename T, bool kNormalise>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<T> args) {
-  Product<Tile, T, kNormalise, false> product(args.product, dynamic_shared<T>());
+// `pieces`: x, or NoPieces where it is args.product.a.
+template <typename Tile, typename T, bool kNormalise, typename From>
+__device__ __forceinline__ void forward_tiles(const ForwardArgs<T>& args, const From& pieces) {
+  constexpr bool kPieces = std::is_same_v<From, Pieces<T>>;
+  Product<Tile, T, kNormalise, false, kPieces> product(args.product, dynamic_shared<T>());
+  if constexpr (kPieces) product.find_columns(pieces);
   product.start();
   if constexpr (kNormalise) product.fill_table(args.norm);
   if (args.batches && thread_rank() + blockIdx.x + blockIdx.y + blockIdx.z == 0) ++*args.batches;
@@ -85,15 +88,26 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<
   if (args.partials) moments.leave<Tile>(args.partials, product.first_column(), columns, product.stage());
 }
 
+template <typename Tile, typename T, bool kNormalise>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(const ForwardArgs<T> args) {
+  forward_tiles<Tile, T, kNormalise>(args, NoPieces{});
+}
+
+template <typename Tile, typename T>
+__global__ void __launch_bounds__(kThreads, 2)
+    forward_pieces_kernel(const ForwardArgs<T> args, const Pieces<T> pieces) {
+  forward_tiles<Tile, T, true>(args, pieces);
+}
+
 template <typename T>
 cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
   const Conv1x1Shape& s = p.shape;
   const int rows = static_cast<int>(s.rows()), c_in = static_cast<int>(s.c_in), c_out = static_cast<int>(s.c_out);
   const bool normalise = p.norm.mean != nullptr;
-  const Plan plan = make_plan(rows, c_in, c_out, forward_table_bytes(c_in));
+  const Plan plan = make_plan(rows, c_in, c_out, forward_table_bytes(c_in, s.pieces));
   auto* moments = static_cast<Moments<float>*>(p.workspace);
   auto* partials = p.statistics.mean ? moments : nullptr;
-  const ForwardArgs<T> args{product_args<T>({static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
+  const ForwardArgs<T> args{product_args<T>({first_of<T>(p.x), rows, c_in, input_pixels(s)},
                                             {static_cast<const T*>(p.weight), c_out, c_in}, c_out, plan),
                             static_cast<T*>(p.y),
                             static_cast<T*>(p.gate.out),
@@ -111,6 +125,7 @@ cudaError_t forward(const Conv1x1Forward& p, cudaStream_t stream) {
   const cudaError_t error = with_tile(plan.tile, [&](auto t) {
     using Tile = decltype(t);
     const LaunchShape shape = plan.launch_shape<Tile>();
+    if (s.pieces) return RAN_LAUNCH(shape, stream, forward_pieces_kernel<Tile, T>, args, pieces_of<T>(p.x));
     return normalise ? RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, true>, args)
                      : RAN_LAUNCH(shape, stream, forward_kernel<Tile, T, false>, args);
   });
@@ -129,7 +144,8 @@ bool gate_fits(const Conv1x1Gate& gate, const Conv1x1Shape& s) {
 
 cudaError_t conv1x1_forward(const Conv1x1Forward& p, DType dtype, cudaStream_t stream) {
   if (!conv1x1_supported(ConvPass::forward, p.shape, dtype, nullptr) || !conv1x1::gate_fits(p.gate, p.shape) ||
-      !aligned16(p.y, p.gate.out, p.gate.trunk, p.x, p.weight, p.bias, p.residual, p.workspace))
+      !conv1x1::fits(p.x, p.shape, p.norm) ||
+      !aligned16(p.y, p.gate.out, p.gate.trunk, p.weight, p.bias, p.residual, p.workspace))
     return cudaErrorInvalidValue;
   if (p.shape.rows() == 0) return cudaSuccess;
   return dtype == DType::bf16 ? conv1x1::forward<bf16>(p, stream) : conv1x1::forward<f16>(p, stream);

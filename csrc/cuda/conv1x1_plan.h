@@ -148,7 +148,10 @@ inline Plan make_plan(int64_t rows, int64_t depth, int64_t columns, size_t table
 
 // Bytes of a pass's table of channels in shared memory. Room is kept also where nothing is normalised, so that the
 // plan, and with it the workspace, depends on the shape alone.
-inline size_t forward_table_bytes(int64_t c_in) { return blocks_for(c_in, kPanel) * kPanel * 2 * sizeof(float); }
+// Of an x in pieces the table also says where each vector of channels lies.
+inline size_t forward_table_bytes(int64_t c_in, bool pieces = false) {
+  return blocks_for(c_in, kPanel) * (kPanel * 2 * sizeof(float) + (pieces ? kPanel / 8 * 16 : 0));
+}
 inline size_t dgrad_table_bytes() { return 3 * LargeTile::kColumns * sizeof(float); }
 
 size_t wgrad_workspace(const Conv1x1Shape& shape);  // conv1x1_wgrad.cu

@@ -45,8 +45,8 @@ __device__ __forceinline__ void multiply_chunk(Sums& sums, Shared<T> weight, int
 
 // blockIdx.y is the tile of columns; blockIdx.x and every gridDim.x-th after it are the tiles of rows; blockIdx.z is
 // the part of the depth. A chunk is kPanel of depth. The copies of the next chunks, also those of the next tile, are in
-// flight while one is multiplied.
-template <typename Tile, typename T, bool kNormalise, bool kTransposed>
+// flight while one is multiplied. Of rows in pieces args.a.data is any of them.
+template <typename Tile, typename T, bool kNormalise, bool kTransposed, bool kPieces = false>
 class Product {
  public:
   using Sums = float[Tile::kBlocks][Tile::kColumns / 8][4];
@@ -73,6 +73,13 @@ class Product {
     for (int channel = thread_rank(); channel < chunks_ * kPanel; channel += kThreads)
       shared_cast<ScaleShift<float>>(table())[channel] =
           channel_scale_shift(norm, first_chunk_ * kPanel + channel, args_.a.columns);
+  }
+
+  // To be called first where the rows are in pieces.
+  __device__ void find_columns(const Pieces<T>& pieces) {
+    for (int vector = thread_rank(); vector < chunks_ * kPanel / 8; vector += kThreads)
+      columns()[vector] = column_of(pieces, first_chunk_ * kPanel + 8 * vector);
+    __syncthreads();
   }
 
   __device__ void start() {
@@ -102,7 +109,13 @@ class Product {
   __device__ void request_next() {
     if (next_tile_ < args_.row_tiles) {
       const int depth = (first_chunk_ + next_chunk_) * kPanel;
-      copy_panel<Tile::kRows, !kTransposed>(rows_ + next_slot_ * kRowsPanel, args_.a, next_tile_ * Tile::kRows, depth);
+      const Shared<T> to = rows_ + next_slot_ * kRowsPanel;
+      if constexpr (kPieces) {
+        const Column<T> mine = columns()[next_chunk_ * (kPanel / 8) + thread_rank() % 8];
+        copy_column<Tile::kRows>(to, mine, args_.a, next_tile_ * Tile::kRows, depth);
+      } else {
+        copy_panel<Tile::kRows, !kTransposed>(to, args_.a, next_tile_ * Tile::kRows, depth);
+      }
       if (!args_.resident || next_tile_ == static_cast<int>(blockIdx.x))
         request_weight(weight_slot(next_chunk_, next_slot_), depth);
       if (++next_chunk_ == chunks_) next_chunk_ = 0, next_tile_ += gridDim.x;
@@ -110,6 +123,9 @@ class Product {
     }
     cp_async_commit();  // also where it is empty: the wait counts groups
   }
+
+  // Behind the table of scale and shift.
+  __device__ Shared<Column<T>> columns() const { return shared_cast<Column<T>>(table() + 2 * chunks_ * kPanel); }
 
   __device__ void request_weight(Shared<T> slot, int depth) {
     if constexpr (kTransposed) {

@@ -12,7 +12,7 @@ constexpr int64_t kMostChannels = 1 << 16;       // column tiles are blockIdx.y
 
 Plan plan_of(ConvPass pass, const Conv1x1Shape& s) {
   if (pass == ConvPass::dgrad) return conv1x1::make_plan(s.rows(), s.c_out, s.c_in, conv1x1::dgrad_table_bytes());
-  return conv1x1::make_plan(s.rows(), s.c_in, s.c_out, conv1x1::forward_table_bytes(s.c_in));
+  return conv1x1::make_plan(s.rows(), s.c_in, s.c_out, conv1x1::forward_table_bytes(s.c_in, s.pieces));
 }
 
 std::string text(const Conv1x1Shape& s) {
@@ -27,6 +27,7 @@ std::string refusal(ConvPass pass, const Conv1x1Shape& s, DType dtype) {
   if (s.n < 0 || s.h < 0 || s.w < 0) return "sizes must not be negative";
   if (s.c_in <= 0 || s.c_out <= 0 || s.c_in % 8 || s.c_out % 8) return "both channel counts must be multiples of 8";
   if (s.c_in > kMostChannels || s.c_out > kMostChannels) return "channel counts must be at most 65536";
+  if (s.pieces && s.stride != 1) return "the pieces of a concatenation take stride 1 only";
   if (s.stride != 1 && s.stride != 2) return "the stride must be 1 or 2";
   if (pass == ConvPass::dgrad && s.stride != 1) return "the input's gradient takes stride 1 only";
   if (s.rows() > kMostRows || s.h > kMostRows || s.w > kMostRows) return "there must be at most 2^30 output pixels";

@@ -9,6 +9,7 @@
 #include "../common/formulas.h"
 #include "conv1x1_plan.h"
 #include "mma.cuh"
+#include "pieces.cuh"
 #include "vec.cuh"
 
 namespace ran::cuda::conv1x1 {
@@ -37,6 +38,17 @@ struct Operand {
   int rows, columns;
   Pixels pixels{1, 0, 0, 0, 0};
 };
+
+// x's first value, or that of its first piece.
+template <typename T>
+const T* first_of(const Rows& x) {
+  return static_cast<const T*>(x.pieces ? x.pieces[0].data : x.data);
+}
+
+inline bool fits(const Rows& x, const Conv1x1Shape& s, const BatchNorm<float>& norm) {
+  if (!s.pieces) return !x.pieces && aligned16(x.data);
+  return x.pieces && reads_pieces(x) && norm.mean;
+}
 
 // A float's place in a row of shared memory of which each lane reads 8, in two halves: those of vectors 4 .. 7 of every
 // 8 are kept the other way round, as lanes 4 apart would else meet on the same banks.
@@ -84,6 +96,16 @@ __device__ __forceinline__ void copy_panel(Shared<T> panel, const Operand<T>& fr
   } else {
     copy_rows<kRows>(to, from.data + static_cast<int64_t>(row) * from.columns + column, from.columns, rows, from.data);
   }
+}
+
+// The same of rows in pieces: this thread's 8 columns lie at `column`. from.data: any of the pieces.
+template <int kRows, typename T>
+__device__ __forceinline__ void copy_column(Shared<T> panel, const Column<T>& column, const Operand<T>& from,
+                                            int first_row, int first_column) {
+  const int vector = thread_rank() % 8, row = first_row + thread_rank() / 8;
+  const int rows = first_column + 8 * vector < from.columns ? from.rows - row : 0;
+  copy_rows<kRows>(panel + panel_at(thread_rank() / 8, vector), column.data + row * column.pitch, column.pitch, rows,
+                   from.data);
 }
 
 // A lane's row of the ldmatrix that loads four 8x8 matrices of a 16x16 block of a panel: in the order (upper left,

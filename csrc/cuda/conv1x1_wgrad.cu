@@ -50,12 +50,17 @@ struct WgradArgs {
   int chunks_a_split;
 };
 
-// Chunks of pixels, copied ahead into kStages places.
-template <typename Tile, typename T>
+// Chunks of pixels, copied ahead into kStages places. `pieces`: x, or NoPieces where it is args.x.
+template <typename Tile, typename T, typename From>
 class Chunks {
  public:
-  __device__ Chunks(const WgradArgs<T>& args, Shared<T> shared)
+  __device__ Chunks(const WgradArgs<T>& args, const From& pieces, Shared<T> shared)
       : args_(args), shared_(shared), chunk_(blockIdx.z * args.chunks_a_split) {
+    if constexpr (kPieces) {
+#pragma unroll
+      for (int i = 0; i < Tile::kRows / kPanel; ++i)
+        columns_[i] = column_of(pieces, blockIdx.x * Tile::kRows + i * kPanel + 8 * (thread_rank() % 8));
+    }
     const int all = (args.x.rows + kPanel - 1) / kPanel;
     end_ = chunk_ + args.chunks_a_split < all ? chunk_ + args.chunks_a_split : all;
     count_ = end_ - chunk_;
@@ -74,13 +79,20 @@ class Chunks {
   }
 
  private:
+  static constexpr bool kPieces = std::is_same_v<From, Pieces<T>>;
+
   __device__ void request_next() {
     if (chunk_ < end_) {
       const Shared<T> x = shared_ + next_slot_ * Tile::kStageValues, dy = x + Tile::kRows * kPanel;
 #pragma unroll
-      for (int i = 0; i < Tile::kRows / kPanel; ++i)
-        copy_panel<kPanel, true>(x + i * kPanel * kPanel, args_.x, chunk_ * kPanel,
-                                 blockIdx.x * Tile::kRows + i * kPanel);
+      for (int i = 0; i < Tile::kRows / kPanel; ++i) {
+        const Shared<T> to = x + i * kPanel * kPanel;
+        const int column = blockIdx.x * Tile::kRows + i * kPanel;
+        if constexpr (kPieces)
+          copy_column<kPanel>(to, columns_[i], args_.x, chunk_ * kPanel, column);
+        else
+          copy_panel<kPanel, true>(to, args_.x, chunk_ * kPanel, column);
+      }
 #pragma unroll
       for (int i = 0; i < Tile::kColumns / kPanel; ++i)
         copy_panel<kPanel, false>(dy + i * kPanel * kPanel, args_.dy, chunk_ * kPanel,
@@ -94,14 +106,15 @@ class Chunks {
   const WgradArgs<T>& args_;
   Shared<T> shared_;
   int chunk_, end_, count_, slot_ = 0, next_slot_ = 0;
+  Column<T> columns_[kPieces ? Tile::kRows / kPanel : 1];  // of pieces: where this thread's columns of x lie
 };
 
-template <typename Tile, typename T>
-__global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> args) {
+template <typename Tile, typename T, typename From>
+__device__ __forceinline__ void wgrad_split(const WgradArgs<T>& args, const From& pieces) {
   const int lane = thread_rank() % 32, warp = thread_rank() / 32;
   const int c_in = args.x.columns, c_out = args.dy.columns, warp_row = warp * Tile::kWarpRows;
   const int row0 = blockIdx.x * Tile::kRows + warp_row + lane / 4, column0 = blockIdx.y * Tile::kColumns + lane % 4 * 2;
-  Chunks<Tile, T> chunks(args, dynamic_shared<T>());
+  Chunks<Tile, T, From> chunks(args, pieces, dynamic_shared<T>());
   ScaleShift<float> s[Tile::kBlocks][2];
 #pragma unroll
   for (int i = 0; i < 2 * Tile::kBlocks; ++i) s[i / 2][i % 2] = channel_scale_shift(args.norm, row0 + 8 * i, c_in);
@@ -153,6 +166,16 @@ __global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> a
   }
 }
 
+template <typename Tile, typename T>
+__global__ void __launch_bounds__(kThreads, 2) wgrad_kernel(const WgradArgs<T> args) {
+  wgrad_split<Tile>(args, NoPieces{});
+}
+
+template <typename Tile, typename T>
+__global__ void __launch_bounds__(kThreads, 2) wgrad_pieces_kernel(const WgradArgs<T> args, const Pieces<T> pieces) {
+  wgrad_split<Tile>(args, pieces);
+}
+
 template <typename T>
 cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
   const Conv1x1Shape& s = p.shape;
@@ -160,7 +183,7 @@ cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
   const WgradPlan plan = make_wgrad_plan(s);
   auto* partials = static_cast<float*>(p.workspace);
   if (rows > 0) {
-    const WgradArgs<T> args{{static_cast<const T*>(p.x), rows, c_in, input_pixels(s)},
+    const WgradArgs<T> args{{first_of<T>(p.x), rows, c_in, input_pixels(s)},
                             {static_cast<const T*>(p.dy), rows, c_out},
                             p.norm,
                             partials,
@@ -168,6 +191,7 @@ cudaError_t wgrad(const Conv1x1Wgrad& p, cudaStream_t stream) {
     const auto run = [&](auto t) {
       using Tile = decltype(t);
       const LaunchShape shape{dim3(plan.row_tiles, plan.column_tiles, plan.splits), dim3(kThreads), Tile::kSharedBytes};
+      if (s.pieces) return RAN_LAUNCH(shape, stream, wgrad_pieces_kernel<Tile, T>, args, pieces_of<T>(p.x));
       return RAN_LAUNCH(shape, stream, wgrad_kernel<Tile, T>, args);
     };
     const cudaError_t error = plan.large ? run(LargeWgradTile{}) : run(SmallWgradTile{});
@@ -184,8 +208,8 @@ size_t wgrad_workspace(const Conv1x1Shape& s) { return make_wgrad_plan(s).splits
 }  // namespace conv1x1
 
 cudaError_t conv1x1_wgrad(const Conv1x1Wgrad& p, DType dtype, cudaStream_t stream) {
-  if (!conv1x1_supported(ConvPass::wgrad, p.shape, dtype, nullptr) ||
-      !aligned16(p.dweight, p.dbias, p.dy, p.x, p.workspace))
+  if (!conv1x1_supported(ConvPass::wgrad, p.shape, dtype, nullptr) || !conv1x1::fits(p.x, p.shape, p.norm) ||
+      !aligned16(p.dweight, p.dbias, p.dy, p.workspace))
     return cudaErrorInvalidValue;
   return dtype == DType::bf16 ? conv1x1::wgrad<bf16>(p, stream) : conv1x1::wgrad<f16>(p, stream);
 }

@@ -59,7 +59,7 @@ cudaError_t dgrad(const Conv3x3Dgrad& p, cudaStream_t stream) {
           static_cast<int>(s.h),
           static_cast<int>(s.w),
           static_cast<T*>(p.dz),
-          static_cast<const T*>(p.x),
+          static_cast<const T*>(p.x.data),
           p.norm,
           partials + int64_t{blocks} * c_in};
       const cudaError_t error = with_wide_tile(plan.tile, [&](auto t) {
@@ -77,8 +77,8 @@ cudaError_t dgrad(const Conv3x3Dgrad& p, cudaStream_t stream) {
 }  // namespace conv3x3
 
 cudaError_t conv3x3_dgrad(const Conv3x3Dgrad& p, DType dtype, cudaStream_t stream) {
-  if (!conv3x3_supported(ConvPass::dgrad, p.shape, dtype, nullptr) ||
-      !aligned16(p.dz, p.dy, p.x, p.weight, p.workspace))
+  if (!conv3x3_supported(ConvPass::dgrad, p.shape, dtype, nullptr) || p.x.pieces ||
+      !aligned16(p.dz, p.dy, p.x.data, p.weight, p.workspace))
     return cudaErrorInvalidValue;
   return dtype == DType::bf16 ? conv3x3::dgrad<bf16>(p, stream) : conv3x3::dgrad<f16>(p, stream);
 }

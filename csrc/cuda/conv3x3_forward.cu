@@ -60,7 +60,7 @@ cudaError_t forward(const Conv3x3Forward& p, cudaStream_t stream) {
   const Plan plan = forward_plan(s);
   auto* partials = p.statistics.mean ? static_cast<Moments<float>*>(p.workspace) : nullptr;
   const ForwardArgs<T> args{
-      {{static_cast<const T*>(p.x), c_in}, static_cast<const T*>(p.weight), c_out, plan.row_tiles, plan.patches},
+      {{static_cast<const T*>(p.x.data), c_in}, static_cast<const T*>(p.weight), c_out, plan.row_tiles, plan.patches},
       static_cast<T*>(p.y),
       static_cast<const T*>(p.bias),
       static_cast<const T*>(p.residual),
@@ -79,8 +79,8 @@ cudaError_t forward(const Conv3x3Forward& p, cudaStream_t stream) {
 }  // namespace conv3x3
 
 cudaError_t conv3x3_forward(const Conv3x3Forward& p, DType dtype, cudaStream_t stream) {
-  if (!conv3x3_supported(ConvPass::forward, p.shape, dtype, nullptr) ||
-      !aligned16(p.y, p.x, p.weight, p.bias, p.residual, p.workspace))
+  if (!conv3x3_supported(ConvPass::forward, p.shape, dtype, nullptr) || p.x.pieces ||
+      !aligned16(p.y, p.x.data, p.weight, p.bias, p.residual, p.workspace))
     return cudaErrorInvalidValue;
   if (p.shape.rows() == 0) return cudaSuccess;
   return dtype == DType::bf16 ? conv3x3::forward<bf16>(p, stream) : conv3x3::forward<f16>(p, stream);

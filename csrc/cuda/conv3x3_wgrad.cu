@@ -158,7 +158,7 @@ cudaError_t wgrad(const Conv3x3Wgrad& p, cudaStream_t stream) {
   const WgradPlan plan = wgrad_plan(s);
   auto* partials = static_cast<float*>(p.workspace);
   if (s.n > 0) {
-    const WgradArgs<T> args{{static_cast<const T*>(p.x), static_cast<int>(s.c_in)},
+    const WgradArgs<T> args{{static_cast<const T*>(p.x.data), static_cast<int>(s.c_in)},
                             static_cast<const T*>(p.dy),
                             static_cast<int>(s.c_out),
                             plan,
@@ -176,8 +176,8 @@ cudaError_t wgrad(const Conv3x3Wgrad& p, cudaStream_t stream) {
 }  // namespace conv3x3
 
 cudaError_t conv3x3_wgrad(const Conv3x3Wgrad& p, DType dtype, cudaStream_t stream) {
-  if (!conv3x3_supported(ConvPass::wgrad, p.shape, dtype, nullptr) ||
-      !aligned16(p.dweight, p.dbias, p.dy, p.x, p.workspace))
+  if (!conv3x3_supported(ConvPass::wgrad, p.shape, dtype, nullptr) || p.x.pieces ||
+      !aligned16(p.dweight, p.dbias, p.dy, p.x.data, p.workspace))
     return cudaErrorInvalidValue;
   return dtype == DType::bf16 ? conv3x3::wgrad<bf16>(p, stream) : conv3x3::wgrad<f16>(p, stream);
 }

@@ -1,4 +1,5 @@
-// What the fused convolutions are given: of 1x1 and 3x3 kernels alike. No torch here.
+// What the fused convolutions are given: of 1x1 and 3x3 kernels alike; the former alone take x in pieces. No torch
+// here.
 #pragma once
 
 #include "kernels.h"
@@ -17,7 +18,7 @@ template <typename Shape>
 struct ConvForward {
   void* y;
   ConvStatistics statistics;
-  const void* x;
+  Rows x;
   BatchNorm<float> norm;
   const void* weight;
   const void* bias;      // (c_out) of x's dtype, or null
@@ -35,7 +36,7 @@ struct ConvDgrad {
   float* sum_dz;       // (c_in)
   float* sum_dz_xhat;  // (c_in)
   const void* dy;
-  const void* x;
+  Rows x;
   BatchNorm<float> norm;
   const void* weight;
   Shape shape;
@@ -49,7 +50,7 @@ struct ConvWgrad {
   void* dweight;  // of the weight's shape
   void* dbias;    // (c_out) or null
   const void* dy;
-  const void* x;
+  Rows x;
   BatchNorm<float> norm;
   Shape shape;
   void* workspace;

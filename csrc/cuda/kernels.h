@@ -21,6 +21,15 @@
 
 namespace ran::cuda {
 
+// Whether the kernels that take Rows read these pieces, of 16-bit values: whole vectors of channels, on 16 bytes.
+inline constexpr int kMostPieces = 64;
+inline bool reads_pieces(const Rows& x) {
+  bool takes = 0 < x.count && x.count <= kMostPieces;
+  for (int64_t i = 0; takes && i < x.count; ++i)
+    takes = x.pieces[i].channels % 8 == 0 && reinterpret_cast<uintptr_t>(x.pieces[i].data) % 16 == 0;
+  return takes;
+}
+
 // out = (1 + sigmoid(mask)) * trunk, the mask up-sampled (nearest) by shape.scale.
 cudaError_t attention_gate_forward(void* out, const void* trunk, const void* mask, DType dtype, GateShape shape,
                                    cudaStream_t stream);
@@ -75,10 +84,10 @@ cudaError_t bn_relu_backward_reduce(float* sum_dz, float* sum_dz_xhat, const voi
                                     cudaStream_t stream);
 // dx with batch statistics over `count` values a channel, plus `residual` (the gradient that reaches x by another path,
 // or null). sum_dz null: the statistics were given, dx = scale * dz. Sums already divided by the count go with count
-// = 1.
-cudaError_t bn_relu_backward_apply(void* dx, const void* dout, const void* x, const float* sum_dz,
-                                   const float* sum_dz_xhat, const void* residual, double count, DType dtype,
-                                   ChannelView view, BatchNorm<float> norm, cudaStream_t stream);
+// = 1. x may be in pieces where it is channels_last and 16-bit, and there is no residual.
+cudaError_t bn_relu_backward_apply(void* dx, const void* dout, Rows x, const float* sum_dz, const float* sum_dz_xhat,
+                                   const void* residual, double count, DType dtype, ChannelView view,
+                                   BatchNorm<float> norm, cudaStream_t stream);
 // The sum of each channel over a channels_last x, not empty, in x's dtype; scratch as for the reductions above.
 cudaError_t channel_sums(void* sums, const void* x, DType dtype, ChannelView view, void* workspace, unsigned* counters,
                          cudaStream_t stream);

@@ -95,19 +95,18 @@ Tensor bn_act_decomposed(const Tensor& x, const Tensor& weight, const Tensor& bi
   }
 }
 
-// A convolution of the value, or, without a weight, the value alone.
+// A convolution of the value.
 struct Geometry {
   std::vector<int64_t> stride, padding, dilation;
-  int64_t groups = 1;
+  int64_t groups;
   std::optional<int64_t> paths;
 
-  Tensor forward(const Tensor& value, const OptTensor& weight, const OptTensor& bias) const {
-    if (!present(weight)) return value;
-    if (!paths) return at::conv2d(value, *weight, bias, stride, padding, dilation, groups);
+  Tensor forward(const Tensor& value, const Tensor& weight, const OptTensor& bias) const {
+    if (!paths) return at::conv2d(value, weight, bias, stride, padding, dilation, groups);
     const Convolution conv{stride, padding, asked_of(kBnAct, *paths)};
-    check_convolution(kBnAct, value, *weight, conv);
-    check_bias(kBnAct, bias, *weight);
-    return conv_forward(value, *weight, bias, conv);
+    check_convolution(kBnAct, value, weight, conv);
+    check_bias(kBnAct, bias, weight);
+    return conv_forward(value, weight, bias, conv);
   }
 
   // Of the value, the weight and the bias, where `wanted`.
@@ -123,70 +122,120 @@ struct Geometry {
   }
 };
 
-struct BnActFunction : torch::autograd::Function<BnActFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
-                        const Tensor& mean, const Tensor& var, bool batch_stats, double eps, const std::string& act,
-                        double a, double b, const OptTensor& weight, const OptTensor& bias, const Geometry& geometry) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, bn_weight.value_or(Tensor()), bn_bias.value_or(Tensor()), mean, var,
-                            weight.value_or(Tensor()), bias.value_or(Tensor())});
+// A normalisation and its activation, as backward keeps them.
+struct Recipe {
+  Tensor x, bn_weight, bn_bias, mean, var;  // weight and bias may be undefined
+  bool batch_stats;
+  double eps;
+  std::string act;
+  double a, b;
+
+  // Behind these, `more` is saved too.
+  void save(AutogradContext* ctx, variable_list more = {}) const {
+    more.insert(more.begin(), {x, bn_weight, bn_bias, mean, var});
+    ctx->save_for_backward(more);
     auto& kept = ctx->saved_data;
     kept["batch_stats"] = batch_stats;
     kept["eps"] = eps;
     kept["act"] = act;
     kept["a"] = a;
     kept["b"] = b;
+  }
+  static Recipe of(AutogradContext* ctx, const variable_list& saved) {
+    auto& kept = ctx->saved_data;
+    return {saved[0],
+            saved[1],
+            saved[2],
+            saved[3],
+            saved[4],
+            kept["batch_stats"].toBool(),
+            kept["eps"].toDouble(),
+            kept["act"].toStringRef(),
+            kept["a"].toDouble(),
+            kept["b"].toDouble()};
+  }
+  Tensor value() const { return bn_act(x, bn_weight, bn_bias, mean, var, eps, act, a, b); }
+  // Of ATen's ops, and so differentiable, also in the statistics.
+  Tensor decomposed(const Tensor& x, const Tensor& bn_weight, const Tensor& bn_bias) const {
+    return bn_act_decomposed(x, bn_weight, bn_bias, mean, var, eps, batch_stats, activation_of(act, a, b));
+  }
+};
+
+bool needed(const Tensor& t) { return t.defined() && t.requires_grad(); }
+
+// The value, of which backward keeps the raw input.
+struct BnActFunction : torch::autograd::Function<BnActFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                        const Tensor& mean, const Tensor& var, bool batch_stats, double eps, const std::string& act,
+                        double a, double b) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Recipe recipe{
+        x, bn_weight.value_or(Tensor()), bn_bias.value_or(Tensor()), mean, var, batch_stats, eps, act, a, b};
+    recipe.save(ctx);
+    return recipe.value();
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(10);
+    if (!grads[0].defined()) return result;
+    const Recipe r = Recipe::of(ctx, ctx->get_saved_variables());
+    if (at::GradMode::is_enabled()) {
+      const auto again = [&](const variable_list& t) { return r.decomposed(t[0], t[1], t[2]); };
+      const variable_list found = differentiate(again, {r.x, r.bn_weight, r.bn_bias}, grads[0]);
+      std::copy(found.begin(), found.end(), result.begin());
+      return result;
+    }
+    const std::array<bool, 3> wanted{needed(r.x), needed(r.bn_weight), needed(r.bn_bias)};
+    // Nobody else holds the gradient: its memory may take dx.
+    const bool spent = grads[0].use_count() == 1 && grads[0].storage().use_count() == 1;
+    auto [dx, dbn_weight, dbn_bias] = bn_act_gradients(grads[0], r.x, r.bn_weight, r.bn_bias, r.mean, r.var, r.eps,
+                                                       r.batch_stats, r.act, r.a, r.b, wanted, spent);
+    if (wanted[0]) result[0] = dx;
+    if (wanted[1]) result[1] = dbn_weight.to(r.bn_weight.scalar_type());
+    if (wanted[2]) result[2] = dbn_bias.to(r.bn_bias.scalar_type());
+    return result;
+  }
+};
+
+// A convolution of the value, which is not kept: backward makes it again of the raw input.
+struct BnActConvFunction : torch::autograd::Function<BnActConvFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& value, const Recipe& recipe, const Tensor& weight,
+                        const OptTensor& bias, const Geometry& geometry) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    recipe.save(ctx, {weight, bias.value_or(Tensor())});
+    auto& kept = ctx->saved_data;
+    kept["of_value"] = value.requires_grad();
     kept["stride"] = geometry.stride;
     kept["padding"] = geometry.padding;
     kept["dilation"] = geometry.dilation;
     kept["groups"] = geometry.groups;
     kept["paths"] = geometry.paths;
-    return geometry.forward(bn_act(x, bn_weight, bn_bias, mean, var, eps, act, a, b), weight, bias);
+    return geometry.forward(value, weight, bias);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(13);
+    variable_list result(5);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &bn_weight = saved[1], &bn_bias = saved[2], &mean = saved[3], &var = saved[4],
-                 &weight = saved[5], &bias = saved[6];
+    const Recipe recipe = Recipe::of(ctx, saved);
+    const Tensor &weight = saved[5], &bias = saved[6];
     auto& kept = ctx->saved_data;
-    const bool batch_stats = kept["batch_stats"].toBool();
-    const double eps = kept["eps"].toDouble(), a = kept["a"].toDouble(), b = kept["b"].toDouble();
-    const std::string& act = kept["act"].toStringRef();
     const Geometry geometry{kept["stride"].toIntVector(), kept["padding"].toIntVector(), kept["dilation"].toIntVector(),
                             kept["groups"].toInt(), kept["paths"].toOptional<int64_t>()};
-    constexpr int kWeight = 10;
     if (at::GradMode::is_enabled()) {
       const auto again = [&](const variable_list& t) {
-        const Tensor value = bn_act_decomposed(t[0], t[1], t[2], mean, var, eps, batch_stats, activation_of(act, a, b));
-        return t[3].defined() ? at::conv2d(value, t[3], t[4], geometry.stride, geometry.padding, geometry.dilation,
-                                           geometry.groups)
-                              : value;
+        return at::conv2d(t[0], t[1], t[2], geometry.stride, geometry.padding, geometry.dilation, geometry.groups);
       };
-      const variable_list found = differentiate(again, {x, bn_weight, bn_bias, weight, bias}, grads[0]);
-      std::copy_n(found.begin(), 3, result.begin());
-      std::copy_n(found.begin() + 3, 2, result.begin() + kWeight);
+      const Tensor value = recipe.decomposed(recipe.x, recipe.bn_weight, recipe.bn_bias);
+      const variable_list found = differentiate(again, {value, weight, bias}, grads[0]);
+      result[0] = found[0], result[2] = found[1], result[3] = found[2];
       return result;
     }
-    const auto needed = [](const Tensor& t) { return t.defined() && t.requires_grad(); };
-    const std::array<bool, 3> wanted{needed(x), needed(bn_weight), needed(bn_bias)};
-    const bool any = wanted[0] || wanted[1] || wanted[2];
-    Tensor dvalue = grads[0];
-    if (weight.defined()) {
-      const Tensor value = bn_act(x, bn_weight, bn_bias, mean, var, eps, act, a, b);
-      auto [of_value, dweight, dbias] = geometry.backward(grads[0], value, weight, {any, needed(weight), needed(bias)});
-      dvalue = of_value;
-      if (needed(weight)) result[kWeight] = dweight;
-      if (needed(bias)) result[kWeight + 1] = dbias;
-    }
-    if (!any) return result;
-    auto [dx, dbn_weight, dbn_bias] =
-        bn_act_gradients(dvalue, x, bn_weight, bn_bias, mean, var, eps, batch_stats, act, a, b, wanted,
-                         /*spent=*/weight.defined());
-    if (wanted[0]) result[0] = dx;
-    if (wanted[1]) result[1] = dbn_weight.to(bn_weight.scalar_type());
-    if (wanted[2]) result[2] = dbn_bias.to(bn_bias.scalar_type());
+    const std::array<bool, 3> wanted{kept["of_value"].toBool(), needed(weight), needed(bias)};
+    auto [dvalue, dweight, dbias] = geometry.backward(grads[0], recipe.value(), weight, wanted);
+    if (wanted[0]) result[0] = dvalue;
+    if (wanted[1]) result[2] = dweight;
+    if (wanted[2]) result[3] = dbias;
     return result;
   }
 };
@@ -195,17 +244,17 @@ struct BnActFunction : torch::autograd::Function<BnActFunction> {
 
 Tensor bn_act_recomputed(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const Tensor& mean,
                          const Tensor& var, bool batch_stats, double eps, const std::string& act, double a, double b) {
-  return BnActFunction::apply(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, a, b, OptTensor(), OptTensor(),
-                              Geometry());
+  return BnActFunction::apply(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, a, b);
 }
 
-Tensor bn_act_conv2d(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const Tensor& mean,
-                     const Tensor& var, bool batch_stats, double eps, const std::string& act, double a, double b,
-                     const Tensor& weight, const OptTensor& bias, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                     std::optional<int64_t> paths) {
-  return BnActFunction::apply(x, bn_weight, bn_bias, mean, var, batch_stats, eps, act, a, b, OptTensor(weight), bias,
-                              Geometry{stride, padding, dilation, groups, paths});
+Tensor bn_act_conv2d(const Tensor& value, const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                     const Tensor& mean, const Tensor& var, bool batch_stats, double eps, const std::string& act,
+                     double a, double b, const Tensor& weight, const OptTensor& bias,
+                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                     const std::vector<int64_t>& dilation, int64_t groups, std::optional<int64_t> paths) {
+  const Recipe recipe{x, bn_weight.value_or(Tensor()), bn_bias.value_or(Tensor()), mean, var, batch_stats, eps, act, a,
+                      b};
+  return BnActConvFunction::apply(value, recipe, weight, bias, Geometry{stride, padding, dilation, groups, paths});
 }
 
 TORCH_LIBRARY_FRAGMENT(ran_ext, m) {

@@ -13,11 +13,12 @@ namespace ran {
 Tensor bn_act_recomputed(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const Tensor& mean,
                          const Tensor& var, bool batch_stats, double eps, const std::string& act, double a, double b);
 
-// Its convolution. `paths`: the op conv2d's argument; without, the convolution is torch's.
-Tensor bn_act_conv2d(const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias, const Tensor& mean,
-                     const Tensor& var, bool batch_stats, double eps, const std::string& act, double a, double b,
-                     const Tensor& weight, const OptTensor& bias, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                     std::optional<int64_t> paths);
+// The convolution of such a value, which is not kept for backward. `paths`: the op conv2d's argument; without, the
+// convolution is torch's.
+Tensor bn_act_conv2d(const Tensor& value, const Tensor& x, const OptTensor& bn_weight, const OptTensor& bn_bias,
+                     const Tensor& mean, const Tensor& var, bool batch_stats, double eps, const std::string& act,
+                     double a, double b, const Tensor& weight, const OptTensor& bias,
+                     const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                     const std::vector<int64_t>& dilation, int64_t groups, std::optional<int64_t> paths);
 
 }  // namespace ran

@@ -1,6 +1,6 @@
-// conv2d(relu(batch_norm(x))) of an x in pieces, as a concatenation along the channels has them. Where the CPU's 1x1
-// kernels run, these read the pieces, and x is never written; elsewhere it is, for the time of the call. Below
-// autograd: ran_ext/_recomputed.py has the derivative.
+// conv2d(relu(batch_norm(x))) of an x in pieces, as a concatenation along the channels has them. Where the 1x1 kernels
+// run, these read the pieces, and x is never written; elsewhere it is, for the time of the call. Below autograd:
+// ran_ext/_recomputed.py has the derivative.
 #include <ATen/ops/cat.h>
 #include <torch/library.h>
 
@@ -8,7 +8,6 @@
 
 #include "../common/autograd.h"
 #include "../conv/bn_relu_conv.h"
-#include "../conv/cpu.h"
 
 namespace ran {
 namespace {
@@ -19,7 +18,7 @@ class Pieces {
     RAN_CHECK_VALUE(!pieces.empty(), kBnReluConv2d, "pieces must not be empty");
     int64_t channels = 0;
     const Tensor& first = pieces[0];
-    by_rows_ = first.is_cpu() && first.numel() > 0;
+    by_rows_ = (first.is_cpu() || first.is_cuda()) && first.numel() > 0;
     for (const Tensor& piece : pieces) {
       RAN_CHECK_VALUE(piece.dim() == 4 && piece.size(0) == first.size(0) && piece.size(2) == first.size(2) &&
                           piece.size(3) == first.size(3) && piece.scalar_type() == first.scalar_type() &&
@@ -33,11 +32,15 @@ class Pieces {
     sizes_ = {first.size(0), channels, first.size(2), first.size(3)};
   }
 
-  // Whether kernels can read them: then x is sized() and rows(), else joined().
+  // Whether kernels might read them: then x is sized() and rows(), else joined().
   bool by_rows() const { return by_rows_; }
   Rows rows() const { return {rows_.data(), int64_t(rows_.size())}; }
-  // Memory that nobody writes to or reads: the system gives no pages for it.
-  Tensor sized() const { return at::empty(sizes_, pieces_[0].options(), at::MemoryFormat::ChannelsLast); }
+  // Of x's sizes, without its values.
+  Tensor sized() const {
+    Tensor x = at::empty({1}, pieces_[0].options());
+    x.unsafeGetTensorImpl()->set_sizes_and_strides(sizes_, c10::get_channels_last_strides_2d(sizes_));
+    return x;
+  }
   Tensor joined() const {
     const Tensor x = at::cat(pieces_, 1);
     // Pieces of one channel may be taken for NCHW.
@@ -59,16 +62,10 @@ Tensor forward(at::TensorList pieces_, const Tensor& weight, const OptTensor& bi
   const Tensor x = pieces.by_rows() ? pieces.sized() : pieces.joined();
   check_convolution(kBnReluConv2d, x, weight, conv);
   check_bias(kBnReluConv2d, bias, weight);
-  if (pieces.by_rows() && conv.shape(x, weight).is_pointwise() &&
-      choose_conv(ConvPass::forward, x, weight, conv) == ConvPath::product) {
-    const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
-    const Rows rows = pieces.rows();
-    ConvOutput y;
-    cpu_conv_forward(y, ConvPath::product, x, &bn, weight, bias, std::nullopt, conv, {false, {}}, &rows);
-    return y.out;
-  }
-  return bn_relu_conv_forward(pieces.by_rows() ? pieces.joined() : x, {bn_weight, bn_bias, mean, var, {}, eps}, weight,
-                              bias, std::nullopt, conv, {false, {}})
+  const Rows rows = pieces.rows();
+  const bool read = pieces.by_rows() && conv_reads_pieces(ConvPass::forward, x, weight, conv, rows);
+  return bn_relu_conv_forward(read || !pieces.by_rows() ? x : pieces.joined(), {bn_weight, bn_bias, mean, var, {}, eps},
+                              weight, bias, std::nullopt, conv, {false, {}}, read ? &rows : nullptr)
       .out;
 }
 
@@ -83,22 +80,12 @@ GradientTensors backward(const Tensor& dout, at::TensorList pieces_, const OptTe
   check_convolution(kBnReluConv2d, x, weight, conv);
   check_as(kBnReluConv2d, "dout", dout, conv.out_sizes(x, weight), x);
   const BatchNormArgs bn(kBnReluConv2d, x, bn_weight, bn_bias, mean, var, eps);
-  const auto is_product = [&](ConvPass pass) { return choose_conv(pass, x, weight, conv) == ConvPath::product; };
-  ConvGradients g;
-  if (pieces.by_rows() && conv.shape(x, weight).is_pointwise() && (!wanted[0] || is_product(ConvPass::dgrad)) &&
-      (wanted[1] ? is_product(ConvPass::wgrad) : !wanted[2])) {
-    const Tensor dy = dout.contiguous(at::MemoryFormat::ChannelsLast);
-    const Rows rows = pieces.rows();
-    if (wanted[1])
-      std::tie(g.dweight, g.dbias) = cpu_conv_wgrad(ConvPath::product, dy, x, &bn, weight, conv, wanted[2], &rows);
-    if (wanted[0]) {
-      std::tie(g.dx, g.sums) = cpu_conv_dgrad(ConvPath::product, dy, x, &bn, weight, conv, &rows);
-      bn_relu_dx(g.dx, g.dx, x, Tensor(), bn, batch_stats ? &g.sums : nullptr, double(view_of(x).count()), &rows);
-    }
-  } else {
-    g = bn_relu_conv_backward(dout, pieces.by_rows() ? pieces.joined() : x, Tensor(), bn, batch_stats, weight, conv,
-                              wanted);
-  }
+  const Rows rows = pieces.rows();
+  const auto reads = [&](ConvPass pass) { return conv_reads_pieces(pass, x, weight, conv, rows); };
+  const bool read =
+      pieces.by_rows() && (!wanted[0] || reads(ConvPass::dgrad)) && (wanted[1] ? reads(ConvPass::wgrad) : !wanted[2]);
+  const ConvGradients g = bn_relu_conv_backward(dout, read || !pieces.by_rows() ? x : pieces.joined(), Tensor(), bn,
+                                                batch_stats, weight, conv, wanted, read ? &rows : nullptr);
   return tensors_of(g, x);
 }
 

@@ -103,6 +103,34 @@ void check_bn_backward(const ran::ChannelView& view, size_t shift, Inputs inputs
   }
 }
 
+// dx of an x in two pieces, of 16-bit values.
+template <typename T>
+void check_pieces(Inputs inputs) {
+  const ran::ChannelView view{37, 24, 1};
+  name_case<T>("bn_relu_backward of pieces", view, 0, static_cast<int>(inputs));
+  Buffer<T> x(view.numel()), dout(view.numel()), dx(view.numel()), left(37 * 8), right(37 * 16);
+  fill_activation(x, view, inputs);
+  fill(dout, -4, 4, false);
+  for (int64_t i = 0; i < view.numel(); ++i)
+    (i % 24 < 8 ? left[i / 24 * 8 + i % 24] : right[i / 24 * 16 + i % 24 - 8]) = x[i];
+  const ran::Rows::Piece pieces[] = {{left.data(), 8}, {right.data(), 16}};
+  const Vectors v(view.channels, true, false);
+  const Sums sums = sums_of(view, dout, x, v);
+  Buffer<float> dz(view.channels), dz_xhat(view.channels);
+  for (int64_t c = 0; c < view.channels; ++c) dz[c] = sums.dz[c], dz_xhat[c] = sums.dz_xhat[c];
+  const auto apply = [&](ran::Rows rows, const void* residual) {
+    return ran::cuda::bn_relu_backward_apply(dx.data(), dout.data(), rows, dz.data(), dz_xhat.data(), residual,
+                                             view.count(), Type<T>::dtype, view, v.norm(), nullptr);
+  };
+  if (sizeof(T) != 2) {
+    EXPECT(apply({pieces, 2}, nullptr) == cudaErrorInvalidValue);
+    return;
+  }
+  run_schedules([&] { return apply({pieces, 2}, nullptr); }, dx);
+  check_dx<T>(view, dx, dout, x, nullptr, v, &sums);
+  EXPECT(apply({pieces, 2}, x.data()) == cudaErrorInvalidValue);
+}
+
 template <typename T>
 void check_channel_sums(const ran::ChannelView& view, size_t shift, Inputs inputs) {
   name_case<T>("channel_sums", view, shift, static_cast<int>(inputs));
@@ -179,6 +207,7 @@ int main() {
       check_bn_backward<T>(view, 1, Inputs::whole, true);
     }
     check_bn_forward<T>({0, 8, 1}, 0, Inputs::random);
+    for (const Inputs inputs : {Inputs::random, Inputs::nan}) check_pieces<T>(inputs);
   });
   finish("bn_relu");
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "compare_norm.h"
+#include "compare_pieces.h"
 
 namespace compare {
 
@@ -33,11 +34,12 @@ void conv1x1_forward(const Run& run, const Conv1x1Shape& s, const Fused& fused) 
   const Array<T> y(outputs), gated(trunk.size());
   const Array<char> workspace(conv1x1_workspace(ConvPass::forward, s));
   const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(ConvPass::forward, s), 0));
+  const TwoPieces pieces(x, s.c_in);
   ran::cuda::Conv1x1Forward args{};
   args.y = y.data();
   if (fused.gate_scale) args.gate = {gated.data(), trunk.data(), gate_h, gate_w, fused.gate_scale};
   if (fused.statistics) args.statistics = {statistics.mean.data(), statistics.var.data(), statistics.running()};
-  args.x = x.data();
+  args.x = s.pieces ? pieces.rows() : x.data();
   if (fused.norm) args.norm = norm.get();
   args.weight = weight.data();
   if (fused.bias) args.bias = bias.data();
@@ -61,9 +63,17 @@ void conv1x1_dgrad(const Run& run, const Conv1x1Shape& s) {
   const Array<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
   const Array<char> workspace(conv1x1_workspace(ConvPass::dgrad, s));
   const Array<unsigned> counters(std::vector<unsigned>(conv1x1_counters(ConvPass::dgrad, s), 0));
-  const ran::cuda::Conv1x1Dgrad args{dz.data(),        sum_dz.data(),  sum_dz_xhat.data(), dy.data(),
-                                     x.data(),         norm.get(),     weight.data(),      s,
-                                     workspace.data(), counters.data()};
+  const TwoPieces pieces(x, s.c_in);
+  const ran::cuda::Conv1x1Dgrad args{dz.data(),
+                                     sum_dz.data(),
+                                     sum_dz_xhat.data(),
+                                     dy.data(),
+                                     s.pieces ? pieces.rows() : x.data(),
+                                     norm.get(),
+                                     weight.data(),
+                                     s,
+                                     workspace.data(),
+                                     counters.data()};
   run.launch(ran::cuda::conv1x1_dgrad(args, Type<T>::dtype, nullptr));
   run.output("dz", dz, Match::bits, rounding(2 * s.c_out));
   run.output("sum_dz", sum_dz, Match::bits, flips<T>(20, s.rows()));
@@ -76,8 +86,9 @@ void conv1x1_wgrad(const Run& run, const Conv1x1Shape& s) {
   const Norm norm(run, s.c_in);
   const Array<T> dweight(s.c_out * s.c_in), dbias(s.c_out);
   const Array<char> workspace(conv1x1_workspace(ConvPass::wgrad, s));
-  const ran::cuda::Conv1x1Wgrad args{dweight.data(),  dbias.data(), dy.data(), x.data(), norm.get(), s,
-                                     workspace.data()};
+  const TwoPieces pieces(x, s.c_in);
+  const ran::cuda::Conv1x1Wgrad args{
+      dweight.data(), dbias.data(), dy.data(), s.pieces ? pieces.rows() : x.data(), norm.get(), s, workspace.data()};
   run.launch(ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr));
   run.output("dweight", dweight, Match::bits, rounding(20 * s.rows()));
   run.output("dbias", dbias, Match::bits, rounding(2 * s.rows()));

@@ -85,7 +85,8 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
     const auto body = [=](auto type, const Run& run) { conv1x1_wgrad<decltype(type)>(run, s); };
     cases.push_back(in_16_bits(name, body));
   };
-  const Conv1x1Shape small{2, 7, 9, 40, 72, 1}, strided{2, 7, 9, 40, 72, 2}, deep{1, 5, 7, 320, 40, 1};
+  const Conv1x1Shape small{2, 7, 9, 40, 72, 1}, strided{2, 7, 9, 40, 72, 2}, deep{1, 5, 7, 320, 40, 1},
+      in_pieces{2, 7, 9, 72, 72, 1, true};
   // As many pixels as give every SM a large tile, or a share of them.
   const int64_t tiles = device.sm_count;
   add_forward("forward", small, {});
@@ -98,11 +99,14 @@ void add_conv1x1(std::vector<Case>& cases, const DeviceLimits& device) {
   add_forward("forward_large", {1, tiles, 129, 8, 72, 1}, {true, true, false, true, 0});
   add_forward("forward_tall", {1, tiles, 129, 8, 64, 1}, {});
   add_forward("forward_depth_split", {1, 7, 11, 520, 40, 1}, {true, true, true, true, 0});
+  add_forward("forward_pieces", in_pieces, {true, true, false, true, 0});
   add_dgrad("dgrad", small);
+  add_dgrad("dgrad_pieces", in_pieces);
   add_dgrad("dgrad_depth_split", {1, 7, 11, 40, 520, 1});
   add_dgrad("dgrad_large", {1, tiles, 129, 72, 8, 1});
   add_dgrad("dgrad_tall", {1, tiles, 129, 64, 8, 1});
   add_wgrad("wgrad", small);
+  add_wgrad("wgrad_pieces", in_pieces);
   add_wgrad("wgrad_stride_2", strided);
   add_wgrad("wgrad_split", {1, 39, 37, 24, 16, 1});
   add_wgrad("wgrad_large", {1, tiles * 4, 65, 72, 72, 1});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "compare_norm.h"
+#include "compare_pieces.h"
 
 namespace compare {
 
@@ -79,6 +80,14 @@ void streaming(const Run& run, const ran::ChannelView& view) {
                                                 norm.get(), workspace.data(), counters.data(), nullptr));
   run.launch(ran::cuda::bn_relu_backward_apply(dx.data(), dout.data(), x.data(), sum_dz.data(), sum_dz_xhat.data(),
                                                residual.data(), view.count(), dtype, view, norm.get(), nullptr));
+  if (view.inner == 1 && sizeof(T) == 2 && view.channels % 8 == 0 && view.channels > 8) {
+    const TwoPieces pieces(x, view.channels);
+    const Array<T> dx_of_pieces(view.numel());
+    run.launch(ran::cuda::bn_relu_backward_apply(dx_of_pieces.data(), dout.data(), pieces.rows(), sum_dz.data(),
+                                                 sum_dz_xhat.data(), nullptr, view.count(), dtype, view, norm.get(),
+                                                 nullptr));
+    run.output("dx_of_pieces", dx_of_pieces, Match::bits, rounding(80));
+  }
   statistics.output(run, view.count() == 32, rounding(8));
   run.output("out", out, Match::bits, rounding(20));
   output_gradients(run, view, dx, sum_dz, sum_dz_xhat);

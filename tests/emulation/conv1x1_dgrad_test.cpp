@@ -16,12 +16,13 @@ void check_dgrad(const Conv1x1Inputs<T>& in) {
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dz(in.x.size());
   const Buffer<float> sum_dz(s.c_in), sum_dz_xhat(s.c_in);
+  const Given<T> given(in);
   const ConvScratch scratch(ConvPass::dgrad, s);
   const ran::cuda::Conv1x1Dgrad args{dz.data(),
                                      sum_dz.data(),
                                      sum_dz_xhat.data(),
                                      dy.data(),
-                                     in.x.data(),
+                                     given.x(),
                                      in.norm(),
                                      in.weight.data(),
                                      s,

@@ -76,10 +76,11 @@ void check_forward(const Conv1x1Inputs<T>& in, int number) {
   const Filled<T> bias(s.c_out, -2, 2, in.c.whole), residual(out.y.size(), -2, 2, in.c.whole);
   const Filled<T> trunk(out.gated.size(), -2, 2, in.c.whole);
   const ConvScratch scratch(ConvPass::forward, s);
+  const Given<T> given(in);
   ran::cuda::Conv1x1Gate gate{};
   if (options.gate_scale) gate = {out.gated.data(), trunk.data(), out.gate_h, out.gate_w, options.gate_scale};
   const ran::cuda::Conv1x1Forward args{
-      {out.y.data(), out.statistics(), in.x.data(), in.norm(), in.weight.data(), options.bias ? bias.data() : nullptr,
+      {out.y.data(), out.statistics(), given.x(), in.norm(), in.weight.data(), options.bias ? bias.data() : nullptr,
        options.residual ? residual.data() : nullptr, s, scratch.workspace.data(), scratch.counters.data()},
       gate};
   run_schedules(
@@ -120,6 +121,7 @@ void check_refusals() {
   const auto forward = ConvPass::forward, dgrad = ConvPass::dgrad, wgrad = ConvPass::wgrad;
   expect_refusal(forward, {1, 4, 4, 12, 8, 1}, DType::f16, "multiples of 8; got x [1, 12, 4, 4], weight [8, 12, 1, 1]");
   expect_refusal(forward, {1, 4, 4, 8, 8, 3}, DType::f16, "the stride must be 1 or 2");
+  expect_refusal(forward, {1, 4, 4, 8, 8, 2, true}, DType::f16, "the pieces of a concatenation take stride 1 only");
   expect_refusal(dgrad, {1, 4, 4, 8, 8, 2}, DType::f16, "stride 1 only");
   expect_refusal(wgrad, {1, 4, 4, 8, 8, 1}, DType::f32, "bfloat16 or float16");
   expect_refusal(wgrad, {1 << 20, 1 << 6, 1 << 6, 8, 8, 1}, DType::f16, "2^30 output pixels");
@@ -128,6 +130,37 @@ void check_refusals() {
   EXPECT(ran::cuda::conv1x1_supported(wgrad, {1, 4, 4, 8, 8, 2}, DType::bf16, &why) && why.empty());
   ran::cuda::conv1x1::emulated_device.capability = 75;
   expect_refusal(forward, {1, 4, 4, 8, 8, 1}, DType::bf16, "compute capability 8.0 or more, it has 7.5");
+}
+
+// A launch takes 1 to 64 pieces of whole vectors, on 16 bytes, of a shape that says so, and normalises them.
+void check_pieces() {
+  begin_case("pieces that are not taken");
+  const Conv1x1Case c{"pieces", {1, 2, 3, 16, 8, 1, true}, true, 132, kHopper};
+  const Conv1x1Inputs<f16> in(c);
+  const Outputs<f16> out{in.s, kOptions[3]};
+  const ConvScratch scratch(ConvPass::forward, in.s);
+  const auto error = [&](std::vector<ran::Rows::Piece> pieces, const Conv1x1Shape& shape, ran::BatchNorm<float> norm) {
+    const ran::Rows x{pieces.data(), static_cast<int64_t>(pieces.size())};
+    return ran::cuda::conv1x1_forward({{out.y.data(),
+                                        {},
+                                        x,
+                                        norm,
+                                        in.weight.data(),
+                                        nullptr,
+                                        nullptr,
+                                        shape,
+                                        scratch.workspace.data(),
+                                        scratch.counters.data()}},
+                                      ran::DType::f16, nullptr);
+  };
+  const auto *x = in.x.data(), *second = x + in.s.rows() * 8;
+  EXPECT(error({{x, 8}, {second, 8}}, in.s, in.norm()) == cudaSuccess);
+  EXPECT(error({}, in.s, in.norm()) == cudaErrorInvalidValue);
+  EXPECT(error({{x, 12}, {second, 4}}, in.s, in.norm()) == cudaErrorInvalidValue);
+  EXPECT(error({{x, 8}, {second + 4, 8}}, in.s, in.norm()) == cudaErrorInvalidValue);
+  EXPECT(error(std::vector<ran::Rows::Piece>(65, {x, 0}), in.s, in.norm()) == cudaErrorInvalidValue);
+  EXPECT(error({{x, 8}, {second, 8}}, {1, 2, 3, 16, 8, 1}, in.norm()) == cudaErrorInvalidValue);
+  EXPECT(error({{x, 8}, {second, 8}}, in.s, {}) == cudaErrorInvalidValue);
 }
 
 // Whatever the plan, its launch must be taken; and a tile that nearly every SM has one of is not given up.
@@ -166,6 +199,7 @@ void check_limits() {
 int main() {
   for_each_case(kConv1x1Cases, [](const auto& in, int number) { check_forward(in, number); });
   check_far_statistics();
+  check_pieces();
   check_limits();
   check_refusals();
   finish("conv1x1_forward");

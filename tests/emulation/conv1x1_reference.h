@@ -1,6 +1,8 @@
 // The 1x1 convolutions in double, and the cases that all three passes are run on.
 #pragma once
 
+#include <deque>
+
 #include "conv_reference.h"
 
 namespace check {
@@ -46,6 +48,39 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     // The pixels of wgrad: six parts of at most 4 chunks, two of at most 5; the last part and its last chunk are short.
     {"whole, pixels split", {1, 39, 37, 24, 16, 1}, true, 132, kHopper, true},
     {"pixels split, large tile", {1, 17, 33, 72, 72, 1}, true, 2, kHopper},
+    {"pieces, network 256-256", {2, 5, 13, 256, 256, 1, true}, true, 2, kHopper},
+    {"pieces, whole, large tile", {1, 15, 19, 136, 136, 1, true}, true, 1, kHopper, true},
+    {"pieces, weight streamed, several tiles", {1, 13, 31, 320, 40, 1, true}, true, 1, kSmall},
+    {"pieces, tall tiles", {3, 7, 13, 64, 72, 1, true}, true, 1, kHopper},
+    {"pieces, one pixel, least channels", {1, 1, 1, 8, 8, 1, true}, true, 132, kHopper},
+    {"pieces, tails everywhere, NaN", {3, 7, 7, 72, 136, 1, true}, true, 1, kHopper, false, 0, 72 * 17 + 49},
+    {"pieces, whole, forward's depth split", {1, 7, 11, 520, 40, 1, true}, true, 132, kHopper, true},
+    {"pieces, as many as a launch takes", {1, 3, 5, 2048, 24, 1, true}, true, 132, kHopper},
+};
+
+// x as a launch is given it: in one buffer, or, where the case says so, in pieces of several widths.
+template <typename T>
+class Given {
+ public:
+  explicit Given(const Conv1x1Inputs<T>& in) : in_(in) {
+    constexpr int64_t widths[] = {8, 40, 16, 64};
+    const int64_t channels = in.s.c_in, pixels = in.x.size() / channels;
+    for (int64_t first = 0; in.s.pieces && first < channels; first += pieces_.back().channels) {
+      const int64_t width = std::min(widths[pieces_.size() % std::size(widths)], channels - first);
+      emu::Buffer<T>& piece = buffers_.emplace_back(pixels * width);
+      for (int64_t i = 0; i < pixels * width; ++i) piece[i] = in.x[i / width * channels + first + i % width];
+      pieces_.push_back({piece.data(), width});
+    }
+  }
+  ran::Rows x() const {
+    if (pieces_.empty()) return in_.x.data();
+    return {pieces_.data(), static_cast<int64_t>(pieces_.size())};
+  }
+
+ private:
+  const Conv1x1Inputs<T>& in_;
+  std::deque<emu::Buffer<T>> buffers_;
+  std::vector<ran::Rows::Piece> pieces_;
 };
 
 // relu(bn(x)) of the pixels that the output rows read, (rows, c_in).

@@ -13,10 +13,10 @@ void check_wgrad(const Conv1x1Inputs<T>& in, bool with_bias) {
   if (!in.c.normalise) return;
   const Filled<T> dy(s.rows() * s.c_out, -2, 2, in.c.whole);
   const Buffer<T> dweight(in.weight.size()), dbias(s.c_out);
+  const Given<T> given(in);
   const ConvScratch scratch(ConvPass::wgrad, s);
   const ran::cuda::Conv1x1Wgrad args{
-      dweight.data(),          with_bias ? dbias.data() : nullptr, dy.data(), in.x.data(), in.norm(), s,
-      scratch.workspace.data()};
+      dweight.data(), with_bias ? dbias.data() : nullptr, dy.data(), given.x(), in.norm(), s, scratch.workspace.data()};
   run_schedules([&] { return ran::cuda::conv1x1_wgrad(args, Type<T>::dtype, nullptr); }, dweight, dbias);
 
   const std::vector<double> dy_values = values(dy), ones(s.rows(), 1.0);

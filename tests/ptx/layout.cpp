@@ -68,9 +68,16 @@ void convolutions(const Run& run) {
   const Conv1x1Shape forward_split{1, 1, 64, 512, 64, 1}, dgrad_split{1, 1, 64, 64, 512, 1};
   measure([&] { conv1x1_forward<T>(run, forward_split, {true, true, true, true, 0}); });
   measure([&] { conv1x1_dgrad<T>(run, dgrad_split); });
+  for (Conv1x1Shape s : {large, tall, small}) {
+    s.pieces = true;
+    measure([&] { conv1x1_forward<T>(run, s, {true, true, false, true, 0}); });
+    measure([&] { conv1x1_dgrad<T>(run, s); });
+    measure([&] { conv1x1_wgrad<T>(run, s); });
+  }
   const Conv1x1Shape strided{2, 32, 32, 128, 128, 2};
   measure([&] { conv1x1_forward<T>(run, strided, {true, false, false, true, 0}); });
   measure([&] { conv1x1_wgrad<T>(run, {1, 32, 64, 128, 128, 1}); });
+  measure([&] { conv1x1_wgrad<T>(run, {1, 32, 64, 128, 128, 1, true}); });
 }
 
 // With both tiles; one SM has large tiles of a few patches.
