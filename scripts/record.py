@@ -11,8 +11,9 @@ dtype; and the reference as in the report: eager, float32, NCHW, its own recipe.
 
 Claims, of one seed each (benchmarks/results: cpu_record_muon.json, cpu_record.json, gpu_h200.json). The report: 0.893
 after 1 hour, on a GPU.
-    0.893   ran_compact, Muon, 7 epochs: 0.8985 (n = 1; predicted: 0.897) in 2,988 s with --curve, on two cores of an
-            AMD EPYC (Zen 4) with AVX512-BF16, torch 2.13. On a GPU: not measured yet.
+    0.893   ran_compact, Muon, 7 epochs: 0.8997 (n = 1) in 2,435 s on two cores of an AMD EPYC (Zen 4) with
+            AVX512-BF16, torch 2.13; an older build: 0.8985 (predicted: 0.897) in 2,988 s with the curve's tests. On a
+            GPU: not measured yet.
     0.893-sgd   the same by Nesterov SGD, 10 epochs: 0.8972 (n = 1; predicted from 6 epochs: 0.90), in 5,107 s with
             --curve, on two cores of an Intel Xeon with AVX512-BF16, torch 2.13; 0.8977 (n = 1) in 20.2 s on an H200,
             torch 2.11.
@@ -26,7 +27,7 @@ setting up the weights, capturing the step, writing checkpoints and testing are 
 which kernels are chosen and compiled, is outside. The logits of each test image and of its mirror image are averaged,
 inside the clock. Finished seeds are not repeated; an interrupted one continues from its checkpoint, as its row says.
 With --curve the weights after each epoch are kept, predict the test images after the clock has stopped, and accuracy
-over time is drawn. (The claims above are older: their curves' tests were inside the clock.)
+over time is drawn. (Of the claims above, those "with --curve" are older: their curves' tests were inside the clock.)
 """
 
 from __future__ import annotations
