@@ -109,9 +109,9 @@ void run_moments(double* tile, int64_t stride, const T* x, int64_t size) {
 // taken from the mean of the first of them.
 class BlockMoments {
  public:
-  // Of words of 8 bytes.
+  // How many doubles it works in.
   static int64_t scratch(int64_t channels) { return 2 * round_up(channels, kLanes); }
-  explicit BlockMoments(double* scratch, int64_t channels)
+  BlockMoments(double* scratch, int64_t channels)
       : deviations_(scratch),
         near_(reinterpret_cast<float*>(scratch + round_up(channels, kLanes))),
         squares_(near_ + round_up(channels, kLanes)) {}
