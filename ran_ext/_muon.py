@@ -20,8 +20,8 @@ SHARE, MOMENTUM = 0.25, 0.6
 def orthogonalize(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: singular vectors stay, singular values of about 1 take the place.
 
-    Newton and Schulz's iteration in matrix products alone, in the dtype of ``matrices``, but for the Gram matrices of wide
-    ones on a CPU, which are at least float32; what is 0 stays 0.
+    Newton and Schulz's iteration in matrix products alone, in the dtype of ``matrices``, but for the Gram matrices of
+    wide ones on a CPU, which are at least float32; what is 0 stays 0.
 
     Args:
         matrices: floating point ``(N, rows, columns)``.
