@@ -12,6 +12,8 @@ template <typename T>
 using Conv1x1Inputs = ConvInputs<T, Conv1x1Shape>;
 
 inline const Conv1x1Case kConv1x1Cases[] = {
+    // First, as it soon shows a barrier that is missing in what finds the pieces.
+    {"pieces, one pixel, least channels", {1, 1, 1, 8, 8, 1, true}, true, 132, kHopper},
     {"network 32-32", {3, 5, 7, 32, 32, 1}, true, 1, kHopper},
     {"network 32-128", {1, 11, 13, 32, 128, 1}, true, 1, kHopper},
     {"network 128-128", {3, 9, 11, 128, 128, 1}, true, 1, kHopper},
@@ -52,7 +54,6 @@ inline const Conv1x1Case kConv1x1Cases[] = {
     {"pieces, whole, large tile", {1, 15, 19, 136, 136, 1, true}, true, 1, kHopper, true},
     {"pieces, weight streamed, several tiles", {1, 7, 31, 320, 40, 1, true}, true, 1, kSmall},
     {"pieces, tall tiles", {3, 7, 13, 64, 72, 1, true}, true, 1, kHopper},
-    {"pieces, one pixel, least channels", {1, 1, 1, 8, 8, 1, true}, true, 132, kHopper},
     {"pieces, tails everywhere, NaN", {3, 7, 7, 72, 136, 1, true}, true, 1, kHopper, false, 0, 72 * 17 + 49},
     {"pieces, whole, forward's depth split", {1, 7, 11, 520, 40, 1, true}, true, 132, kHopper, true},
     {"pieces, as many as a launch takes", {1, 3, 5, 2048, 24, 1, true}, true, 132, kHopper},
