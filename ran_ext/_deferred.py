@@ -343,8 +343,8 @@ def _convolution(
         return recipe.fused(x, weight, bias, stride, padding)  # which casts as autocast does
     if autocasts:
         lower = torch.get_autocast_dtype(x.device.type)
-        if x.dtype != lower or weight.dtype == torch.float64:
-            return None
+        if x.dtype != lower or any(t is not None and t.dtype == torch.float64 for t in (weight, bias)):
+            return None  # torch casts the value; of float64 it has the error
         weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
     if fuses:
         tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")

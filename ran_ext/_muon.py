@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 #: Of the quintic iteration, and how often it runs: singular values come to lie between about 0.7 and 1.2.
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-#: Columns a row of matrices from which their Gram matrices are iterated, on a CPU. CUDA's bfloat16 outruns that.
+#: From so many columns a row on a CPU iterates a matrix by its Gram matrix. CUDA's bfloat16 products outrun that.
 WIDE = 4
 #: Of the weights whose steps are orthogonalized: the share of the learning rate, and the momentum.
 SHARE, MOMENTUM = 0.25, 0.6

@@ -109,9 +109,11 @@ def test_autocast_is_as_accurate_and_keeps_less(name):
     assert bytes_kept(Lower(ours), [images(torch.float32)]) < bytes_kept(Lower(plain), [images(torch.float32)])
 
 
-def test_autocast_leaves_float64_to_torch():
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_autocast_leaves_float64_to_torch(name):
     _, ours = pair("dense", torch.float32)
-    ours[1].convs[1].double()
+    parameter = getattr(ours[1].convs[1], name)
+    parameter.data = parameter.data.double()
     with pytest.raises(RuntimeError, match=r"dtype|type"):
         Lower(ours)(images(torch.float32))
 
