@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class Plan:
             libraries=libraries,
             library_dirs=folders,
             # GCC tells of signs that are compared in torch's headers once these are compiled apart
-            extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20", "-Wno-sign-compare"],
+            extra_compile_args=["-O2", *native.CXX_FLAGS, *openmp, "-std=c++20", "-Wno-sign-compare"],
             extra_link_args=openmp,
             depends=[str(path) for path in [*native.torch_sources(), *sorted(native.CSRC.rglob("*.h"))]],
         )
@@ -160,7 +161,18 @@ ran_ext: compiling the kernels failed; the compiler's message stands above. What
 def build_ext_command() -> Any:
     from torch.utils.cpp_extension import BuildExtension
 
+    # Where the environment is not activated, its ninja is not on PATH.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+
     class BuildKernels(BuildExtension):  # type: ignore[misc, valid-type]
+        build_temp: str | None
+
+        def finalize_options(self) -> None:
+            if self.build_temp is None:  # for an editable installation too, whose own folder is thrown away
+                kind = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = os.path.join("build", f"temp.{kind}")
+            super().finalize_options()
+
         def run(self) -> None:
             super().run()
             if self.inplace:
@@ -190,7 +202,7 @@ def build_ext_command() -> Any:
             flags += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
             flags += [f"-I{folder}" for folder in [*extension.include_dirs, *self.include_dirs]]
             flags += extension.extra_compile_args
-            return native.precompilation(native.CSRC / "common" / "torch_headers.h", ROOT / self.build_temp, flags)
+            return native.precompilation(native.CSRC / "common" / "torch_headers.h", ROOT / str(self.build_temp), flags)
 
     return BuildKernels
 

@@ -24,9 +24,9 @@ CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
-CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS = ["-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 #: GCC 12's own AVX-512 headers set off -Wuninitialized and -Wmaybe-uninitialized.
-CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-std=c++17", "-O3", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -196,11 +196,11 @@ def torch_units(folder: Path) -> list[Path]:
 
 
 def cpu_tasks(build: Path = OBJECTS) -> list[Compile]:
-    """Every file of csrc/cpu for every instruction set, in a folder each."""
+    """Every file of csrc/cpu for every instruction set, in a folder each; a set's longest first."""
     return [
         Compile(source, build / isa / f"{source.stem}.o", (*cxx(), *CPU_FLAGS, *flags, f"-DRAN_ISA={isa}"))
         for isa, flags in isas().items()
-        for source in sorted((CSRC / "cpu").glob("*.cpp"))
+        for source in sorted((CSRC / "cpu").glob("*.cpp"), reverse=True)
     ]
 
 

@@ -96,17 +96,24 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or next(iter(wheels), None)
 
 
+#: What tells of a chip, a kernel or an instruction in what cuobjdump prints.
+SASS = re.compile(
+    r"^[ \t]*(?:arch = (?P<arch>sm_\w+)|code for (?P<code>sm_\w+)|Function : (?P<kernel>\S+)"
+    r"|/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(?P<instruction>[A-Z][\w.]+))",
+    re.MULTILINE,
+)
+
+
 def read_sass(tool: str, compiled: Path) -> dict[tuple[str, str], Counter[str]]:
     """How often each kernel of an object file holds each instruction, keyed by kernel and chip."""
-    arch, name, found = "", "", {}
-    for line in native.run([tool, "-sass", compiled]).splitlines():
-        if match := re.search(r"^\s*arch = (sm_\w+)|^code for (sm_\w+)|^\s*code for (sm_\w+)", line):
-            arch = next(group for group in match.groups() if group)
-        elif match := re.search(r"Function : (\S+)", line):
-            name = match.group(1)
-            found[name, arch] = Counter[str]()
-        elif name and (match := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", line)):
-            found[name, arch][match.group(1)] += 1
+    arch, held, found = "", Counter[str](), {}
+    for match in SASS.finditer(native.run([tool, "-sass", compiled])):
+        if match["instruction"]:
+            held[match["instruction"]] += 1
+        elif match["kernel"]:
+            held = found[match["kernel"], arch] = Counter[str]()
+        else:
+            arch = match["arch"] or match["code"]
     names = dict(zip({key[0]: 0 for key in found}, demangle(list({key[0]: 0 for key in found})), strict=True))
     return {(names[key[0]], key[1]): held for key, held in found.items()}
 
@@ -205,13 +212,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         try:
             more = ["-Xptxas=-v", *(["-lineinfo", "--keep", f"--keep-dir={folder}"] if build else [])]
+            tool = find_tool("cuobjdump")
+
+            def compile_and_read(task: native.Compile) -> tuple[list[Usage], Held]:
+                usages = parse_ptxas(task.run(more))
+                return usages, read_sass(tool, task.object) if tool else {}
+
             with ThreadPoolExecutor(native.jobs()) as pool:
-                outputs = pool.map(lambda task: task.run(more), chosen)
-                usages = [usage for said in outputs for usage in parse_ptxas(said)]
+                compiled = list(pool.map(compile_and_read, chosen))
+            usages = [usage for file, _ in compiled for usage in file]
+            sass = {key: held for _, file in compiled for key, held in file.items()}
             for ptx in Path(folder).glob("*.ptx"):
                 shutil.move(ptx, tasks[0].object.parent / ptx.name)
-            tool = find_tool("cuobjdump")
-            sass = {key: held for task in chosen if tool for key, held in read_sass(tool, task.object).items()}
         except native.BuildFailure as failure:
             print(failure)
             return 1

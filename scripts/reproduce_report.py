@@ -3,6 +3,7 @@
 
 python -m scripts.reproduce_report --out runs/report --scale smoke      the embedded images, about a minute
 python -m scripts.reproduce_report --out runs/report                    narrow networks, 40 minutes on 2 CPU cores
+python -m scripts.reproduce_report --out runs/report --scale short      full size, 12 epochs, ran_ext alone: 5 hours
 python -m scripts.reproduce_report --out runs/report --scale full       as the report did, on a GPU
 
 Leaves report.html, report.md, the figures, runs.csv and epochs.csv in --out. The same command again continues where it

@@ -2,6 +2,7 @@
 """Does attention help with corrupted images? ran_compact against the same network without masks, at equal parameters.
 
 python -m scripts.robustness --out runs/robustness                     narrow networks, 12 minutes on 2 CPU cores
+python -m scripts.robustness --out runs/robustness --scale short       full size, 8 epochs, a seed: 2 hours there
 python -m scripts.robustness --out runs/robustness --scale full        the whole CIFAR-10, on a GPU
 python -m scripts.robustness --out runs/robustness --quick             a rehearsal; its figures mean nothing
 python -m scripts.robustness --out runs/robustness --scale full --checkpoint runs/*/model.pt    networks trained before
@@ -65,6 +66,7 @@ class Scale:
 SCALES = {
     "quick": Scale(256, 128, 0.125, 1, 2),
     "subset": Scale(10_000, 2_000, 0.25, 8, 4),
+    "short": Scale(50_000, 10_000, 1.0, 8, 1),
     "full": Scale(50_000, 10_000, 1.0, 20, 5),
 }
 

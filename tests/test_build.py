@@ -130,6 +130,11 @@ def test_build_is_whole_and_incremental(project):
     assert "[1/" not in third.stdout  # ninja had nothing to do for the torch side
     assert call(project, "-c", names).stdout.startswith("new_baseline")
 
+    editable = call(project, "-c", "import backend; print(backend.build_editable('dist'))", PYTHONPATH="_build")
+    assert editable.returncode == 0, editable.stdout + editable.stderr
+    assert "kernel_cpu.cpp" not in editable.stdout
+    assert "[1/" not in editable.stdout
+
     moved = shutil.copytree(project, project.parent / "a copy", copy_function=shutil.copy2)
     fresh = call(moved, "-c", "from _build import native; print({task.is_fresh() for task in native.cpu_tasks()})")
     assert fresh.stdout.strip() == "{True}", fresh.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scripts.check_cuda import short_name
-from tests.emulation import build
+from tests.emulation import build, mutate
 
 ROOT = Path(__file__).resolve().parent.parent
 EMULATION = ROOT / "tests" / "emulation"
@@ -43,9 +43,15 @@ pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("g++", "nm"))), reaso
 INSTANCES = json.loads((ROOT / "csrc" / "cuda" / "budgets.json").read_text())["sm_90a"]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cache(request: pytest.FixtureRequest) -> Path:
     return request.config.cache.mkdir("emulation")
+
+
+@pytest.fixture(scope="session")
+def root(cache: Path) -> Path:
+    """The sources as they are compiled once for all tests here: with the mutants, none of which is in force."""
+    return mutate.with_mutants(cache)[0]
 
 
 def kernels_of(program: str) -> set[str]:
@@ -62,8 +68,8 @@ def addresses(program: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_every_instance_matches_double_in_every_schedule(name: str, cache: Path) -> None:
-    program = build.build(name, cache)
+def test_every_instance_matches_double_in_every_schedule(name: str, cache: Path, root: Path) -> None:
+    program = build.build(name, cache, root)
     ran = build.run(program)
     assert ran.returncode == 0, ran.stderr
     first, *launches = ran.stdout.splitlines()
@@ -81,8 +87,8 @@ def test_every_kernel_has_a_program() -> None:
 
 @pytest.mark.parametrize("schedule", ["forward", "reverse"])
 @pytest.mark.parametrize("fault", range(len(FAULTS)))
-def test_a_fault_ends_the_run(fault: int, schedule: str, cache: Path) -> None:
-    program = build.build("emulation_test", cache)
+def test_a_fault_ends_the_run(fault: int, schedule: str, cache: Path, root: Path) -> None:
+    program = build.build("emulation_test", cache, root)
     ran = build.run(program, str(fault), *(["reverse"] if schedule == "reverse" else []))
     assert ran.returncode == 3, ran.stdout
     assert FAULTS[fault] in ran.stderr
@@ -91,7 +97,8 @@ def test_a_fault_ends_the_run(fault: int, schedule: str, cache: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_missing_barrier_is_noticed_or_explained() -> None:
-    ran = subprocess.run([sys.executable, "-m", "tests.emulation.mutate"], cwd=ROOT, capture_output=True, text=True)
+def test_every_missing_barrier_is_noticed_or_explained(cache: Path) -> None:
+    command = [sys.executable, "-m", "tests.emulation.mutate", "--cache", cache]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(ran.stdout)
     assert ran.returncode == 0, ran.stdout + ran.stderr

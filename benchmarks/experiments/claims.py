@@ -156,9 +156,11 @@ def claim_rows(study: Study) -> list[list[str]]:
     """
     rows = []
     for claim in CLAIMS:
-        samples = [claim.sample(study, implementation) for implementation in (REFERENCE, RAN_EXT)]
-        verdict = UNTESTED if study.scale.sample else joint_verdict([claim.judge(sample) for sample in samples])
-        rows.append([claim.figure, claim.text, claim.said, *(show(sample, claim.shown) for sample in samples), verdict])
+        samples = {name: claim.sample(study, name) for name in (REFERENCE, RAN_EXT)}
+        judged = [claim.judge(samples[name]) for name in study.scale.implementations]
+        verdict = UNTESTED if study.scale.sample else joint_verdict(judged)
+        cells = [show(sample, claim.shown) for sample in samples.values()]
+        rows.append([claim.figure, claim.text, claim.said, *cells, verdict])
     saved = [parameters_saved(implementation) for implementation in (REFERENCE, RAN_EXT)]
     verdict = joint_verdict([REPRODUCED if round(share, 2) >= 0.40 else REFUTED for share in saved])
     text = "parameters saved, compact against paper network"

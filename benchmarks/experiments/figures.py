@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -27,7 +27,6 @@ from .plan import RAN_EXT, REFERENCE, VARIANTS, Run
 LIGHT, DARK = ("#ffffff", "#1f2328"), ("#15181c", "#d7dce2")
 COLOURS = {"base-adam": "#3b82c4", "base-nesterov": "#e07b1a", "base-nesterov-0.1": "#c94a53",
            "compact": "#2f9e62", "paper": "#b05cc6"}  # fmt: skip
-IMPLEMENTATIONS = (REFERENCE, RAN_EXT)
 #: What the styles of lines stand for, where a variant has two curves.
 PARTS = {"validation": "-", "training": ":"}
 #: Test images whose masks are drawn.
@@ -62,10 +61,17 @@ def curve(axis: Axes, runs: Sequence[Outcome], x: str, y: str, **look: Any) -> N
     axis.fill_between(across, means - spread, means + spread, color=look["color"], alpha=0.18, linewidth=0)
 
 
+def panels(figure: Figure, study: Study) -> Iterator[tuple[Axes, str]]:
+    """One for each implementation that the study trains, the reference's first, on the same axes."""
+    implementations = study.scale.implementations[::-1]
+    shared = figure.subplots(1, len(implementations), sharex=True, sharey=True, squeeze=False)
+    return zip(shared[0], implementations, strict=True)
+
+
 def comparison(study: Study, variants: Sequence[str]) -> Figure:
     """Training and validation accuracy of some variants over epochs; a panel for each implementation."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axis, implementation in zip(figure.subplots(1, 2, sharey=True), IMPLEMENTATIONS, strict=True):
+    for axis, implementation in panels(figure, study):
         for variant in variants:
             draw_variant(axis, study, implementation, variant, "epoch", "accuracy")
         axis.set_title(implementation)
@@ -79,7 +85,8 @@ def over_time(study: Study, variants: Sequence[str]) -> Figure:
     """Validation accuracy of some variants over wall time, both implementations in one panel."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axis = figure.subplots()
-    styles = dict(zip(IMPLEMENTATIONS, ("--", "-"), strict=True))
+    styles = {REFERENCE: "--", RAN_EXT: "-"}
+    styles = {name: styles[name] for name in reversed(study.scale.implementations)}
     for implementation, style in styles.items():
         for variant in variants:
             runs = list(study.of(implementation, variant).values())
@@ -157,7 +164,7 @@ def ordering(study: Study) -> Figure:
 def weights(study: Study) -> Figure:
     """Histogram of the dense layer's weights, all seeds together, with and without the L2 penalty."""
     figure = Figure(figsize=(9, 3), layout="constrained")
-    for axis, implementation in zip(figure.subplots(1, 2, sharey=True, sharex=True), IMPLEMENTATIONS, strict=True):
+    for axis, implementation in panels(figure, study):
         for variant in ("compact", "base-adam"):
             runs = study.of(implementation, variant).values()
             values = [value for run in runs for row in run.last_layer for value in row]
@@ -174,7 +181,7 @@ def weights(study: Study) -> Figure:
 def confusion(study: Study) -> Figure:
     """Test images by class, shares of each true class, the compact network; a panel for each implementation."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
-    for axis, implementation in zip(figure.subplots(1, 2, sharey=True), IMPLEMENTATIONS, strict=True):
+    for axis, implementation in panels(figure, study):
         runs = study.of(implementation, "compact").values()
         counts = np.sum([run.confusion for run in runs], axis=0) if runs else np.zeros((10, 10))
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)

@@ -11,7 +11,7 @@ from . import figures
 from .claims import Sample, claim_rows, parameters, show
 from .outcomes import Outcome, Study
 from .page import Picture, Section, Table
-from .plan import RAN_EXT, REFERENCE, VARIANTS
+from .plan import RAN_EXT, REFERENCE, SCALES, VARIANTS
 from .runs import Images
 
 #: Above the claims table; and below every figure of curves.
@@ -49,15 +49,23 @@ def build(study: Study, images: Images) -> list[Section]:
 
 def what_ran(study: Study) -> list[str]:
     """What the reader must know first."""
+    both = "ran_ext and by a reference in plain PyTorch that shares no code with it"
+    trained = both if REFERENCE in study.scale.implementations else "ran_ext alone"
     text = [
-        "Three residual attention networks on CIFAR-10, each trained by ran_ext and by a reference in plain PyTorch "
-        "that shares no code with it: the base network, the compact one (BN + ReLU in stem and head, dropout, L2), and "
-        "the paper's (one more attention module, mask skip connections)."
+        f"Three residual attention networks on CIFAR-10, each trained by {trained}: the base network, the compact one "
+        "(BN + ReLU in stem and head, dropout, L2), and the paper's (one more attention module, mask skip connections)."
     ]
-    if study.name != "full":
+    scale, full = study.scale, SCALES["full"]
+    less = {
+        "narrower networks": scale.width < full.width,
+        "fewer images": scale.train_images is not None,
+        "fewer epochs": scale.epochs < full.epochs,
+    }
+    if any(less.values()):
+        names = ", ".join(what for what in less if less[what])
         text.append(
-            f"These are smaller runs than the report's (scale {study.name}: narrower networks, fewer images, fewer "
-            "epochs). They can show which side of a comparison wins; accuracies and times are not those of the report."
+            f"These are smaller runs than the report's (scale {study.name}: {names}). They can show which side of a "
+            "comparison wins; accuracies and times are not those of the report."
         )
     if study.missing:
         text.append(f"Not finished: {len(study.outcomes)} of {len(study.plan)} runs are there.")
@@ -68,6 +76,7 @@ def conditions(study: Study, images: Images) -> Table:
     """Scale, hardware and versions."""
     scale = study.scale
     stop = f"stopped after {scale.patience} without improvement" if scale.patience else "without early stopping"
+    kinds = {RAN_EXT: f"ran_ext: {scale.dtype}, channels_last", REFERENCE: "reference: float32, NCHW"}
     counts = f"{len(images.train):,} training, {len(images.val):,} validation, {len(images.test):,} test images"
     rows = [
         ["scale", f"{study.name}: {len(study.outcomes)} of {len(study.plan)} runs, {scale.seeds} seeds"],
@@ -76,7 +85,7 @@ def conditions(study: Study, images: Images) -> Table:
         ["training", f"batch {scale.batch_size}, {scale.epochs} epochs at most, {stop}; learning rate / 10 every "
                      f"{scale.lr_step_epochs} epochs; images turned, mirrored and shifted at random"],
         ["learning rates", "Adam 0.001; Nesterov SGD 0.01 (0.1 is tried too: see figure 4)"],
-        ["implementations", f"ran_ext: {scale.dtype}, channels_last; reference: float32, NCHW"],
+        ["implementations", "; ".join(kinds[name] for name in scale.implementations)],
     ]  # fmt: skip
     for name in ("device", "cpu", "cores", "threads", "torch", "cuda", "ran_ext", "backend", "python"):
         found = {str(outcome.environment[name]) for outcome in study.outcomes.values()}
@@ -150,7 +159,7 @@ def figure6(study: Study) -> list[str | Table | Picture]:
     """Accuracy over time; what the times are."""
     rows = []
     for variant in ("compact", "paper"):
-        for name in (REFERENCE, RAN_EXT):
+        for name in reversed(study.scale.implementations):
             measures: tuple[Callable[[Outcome], float], ...] = (
                 lambda run: run.epoch_seconds, lambda run: run.convergence, lambda run: run.seconds
             )  # fmt: skip
@@ -177,7 +186,7 @@ def learning_curves(study: Study) -> list[str | Table | Picture]:
     """Every variant, over epochs and over seconds."""
     return [
         picture(f"curves_{name}", f"{name}. {LINES}", partial(figures.learning_curves, study, name))
-        for name in (REFERENCE, RAN_EXT)
+        for name in reversed(study.scale.implementations)
     ]
 
 

@@ -19,6 +19,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from _build import native
 
+from ..emulation import build as emulation
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -41,18 +43,14 @@ def objects(folder: Path) -> list[str]:
     flags += [f"-iquote{ROOT}", f"-iquote{ROOT / 'tests' / 'emulation'}", f"-isystem{folder / 'include'}"]
     flags += [f"-isystem{place}" for place in (*include_paths(), sysconfig.get_paths()["include"])]
     torch_side = [*native.torch_units(folder / "units"), HERE / "memory.cpp"]
-    kernels = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     gpu = HERE / "gpu.h"
     if headers := native.precompilation(gpu, folder, flags):
         native.compile_all(headers)
         gpu = headers[0].source
-    tasks = [
-        native.Compile(source, folder / f"{source.stem}.o", (*native.cxx(), *flags, *more, "-x", "c++"))
-        for sources, more in ((torch_side, ("-include", str(gpu))), (kernels, ()))
-        for source in sources
-    ]
+    command = (*native.cxx(), *flags, "-include", str(gpu), "-x", "c++")
+    tasks = [native.Compile(source, folder / f"{source.stem}.o", command) for source in torch_side]
     tasks += [task for task in native.cpu_tasks() if task.object.parent.name == "baseline"]
-    return native.compile_all(tasks)
+    return [*native.compile_all(tasks), *map(str, emulation.objects(emulation.kernels()))]
 
 
 def build(folder: Path, site: Path) -> None:

@@ -70,8 +70,22 @@ void poison(const emu::Buffer<T>& buffer) {
 
 inline int outputs_compared = 0, outputs_equal = 0;  // of compiled kernels with those of their sources
 
-// Launches under every schedule that RAN_SCHEDULES names; the outputs must come out the same, bit for bit. The launch
-// poisons its scratch, where it would else find what the one before has left.
+// Those that RAN_SCHEDULES names.
+inline const auto kSchedules = [] {
+  std::vector<std::pair<emu::Schedule, const char*>> named;
+  for (const auto& one : {std::pair(emu::Schedule::reverse, "reverse"),
+                          {emu::Schedule::round_robin, "round_robin"},
+                          {emu::Schedule::shuffled, "shuffled"},
+                          {emu::Schedule::late_warps, "late_warps"},
+                          {emu::Schedule::forward, "forward"}})
+    if (wanted("RAN_SCHEDULES", one.second)) named.push_back(one);
+  return named;
+}();
+inline size_t turn = 0;  // of the schedules
+
+// Launches under every schedule, or, where the kernels have all been through that, under two, which take turns; the
+// outputs must come out the same, bit for bit. The launch poisons its scratch, where it would else find what the one
+// before has left.
 template <typename Launch, typename... Outputs>
 void run_schedules(Launch&& launch, const Outputs&... outputs) {
   using Bytes = std::vector<std::string>;
@@ -87,17 +101,13 @@ void run_schedules(Launch&& launch, const Outputs&... outputs) {
   if (!emu::compiled.empty()) emu::run_sources = true;
   const Bytes from_sources = emu::run_sources ? run(emu::Schedule::forward) : Bytes();
   emu::run_sources = false;
-  Bytes first;
-  for (const auto& [schedule, name] : {std::pair(emu::Schedule::reverse, "reverse"),
-                                       {emu::Schedule::round_robin, "round_robin"},
-                                       {emu::Schedule::shuffled, "shuffled"},
-                                       {emu::Schedule::shuffled, "shuffled"},
-                                       {emu::Schedule::late_warps, "late_warps"},
-                                       {emu::Schedule::forward, "forward"}}) {
-    if (!wanted("RAN_SCHEDULES", name)) continue;
-    const Bytes now = run(schedule);
-    if (first.empty()) first = now;
-    if (now != first) mismatch("the result depends on the schedule (%s)", name);
+  ++turn;
+  emu::known = true;
+  const Bytes first = run(kSchedules[turn % kSchedules.size()].first);
+  const size_t runs = emu::known ? 2 : kSchedules.size();
+  for (size_t i = 1; i < runs; ++i) {
+    const auto& [schedule, name] = kSchedules[(turn + i) % kSchedules.size()];
+    if (run(schedule) != first) mismatch("the result depends on the schedule (%s)", name);
   }
   for (size_t i = 0; i < from_sources.size(); ++i) {
     ++outputs_compared;

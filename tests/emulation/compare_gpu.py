@@ -29,7 +29,7 @@ import numpy as np
 
 from _build import native
 
-from .build import ROOT, build, kernel_names, kernels
+from .build import ROOT, build_on_kernels, kernel_names, kernels
 
 #: For --device cpu, a Hopper GPU of few SMs: capability, SMs, shared bytes a block and an SM.
 SMALL_HOPPER = ["90", "4", str(227 << 10), str(228 << 10)]
@@ -160,7 +160,7 @@ def prepare(folder: Path, archs: str, limits: Sequence[str], objects: Path | Non
     with tempfile.TemporaryDirectory() as cache:
         shutil.copy2(build_for_gpu(Path(cache), archs, objects), folder / "compare_gpu_cuda")
         emulated = Path(cache) / "emulated"
-        run([build("compare_gpu", Path(cache), others=kernels())], emulated, "--limits", *limits)
+        run([build_on_kernels("compare_gpu")], emulated, "--limits", *limits)
         (folder / PREPARED).write_bytes(lzma.compress(emulated.read_bytes(), preset=0))
 
 
@@ -185,7 +185,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
     only = ["--case", arguments.case] if arguments.case else []
     under = shlex.split(arguments.under)
     if arguments.device == "cpu":
-        emulation = build("compare_gpu", folder, others=kernels())
+        emulation = build_on_kernels("compare_gpu")
         options = ["--limits", *SMALL_HOPPER, *only]
         with ThreadPoolExecutor(2) as pool:
             reverse = pool.submit(run, [*under, emulation], folder / "got", "--schedule", "reverse", *options)
@@ -201,7 +201,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[Verdict]:
                 wanted = {case.name: case for case in want}
                 return [judge(case, wanted[case.name], False) for case in got]
             print(f"emulated anew: the folder has it for {' '.join(emulated)}, the GPU is {' '.join(limits)}")
-        emulation = build("compare_gpu", folder, others=kernels())
+        emulation = build_on_kernels("compare_gpu")
         _, want = run([emulation], folder / "want", "--limits", *limits, *only)
     verdicts = [judge(a, b, all_bits=arguments.device == "cpu") for a, b in zip(got, want, strict=True)]
     launched = {name for verdict in verdicts for name in verdict.kernels}

@@ -160,6 +160,7 @@ struct Compiled {
 inline std::map<const void*, Compiled> compiled;  // by the kernel's address
 inline bool run_sources = false;                  // all the same
 inline bool skip_kernels = false;                 // launches do nothing
+inline bool known = true;                         // whatever was launched since had run under every schedule
 
 struct Shape {
   dim3 grid, block;
@@ -195,6 +196,7 @@ inline void run(Launched& launched, Shape shape, const Kernel& ours) {
     body = [entry = found->second.entry, &ours] { entry(ours.parameters.data()); };
   }
   if (shape.shared_bytes > kMaxShared) fail("launch: more shared memory than an SM has");
+  known = known && launched.schedules == kAllSchedules;
   launched.schedules |= 1u << static_cast<int>(schedule);
   gridDim = shape.grid;
   blockDim = shape.block;

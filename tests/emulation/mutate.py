@@ -1,16 +1,19 @@
 """Does the suite notice a missing barrier? Removes and weakens each barrier, wait and commit of the kernels in turn.
 
-    python -m tests.emulation.mutate [file.cuh ...]
+    python -m tests.emulation.mutate [--cache DIR] [file.cuh ...]
 
 prints a table of the mutants and what became of them: caught (a test program fails) or alive (all pass). A mutant that
 stays alive must be explained in survivors.json beside this file, and an explanation must be of a mutant that is alive;
 the exit status is 1 otherwise. Files named on the command line restrict the mutants to theirs.
 
-All mutants are built at once, from a copy of the sources in which every such statement asks which mutant is in force.
+All mutants are built at once, from a copy of the sources in which every such statement asks which mutant is in force;
+while none is, its programs run the kernels as they are shipped, and tests/test_emulation.py runs them so.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import os
 import re
@@ -23,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .build import ROOT, build, included, run
+from .build import ROOT, build, included, run, sources
 
 STATEMENT = re.compile(
     r"\b(?P<call>__syncthreads|__syncwarp|cluster_sync|grid_sync|cp_async_commit|cp_async_wait<(?P<groups>[^;()]*)>)\(\);"
@@ -86,6 +89,23 @@ def mutate(root: Path, rewrite: Callable[[str, Sequence[Mutant]], str] = choose)
     return found
 
 
+def with_mutants(folder: Path) -> tuple[Path, list[Mutant]]:
+    """The copy of the sources that holds all mutants, kept in ``folder`` by the hash of its files; and the mutants."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        copy = Path(place) / "copy"
+        for part in ("csrc", "tests/emulation"):
+            shutil.copytree(ROOT / part, copy / part)
+        mutants = mutate(copy)
+        digest = hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in sources(copy)))
+        root = folder / f"mutants-{digest.hexdigest()[:16]}"
+        if not root.exists():
+            try:
+                copy.rename(root)
+            except OSError:
+                assert root.exists()  # another process was quicker
+    return root, mutants
+
+
 def verdict(mutant: Mutant, programs: dict[str, Path], files: dict[str, set[str]]) -> str:
     """What the tests say of a mutant: the first complaint, or an empty string where it stays alive."""
     for test, program in programs.items():
@@ -94,19 +114,22 @@ def verdict(mutant: Mutant, programs: dict[str, Path], files: dict[str, set[str]
     return ""
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("files", nargs="*", metavar="file.cuh", help="only the mutants of these")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="folder that keeps what was built")
+    arguments = parser.parse_args()
     explained: dict[str, str] = json.loads((Path(__file__).parent / "survivors.json").read_text())
     failures, alive = [], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        root = Path(folder)
-        for part in ("csrc", "tests/emulation"):
-            shutil.copytree(ROOT / part, root / part)
-        mutants = [mutant for mutant in mutate(root) if not arguments or mutant.file in arguments]
+        cache = arguments.cache or Path(folder)
+        root, mutants = with_mutants(cache)
+        mutants = [mutant for mutant in mutants if not arguments.files or mutant.file in arguments.files]
         files = {path.stem: included(path, set()) for path in (ROOT / "tests/emulation").glob("*_test.cpp")}
         quickest_first = sorted(files, key=lambda test: (test != "emulation_test", test.removesuffix("_test")))
         tests = [test for test in quickest_first if files[test] & {mutant.file for mutant in mutants}]
         print(f"building {len(tests)} programs", flush=True)
-        programs = dict(zip(tests, pool.map(partial(build, cache=root, root=root), tests), strict=True))
+        programs = dict(zip(tests, pool.map(partial(build, cache=cache, root=root), tests), strict=True))
         said = pool.map(partial(verdict, programs=programs, files=files), mutants)
         for mutant, complaint in zip(mutants, said, strict=True):
             alive += not complaint
@@ -122,4 +145,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

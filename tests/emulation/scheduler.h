@@ -31,6 +31,7 @@
 namespace emu {
 
 enum class Schedule { forward, reverse, round_robin, shuffled, late_warps };
+inline constexpr unsigned kAllSchedules = 0b11111;  // a bit each
 inline Schedule schedule = Schedule::forward;
 inline std::mt19937 shuffler{1};
 // Of which blocks meet in memory alone.

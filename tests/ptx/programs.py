@@ -7,7 +7,8 @@ import os
 import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,18 +66,20 @@ def compile_ptx(
     sources = [path for path in sorted((root / "csrc" / "cuda").glob("*.cu")) if not names or path.stem in names]
     held = _sources(root)
 
-    def one(source: Path) -> list[Kernel]:
+    def one(source: Path) -> Path:
         if made is not None:
             ptx = made / f"{source.stem}.{arch.replace('sm', 'compute')}.ptx"
             if not ptx.exists():
                 raise native.BuildFailure(
                     f"there is no {ptx}: python -m scripts.check_cuda --build {made.parent} makes it"
                 )
-            return read(ptx)
+            return ptx
         made_from = [*command, source.name, *held]
-        return read(kept(folder, ".ptx", made_from, lambda to: native.run([*command, "-o", to, source])))
+        return kept(folder, ".ptx", made_from, lambda to: native.run([*command, "-o", to, source]))
 
-    return dict(zip([source.stem for source in sources], in_parallel(one, sources), strict=True))
+    files = in_parallel(one, sources)
+    with ProcessPoolExecutor(native.jobs(), get_context("spawn")) as pool:  # Python's own work
+        return dict(zip([source.stem for source in sources], pool.map(read, files), strict=True))
 
 
 def compile_kernels(kernels: Iterable[Kernel], folder: Path) -> list[Path]:

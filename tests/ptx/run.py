@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from . import layout, mutants, programs
@@ -38,19 +39,26 @@ class Ran:
 
 def run_tests(kernels: dict[str, dict[str, list[Kernel]]], cache: Path, quick: bool) -> list[Ran]:
     """Every test on the first architecture; on the others those some of whose kernels differ from its own."""
-    found, first = [], kernels[ARCHS[0]]
+    found: list[Ran] = []
+    first = kernels[ARCHS[0]]
     for arch, mine in kernels.items():
         tests = [test for test in programs.programs_of() if mine is first or not same(mine, first, test)]
-        for test, program in programs.build_tests(tests, mine, cache).items():
-            began = time.monotonic()
-            variables = {**(QUICK if quick else {}), **({"RAN_NO_CLUSTERS": "1"} if arch == "sm_80" else {})}
-            ran = programs.run(program, **variables)
-            fault = (ran.stderr.strip() or f"exit status {ran.returncode}") if ran.returncode else ""
-            equal = next((line[6:] for line in ran.stdout.splitlines() if line.startswith("equal ")), "")
-            found.append(Ran(arch, test.removesuffix("_test"), fault, equal, time.monotonic() - began))
-            print(f"{arch:7} {found[-1].test:17} {'FAILED' if fault else 'passed'} in {found[-1].seconds:5.1f} s, "
-                  f"outputs with the bits of the source's: {equal} {fault}", flush=True)  # fmt: skip
+        variables = {**(QUICK if quick else {}), **({"RAN_NO_CLUSTERS": "1"} if arch == "sm_80" else {})}
+        run_one = partial(run_test, arch, variables)
+        found += programs.in_parallel(run_one, programs.build_tests(tests, mine, cache).items())
     return found
+
+
+def run_test(arch: str, variables: dict[str, str], built: tuple[str, Path]) -> Ran:
+    test, program = built
+    began = time.monotonic()
+    done = programs.run(program, **variables)
+    fault = (done.stderr.strip() or f"exit status {done.returncode}") if done.returncode else ""
+    equal = next((line[6:] for line in done.stdout.splitlines() if line.startswith("equal ")), "")
+    ran = Ran(arch, test.removesuffix("_test"), fault, equal, time.monotonic() - began)
+    print(f"{arch:7} {ran.test:23} {'FAILED' if fault else 'passed'} in {ran.seconds:5.1f} s, "
+          f"outputs with the bits of the source's: {equal} {fault}", flush=True)  # fmt: skip
+    return ran
 
 
 def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test: Path) -> bool:
