@@ -6,7 +6,10 @@ All run the same weights with the same number of threads, interleaved; outputs a
 python -m benchmarks.inference --out FILE
 python -m benchmarks.inference --network resnet18 --dtype bfloat16
 
-pip install onnx onnxscript onnxruntime openvino: who is not installed is left out. onnxruntime has no bfloat16.
+python -m benchmarks.inference --isa avx2     as on a processor with AVX2
+
+pip install onnx onnxscript onnxruntime openvino: who is not installed is left out. onnxruntime has no bfloat16; it asks
+the processor itself, so that it is left out under --isa avx2.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import ran_ext
 from ran_ext._command import Parser
 from ran_ext._folded_graph import differ_by
 
+from . import isa
 from .contenders import on_backend
 from .other_cnns import resnet18, vgg16_bn
 from .table import Table
@@ -42,12 +46,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 Call = Callable[[], Tensor]
 
 
-def served(model: nn.Module, images: Tensor, dtype: torch.dtype, folder: Path) -> dict[str, Call]:
-    """What onnxruntime and OpenVINO make of a network, where they are installed."""
+def served(model: nn.Module, images: Tensor, dtype: torch.dtype, folder: Path, native: bool) -> dict[str, Call]:
+    """What onnxruntime and OpenVINO make of a network, where they are installed; ``native``: not held to AVX2."""
     found: dict[str, Call] = {}
     path, threads, array = folder / "network.onnx", torch.get_num_threads(), images.numpy()
     torch.onnx.export(model, (images,), path, dynamo=True, verbose=False)
-    if dtype == torch.float32 and importlib.util.find_spec("onnxruntime"):
+    if native and dtype == torch.float32 and importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -66,14 +70,16 @@ def served(model: nn.Module, images: Tensor, dtype: torch.dtype, folder: Path) -
     return found
 
 
-def calls(model: nn.Module, images: Tensor, dtype: torch.dtype, compiles: bool, folder: Path) -> dict[str, Call]:
+def calls(
+    model: nn.Module, images: Tensor, dtype: torch.dtype, options: argparse.Namespace, folder: Path
+) -> dict[str, Call]:
     """Of all contenders, eager first."""
     plain = ran_ext.revert(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     folded = ran_ext.fold_for_inference(plain, dtype, images)
-    found = served(plain, images, dtype, folder)
+    found = served(plain, images, dtype, folder, options.isa == "native")
     x = images.to(dtype, memory_format=torch.channels_last)
     plain = plain.to(dtype)
-    if compiles:
+    if not options.no_compile:
         frozen = torch.compile(plain, options={"freezing": True}, dynamic=False)
         found[FROZEN] = lambda: frozen(x)
         frozen(x)  # with the backend that is set now
@@ -89,7 +95,7 @@ def measure(name: str, dtype: torch.dtype, options: argparse.Namespace) -> list[
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         expected = model(images)
         with ran_ext.set_backend("reference"):
-            found = calls(model, images, dtype, not options.no_compile, Path(folder))
+            found = calls(model, images, dtype, options, Path(folder))
         found = {one: on_backend(call, "auto" if one == OURS else "reference") for one, call in found.items()}
         for one, call in found.items():
             off = differ_by(call().float(), expected)
@@ -116,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    options = parser.parse_args(argv)
+    options = isa.parse(parser, argv)
     torch.set_num_threads(options.threads)
     table = Table("inference", [*COLUMNS, "over eager", "best other", "over it"], options.out)
     for name in options.network:
