@@ -24,9 +24,9 @@ CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
-CXX_FLAGS = ["-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 #: GCC 12's own AVX-512 headers set off -Wuninitialized and -Wmaybe-uninitialized.
-CPU_FLAGS = ["-std=c++17", "-O3", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 

@@ -62,24 +62,9 @@ def native() -> None:
         pytest.skip(f"the native backend is missing: {_backend.why_missing}")
 
 
-#: Where torch's compilers, whole trainings and random calls take the time, of code that others cover. Nor are a test's
-#: further cases: if coverage followed all, it would take a quarter of the suite's time.
-NOT_COVERED = """attention_networks backbones benchmarks bn_relu_conv called_modules compiled examples faults_runs fuzz
-public record reference reproduce_report robustness tracing"""
-UNFOLLOWED = pytest.StashKey[bool]()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
-    """Without coverage, fixtures included, which pytest-cov's own marker leaves in."""
-    controller = getattr(item.config.pluginmanager.getplugin("_cov"), "cov_controller", None)
-    if controller is None or not item.stash.get(UNFOLLOWED, False):
-        return (yield)
-    controller.pause()
-    try:
-        return (yield)
-    finally:
-        controller.resume()
+#: Where torch's compilers and whole trainings take the time, of code that others cover. Nor are a test's further cases:
+#: if coverage followed all, it would take a quarter of the suite's time.
+NOT_COVERED = {f"test_{name}" for name in ("tracing", "compiled", "backbones", "reference", "attention_networks")}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -87,7 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         name = item.nodeid.partition("[")[0]
         cases[name] += 1
-        item.stash[UNFOLLOWED] = cases[name] > 1 or item.path.stem.removeprefix("test_") in NOT_COVERED.split()
+        if cases[name] > 1 or item.path.stem in NOT_COVERED:
+            item.add_marker("no_cover")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU here")

@@ -123,6 +123,7 @@ def main() -> int:
     failures, alive = [], 0
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         cache = arguments.cache or Path(folder)
+        cache.mkdir(parents=True, exist_ok=True)
         root, mutants = with_mutants(cache)
         mutants = [mutant for mutant in mutants if not arguments.files or mutant.file in arguments.files]
         files = {path.stem: included(path, set()) for path in (ROOT / "tests/emulation").glob("*_test.cpp")}
