@@ -6,6 +6,8 @@ Each network as it is written, in channels_last, against a converted copy, inter
 python -m benchmarks.converted --rounds 9 --out benchmarks/results/cpu_convert.json
 python -m benchmarks.converted --isa avx2                   the same as on a processor without AVX-512
 python -m benchmarks.converted --compiled --network PreActResNet-18 DenseNet-BC-100-12      both under torch.compile
+python -m benchmarks.converted --budget --network PreActResNet-18 MobileNetV2      beside torch.compile's memory budget
+python -m benchmarks.converted --network efficientnet_b0 hrnet_w18      of torchvision or timm, whichever is installed
 python -m benchmarks.converted --overhead                   what a converted layer costs beside its kernels
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import io
 import statistics
 from collections.abc import Callable, Sequence
@@ -27,12 +30,24 @@ from ran_ext._command import Parser
 from ran_ext._compare import bytes_kept
 
 from . import isa
-from .other_cnns import UNet, densenet_bc, preact_resnet18, resnet18, resnet50, silu_stack, vgg16_bn, wide_resnet
+from .other_cnns import (
+    UNet,
+    densenet121,
+    densenet_bc,
+    mobilenet_v2,
+    preact_resnet18,
+    resnet18,
+    resnet50,
+    silu_stack,
+    vgg16_bn,
+    wide_resnet,
+)
 from .table import Table
 from .timing import interleave
 
 #: Name, network, batch, pixels.
-NETWORKS: list[tuple[str, Callable[[], nn.Module], int, int]] = [
+Row = tuple[str, Callable[[], nn.Module], int, int]
+NETWORKS: list[Row] = [
     ("ResNet-18", resnet18, 16, 128),
     ("ResNet-18, 224 pixels", resnet18, 16, 224),
     ("ResNet-50", resnet50, 16, 128),
@@ -42,7 +57,12 @@ NETWORKS: list[tuple[str, Callable[[], nn.Module], int, int]] = [
     ("U-Net, width 32", lambda: UNet(32), 8, 64),
     ("DenseNet-BC-100-12", densenet_bc, 16, 32),
     ("SiLU stack", silu_stack, 16, 64),
+    ("WRN-16-4, dropout", lambda: wide_resnet(16, 4, 0.3), 32, 32),
+    ("MobileNetV2", mobilenet_v2, 16, 128),
+    ("DenseNet-121", densenet121, 8, 64),
 ]
+#: Parts of eager's bytes that ``torch.compile`` may keep; 1: as it does by itself.
+BUDGETS = (1.0, 0.7, 0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,13 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="JSON")
-    parser.add_argument("--network", nargs="+", choices=[row[0] for row in NETWORKS], help="these alone")
+    names = ", ".join(row[0] for row in NETWORKS)
+    parser.add_argument("--network", nargs="+", help=f"these alone; here are {names}; others by torchvision's names")
+    parser.add_argument("--budget", action="store_true", help="converted, and compiled with a memory budget")
     parser.add_argument("--compiled", action="store_true", help="eager, compiled, and converted and compiled")
     parser.add_argument("--overhead", action="store_true", help="microseconds a layer on tiny tensors")
     options = isa.parse(parser, argv)
     if options.overhead:
         return overhead(options.out)
-    chosen = [row for row in NETWORKS if not options.network or row[0] in options.network]
+    chosen = [found(name) for name in options.network] if options.network else NETWORKS
+    if options.budget:
+        return budgets(chosen, options.rounds, options.out)
     if options.compiled:
         return compiled(chosen, options.rounds, options.out)
     columns = ["network", "batch", "pixels", "eager, ms", "converted, ms", "times as fast", "bytes kept, of eager's"]
@@ -64,12 +88,53 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, build, batch, pixels in chosen:
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
-            found = ran_ext.compare(build(), torch.randn(batch, 3, pixels, pixels), rounds=options.rounds)
-        milliseconds = 1e3 * found.plain_seconds, 1e3 * found.converted_seconds
-        table.add(name, batch, pixels, *milliseconds, found.speedup, found.converted_bytes / found.plain_bytes)
+            both = ran_ext.compare(build(), torch.randn(batch, 3, pixels, pixels), rounds=options.rounds)
+        milliseconds = 1e3 * both.plain_seconds, 1e3 * both.converted_seconds
+        table.add(name, batch, pixels, *milliseconds, both.speedup, both.converted_bytes / both.plain_bytes)
 
 
-def compiled(chosen: Sequence[tuple[str, Callable[[], nn.Module], int, int]], rounds: int, out: Path | None) -> None:
+def found(name: str) -> Row:
+    """The network of a name: one of those here, else torchvision's or timm's, 16 images of 128 pixels."""
+    for row in NETWORKS:
+        if row[0] == name:
+            return row
+    for library, make in (("torchvision.models", "get_model"), ("timm", "create_model")):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(library)
+            if name in module.list_models():
+                return name, partial(getattr(module, make), name), 16, 128
+    raise SystemExit(f"benchmarks.converted: --network {name}: not among those here, of torchvision or of timm")
+
+
+def budgets(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
+    """Print rows a network: eager, converted, and under ``torch.compile`` with each budget."""
+    columns = ["network", "batch", "pixels", "contender", "ms", "times as fast as eager", "bytes kept, of eager's"]
+    table = Table("training step, float32, channels_last, torch.compile's memory budget", columns, out)
+    for name, build, batch, pixels in chosen:
+        torch.manual_seed(0)
+        plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        networks = {"eager": plain, "converted": ran_ext.convert(copy.deepcopy(plain))}
+        for budget in BUDGETS:
+            networks[f"compiled, {budget}"] = torch.compile(copy.deepcopy(plain), backend=partial(within, budget))
+        steps = {key: partial(step, network, x) for key, network in networks.items()}
+        seconds = interleave(steps, rounds, torch.device("cpu"))
+        kept = {key: bytes_kept(network, [x]) for key, network in networks.items()}
+        for key, times in seconds.items():
+            ratio = statistics.median(a / b for a, b in zip(seconds["eager"], times, strict=True))
+            table.add(name, batch, pixels, key, 1e3 * statistics.median(times), ratio, kept[key] / kept["eager"])
+
+
+def within(budget: float, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., object]:
+    """Inductor, keeping at most this part of what eager keeps: a backend of ``torch.compile``."""
+    from torch._functorch import config
+    from torch._inductor.compile_fx import compile_fx
+
+    with config.patch(activation_memory_budget=budget):
+        return compile_fx(graph, inputs)  # type: ignore[no-any-return,arg-type]
+
+
+def compiled(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     """Print a row a network: as it is written, under ``torch.compile``, and converted under ``torch.compile``."""
     columns = ["network", "batch", "pixels", "eager, ms", "compiled, ms", "converted and compiled, ms"]
     columns += ["times as fast as eager", "as compiled", "bytes kept compiled, of eager's", "converted and compiled"]

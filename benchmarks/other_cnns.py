@@ -300,6 +300,44 @@ def vgg16_bn(conv: Conv = F.conv2d, classes: int = 1000) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
 
 
+class _Inverted(nn.Module):
+    """Wider, one by one, narrower, past ReLU6 but for the last (Sandler et al. 2018)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int, widen: int):
+        super().__init__()
+        c = c_in * widen
+        layers: list[nn.Module] = [] if widen == 1 else [_relu6(c_in, c, 1)]
+        layers += [_relu6(c, c, 3, stride, c), nn.Conv2d(c, c_out, 1, bias=False), nn.BatchNorm2d(c_out)]
+        self.body, self.adds = nn.Sequential(*layers), stride == 1 and c_in == c_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(x)
+        return x + out if self.adds else out
+
+
+def _relu6(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Module:
+    conv = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU6(inplace=True))
+
+
+def mobilenet_v2(classes: int = 1000) -> nn.Module:
+    """MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381).
+
+    >>> mobilenet_v2(classes=10)(torch.randn(1, 3, 32, 32)).shape
+    torch.Size([1, 10])
+    """
+    layers: list[nn.Module] = [_relu6(3, 32, 3, 2)]
+    c_in = 32
+    for widen, c, count, stride in (
+        *((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)),
+    ):
+        for i in range(count):
+            layers.append(_Inverted(c_in, c, 1 if i else stride, widen))
+            c_in = c
+    head = [_relu6(c_in, 1280, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1280, classes)]
+    return nn.Sequential(*layers, *head)
+
+
 #: For ``tests/ecosystem`` and the measurements in ``docs/convert.md``, by name.
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "PreActResNet-18": preact_resnet18,

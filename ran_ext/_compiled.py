@@ -17,8 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.nn import functional as F
 
 from . import _backend
-from ._deferred import pair
 from ._paths import paths
+from ._taken import pair
 from .ops.conv2d import has_fast_3x3
 
 #: Whether the normalisations of modules of a class are fused.

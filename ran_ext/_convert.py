@@ -20,10 +20,11 @@ Network = TypeVar("Network", bound=nn.Module)
 def convert(model: Network, channels_last: bool = True) -> Network:
     """Make ``model`` use the fused kernels, in place.
 
-    Each ``nn.BatchNorm2d`` leaves its value unwritten until something needs it. ReLU, ReLU6, SiLU, Hardswish, LeakyReLU
-    and Hardtanh leave it so too, and a convolution takes it in: behind ReLU in one fused op, else computing it again in
-    backward. So the raw input alone is kept. A concatenation keeps its pieces, which 1x1 convolutions read. On the CPU,
-    3x3 convolutions take :func:`ran_ext.ops.conv2d`. What cannot be fused runs as it was: see :func:`ran_ext.explain`.
+    Each ``nn.BatchNorm2d`` leaves its value unwritten until something needs it. ReLU, ReLU6, SiLU, GELU, Hardswish,
+    LeakyReLU, Hardtanh and dropout leave it so too, and a convolution takes it in: behind ReLU in one fused op, else
+    computing it again in backward. So the raw input alone is kept. Pooling keeps where the maxima stand. A
+    concatenation keeps its pieces, which 1x1 convolutions read. On the CPU, 3x3 convolutions take
+    :func:`ran_ext.ops.conv2d`. What cannot be fused runs as it was: see :func:`ran_ext.explain`.
 
     Modules, parameters, buffers, their order, hooks and state_dict stay what and where they are; ``isinstance`` holds,
     the exact type of converted modules is another of the same name. Under ``torch.compile`` (called later) BN, ReLU

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from . import _backend, _compiled, _fusion, _tracing
+from . import _backend, _compiled, _fusion, _tracing  # _taken: what torch's functions do with a Deferred
 from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._paths import paths
 from ._recipe import Recipe, counts_writes, identity, version

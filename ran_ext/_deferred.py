@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ._fusion import PLAIN
-from ._recipe import Activation, Recipe, identity, version
-from ._recomputed import JoinedConvolution, activated, convolved, recomputed, with_history
+from ._recipe import Activation, Dropped, Recipe, identity, version
+from ._recomputed import activated, recomputed, with_history
 from .ops.bn_relu import in_backward
 
 #: What becomes of a normalisation's value: taken in by a kernel, computed again in backward, or neither.
@@ -50,8 +49,10 @@ def tell(owner: nn.Module | None, outcome: str) -> None:
         _watcher(owner, outcome)
 
 
-def _name(act: Activation) -> str:
+def name_of(act: Activation) -> str:
     """For people."""
+    if isinstance(act, Dropped):
+        return f"{name_of(act.act)}dropout "
     function = act.func if isinstance(act, partial) else act
     return "" if function is identity else f"{function.__name__} "
 
@@ -127,7 +128,7 @@ class Deferred(Tensor):
         if self.value is None:
             self.check_versions()
             self._tell_owner()
-            tell(self.owner, f"{WRITTEN_OUT}: {_name(self.act)}value used by something else than a convolution")
+            tell(self.owner, f"{WRITTEN_OUT}: {name_of(self.act)}value used by something else than a convolution")
             if torch.is_grad_enabled() or not self.requires_grad:
                 self.value = self._compute()
             else:
@@ -176,8 +177,23 @@ class Deferred(Tensor):
         """``act`` of it."""
         history = torch.is_grad_enabled() or not (inplace and self.requires_grad)
         if self.value is not None or self.act is not identity or self.recipe.mean is None or not history:
-            return act(self.materialise(), inplace=inplace)  # type: ignore[call-arg]
+            return act(self.materialise(), **({"inplace": True} if inplace else {}))
         made = Deferred.defer(self.recipe, act, self.owner, self.versions)
+        if inplace:
+            self.value = made
+        return made
+
+    def dropped(self, dropout: Callable[..., Tensor], p: float, inplace: bool) -> Tensor | None:
+        """It past ``dropout``, which draws its random numbers now; None where it has to be written out."""
+        recipe = self.recipe
+        x = recipe.pieces[0]
+        if self.value is not None or recipe.mean is None or len(recipe.pieces) > 1 or isinstance(self.act, Dropped):
+            return None
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        if not (x.is_cpu and dense and torch.is_grad_enabled() and self.requires_grad):
+            return None
+        kept = dropout(torch.ones_like(x), p) != 0  # in the order of the memory, as of the value
+        made = Deferred.defer(recipe, Dropped(self.act, kept, p), self.owner, self.versions)
         if inplace:
             self.value = made
         return made
@@ -189,7 +205,7 @@ class Deferred(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        taken = _TAKEN.get(func)
+        taken = TAKEN.get(func)
         if taken is not None:
             found = taken(*args, **kwargs)
             if found is not None:
@@ -245,34 +261,6 @@ def _bare(value: Any) -> Any:
     return value
 
 
-def _activation(function: Activation, *names: str) -> Callable[..., Tensor | None]:
-    """What takes a call of an activation with the keyword arguments ``names`` and ``inplace``."""
-
-    def take(input: Any, *args: Any, inplace: bool = False, **kwargs: Any) -> Tensor | None:
-        if not isinstance(input, Deferred) or len(args) > len(names) + 1:
-            return None
-        if len(args) > len(names):
-            inplace, args = args[-1], args[:-1]
-        kwargs |= dict(zip(names, args, strict=False))
-        if kwargs.keys() - set(names):
-            return None
-        return input.resolve().activated(partial(function, **kwargs) if kwargs else function, bool(inplace))
-
-    return take
-
-
-def _in_place(function: Activation, *names: str) -> Callable[..., Tensor | None]:
-    take = _activation(function, *names)
-    return lambda input, *args, **kwargs: take(input, *args, **kwargs, inplace=True)
-
-
-def pair(value: Any) -> tuple[int, int]:
-    """A stride and the like as two numbers."""
-    if type(value) is tuple and len(value) == 2:
-        return value
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
 def _joined_layout(pieces: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and strides of the pieces joined along the channels."""
     n, _, height, width = pieces[0].shape
@@ -311,73 +299,8 @@ def join(taken: Callable[[], None], tensors: Any, dim: Any = 0) -> Tensor | None
     return made
 
 
-def _convolution(
-    input: Any,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor | None:
-    """A convolution that takes a deferred input in; None where it has to be written out."""
-    if not isinstance(input, Deferred):
-        return None
-    found = input.resolve()
-    recipe, x = found.recipe, found.recipe.pieces[0]
-    if found.value is not None or type(weight) not in PLAIN or (bias is not None and type(bias) not in PLAIN):
-        return None
-    channels = x.shape[1] if len(recipe.pieces) == 1 else sum(piece.shape[1] for piece in recipe.pieces)
-    if weight.dim() != 4 or weight.shape[1] * groups != channels or weight.device != x.device:
-        return None  # torch has the error's text
-    if isinstance(padding, str):
-        return None
-    autocasts = torch.is_autocast_enabled(x.device.type)
-    if not autocasts and (weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype)):
-        return None
-    found.check_versions()
-    stride, padding, dilation = pair(stride), pair(padding), pair(dilation)
-    fuses = found.act is F.relu and recipe.native and groups == 1 and dilation == (1, 1) and recipe.mean is not None
-    if fuses and len(recipe.pieces) == 1:
-        tell(found.owner, FUSED)
-        return recipe.fused(x, weight, bias, stride, padding)  # which casts as autocast does
-    if autocasts:
-        lower = torch.get_autocast_dtype(x.device.type)
-        if x.dtype != lower or any(t is not None and t.dtype == torch.float64 for t in (weight, bias)):
-            return None  # torch casts the value; of float64 it has the error
-        weight, bias = weight.to(lower), None if bias is None else bias.to(lower)
-    if fuses:
-        tell(found.owner, f"{FUSED}, of {len(recipe.pieces)} pieces")
-        joined: Tensor = JoinedConvolution.apply(recipe, stride, padding, weight, bias, *recipe.tensors)
-        return joined
-    if found.is_join:
-        found.take_pieces()
-    grouped = "grouped " if groups > 1 else "dilated " if dilation != (1, 1) else ""
-    tell(found.owner, f"{RECOMPUTED}: {_name(found.act)}before a {grouped}convolution")
-    return convolved(recipe, found.act, (stride, padding, dilation, groups), weight, bias, found.make())
-
-
-def _relu(input: Any, inplace: bool = False) -> Tensor | None:
-    return input.resolve().activated(F.relu, bool(inplace)) if isinstance(input, Deferred) else None
-
-
-def _dropout(input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor | None:
-    """Dropout that drops nothing and draws no random numbers."""
-    nothing = isinstance(input, Deferred) and 0 <= p <= 1 and (p == 0 or not training)
-    return input if nothing else None
-
-
-_TAKEN: dict[Any, Callable[..., Tensor | None]] = {
-    F.conv2d: _convolution,
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
-    **dict.fromkeys((torch.relu_, Tensor.relu_), _in_place(F.relu)),
-    **dict.fromkeys((F.dropout, F.dropout2d), _dropout),
-    F.relu6: _activation(F.relu6),
-    F.silu: _activation(F.silu),
-    F.hardswish: _activation(F.hardswish),
-    F.leaky_relu: _activation(F.leaky_relu, "negative_slope"),
-    F.hardtanh: _activation(F.hardtanh, "min_val", "max_val"),
-}
+#: By torch's function: what takes it over for a deferred argument, and returns None where it has to be written out.
+TAKEN: dict[Any, Callable[..., Any]] = {}
 
 _METADATA = {
     Tensor._backward_hooks.__set__,  # type: ignore[union-attr]  # of what a Function changed in place

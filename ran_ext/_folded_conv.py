@@ -37,15 +37,17 @@ class FoldedConv2d(Evaluation):
         self._panels: dict[int, Kept[Tensor]] = {2: Kept(), 4: Kept()}  # for tiles of m x m outputs, by m
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._onednn(x, residual):
+        if self._is_plain(x, residual):
             if tile := self._tile(x):
                 return self._by_tiles(x, residual, tile)
-            return self._packed_forward(x, residual)
+            if (dtype := _onednn_dtype(x)) is not None:
+                return self._packed_forward(x, residual, dtype)
         out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
         out = out if residual is None else out + residual
         return F.relu(out) if self.relu else out
 
-    def _onednn(self, x: Tensor, residual: Tensor | None) -> bool:
+    def _is_plain(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether kernels that take memory as it lies, and have no derivative, may run."""
         tensors = (x, self.weight, self.bias) if residual is None else (x, self.weight, self.bias, residual)
         if torch.compiler.is_compiling() or _tracing.why_watched(*tensors):
             return False
@@ -57,9 +59,7 @@ class FoldedConv2d(Evaluation):
             return False
         if residual is not None and residual.shape != self._out_shape(x):  # `+` broadcasts, or says what is wrong
             return False
-        if not torch.backends.mkldnn.is_available() or x.numel() == 0 or x.is_contiguous():
-            return False
-        return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return x.numel() > 0 and not x.is_contiguous()
 
     def _out_shape(self, x: Tensor) -> tuple[int, ...]:
         pads: Any = self.padding
@@ -68,7 +68,7 @@ class FoldedConv2d(Evaluation):
         return len(x), len(self.weight), *size
 
     def _tile(self, x: Tensor) -> int:
-        """m of the Winograd kernel F(m x m, 3x3) that the convolution takes (3x3, float32), or 0."""
+        """m of the Winograd kernel F(m x m, 3x3) that the convolution takes, or 0."""
         same = is_3x3(self.weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
         if not same or not _backend.use_native(x, self.weight):
             return 0
@@ -78,17 +78,21 @@ class FoldedConv2d(Evaluation):
         panels = self._panels[tile](self.weight, lambda: torch.ops.ran_ext.conv3x3_pack(self.weight.detach(), x, tile))
         return torch.ops.ran_ext.conv3x3_packed(x, panels, self.bias, residual, self.relu)  # type: ignore[no-any-return]
 
-    def _packed_forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """oneDNN's convolution with the ReLU or the addition inside, as Inductor's frozen graphs call it."""
+    def _packed_forward(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """oneDNN's convolution with the ReLU or the addition inside, as Inductor's frozen graphs call it.
+
+        ``dtype``: that of its operands; the result has that of ``x``.
+        """
         geometry: tuple[Any, ...] = (self.padding, self.stride, self.dilation, self.groups)
         reorder, conv = torch.ops.mkldnn._reorder_convolution_weight, torch.ops.mkldnn._convolution_pointwise
-        packed = self._packed(self.weight, lambda: reorder(self.weight.detach(), *geometry, list(x.shape)))
+        packed = self._packed(self.weight, lambda: reorder(self.weight.detach().to(dtype), *geometry, list(x.shape)))
+        given, bias = x.to(dtype), self.bias.to(dtype)
         if residual is None:
-            return conv(x, packed, self.bias, *geometry, "relu" if self.relu else "none", [], "")
-        inside = self.groups == 1 or x.dtype == torch.float32  # else torch has no kernel for both
+            return conv(given, packed, bias, *geometry, "relu" if self.relu else "none", [], "").to(x.dtype)  # type: ignore[no-any-return]
+        inside = self.groups == 1 or dtype == torch.float32  # else torch has no kernel for both
         unary = "relu" if self.relu and inside else None
-        out: Tensor = conv.binary(x, residual, packed, self.bias, *geometry, "add", None, unary, [], None)
-        return out.relu_() if self.relu and not inside else out
+        out: Tensor = conv.binary(given, residual.to(dtype), packed, bias, *geometry, "add", None, unary, [], None)
+        return (out.relu_() if self.relu and not inside else out).to(x.dtype)
 
     def extra_repr(self) -> str:
         out, into, *size = self.weight.shape
@@ -96,6 +100,16 @@ class FoldedConv2d(Evaluation):
         more += "" if self.dilation == (1, 1) else f", dilation={self.dilation}"
         taken = into * self.groups
         return f"{taken}, {out}, {tuple(size)}, stride={self.stride}, padding={self.padding}{more}, relu={self.relu}"
+
+
+def _onednn_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which oneDNN convolves ``x`` fast: where it has no kernel for 16 bits, float32."""
+    if not torch.backends.mkldnn.is_available() or x.dtype == torch.float64:
+        return None
+    kernels = torch.ops.mkldnn
+    if x.dtype == torch.float16 and kernels._is_mkldnn_fp16_supported():
+        return None  # torch's own call, which takes them
+    return x.dtype if x.dtype == torch.bfloat16 and kernels._is_mkldnn_bf16_supported() else torch.float32
 
 
 def folded(conv: nn.Conv2d, bn: Any, relu: bool, dtype: torch.dtype, before: Any = None) -> FoldedConv2d:

@@ -20,6 +20,44 @@ def identity(z: Tensor) -> Tensor:
     return z
 
 
+class Dropped(NamedTuple):
+    """An activation, and dropout behind it, with the random numbers that it drew.
+
+    Attributes:
+        act: the activation.
+        kept: True where dropout kept a value: of the value's shape, or ``(N, C, 1, 1)``; None while autograd has it.
+        p: the probability that a value was dropped.
+    """
+
+    act: Activation
+    kept: Tensor | None
+    p: float
+
+    def noise(self, dtype: torch.dtype) -> Tensor:
+        """What the values are multiplied by, as torch's dropout makes it on the CPU."""
+        assert self.kept is not None
+        return self.kept.to(dtype).div_(1 - self.p)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.act(z) * self.noise(z.dtype)
+
+
+def save(ctx: Any, recipe: Recipe, act: Activation, tensors: Sequence[Optional]) -> None:
+    """Have autograd keep the tensors, and what ``act`` holds, for the backward pass of ``ctx``: see :func:`saved`."""
+    ctx.norm, ctx.act = recipe.norm, act
+    if isinstance(act, Dropped):
+        ctx.act, tensors = act._replace(kept=None), (act.kept, *tensors)
+    ctx.save_for_backward(*tensors)
+
+
+def saved(ctx: Any) -> tuple[Norm, Activation, tuple[Optional, ...]]:
+    """What :func:`save` was given: the recipe's ``norm``, the activation and the tensors."""
+    if isinstance(ctx.act, Dropped):
+        kept, *tensors = ctx.saved_tensors
+        return ctx.norm, ctx.act._replace(kept=kept), tuple(tensors)
+    return ctx.norm, ctx.act, ctx.saved_tensors
+
+
 def version(t: Tensor | None) -> int:
     """A number that changes with every write to ``t``; of what :func:`counts_writes` says yes to."""
     return -1 if t is None or t.is_inference() else t._version

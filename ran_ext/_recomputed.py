@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from . import _backend
 from ._paths import paths
-from ._recipe import Activation, Norm, Optional, Recipe, identity, joined, split, value_of
+from ._recipe import Activation, Dropped, Norm, Optional, Recipe, identity, joined, save, saved, split, value_of
 from .ops.conv2d import conv2d
 
 
@@ -90,6 +90,19 @@ class _CompiledAgain(_Again):
         return dx, None if weight is None else dweight.to(weight.dtype), None if bias is None else dbias.to(bias.dtype)
 
 
+class _DroppedAgain(_Again):
+    """A value past dropout, by the random numbers that forward drew."""
+
+    def __init__(self, before: _Again, act: Dropped):
+        self.before, self.noise = before, act.noise(before.x.dtype)
+
+    def value(self) -> Tensor:
+        return self.before.value() * self.noise
+
+    def gradients(self, wanted: Sequence[bool], dvalue: Tensor) -> list[Optional]:
+        return self.before.gradients(wanted, dvalue * self.noise)
+
+
 def _activated(norm: Norm, compiled: tuple[Any, ...], x: Tensor, tensors: Sequence[Optional]) -> Tensor:
     mean, var, weight, bias = tensors[:4]
     return torch.ops.ran_ext.bn_act(x, weight, bias, mean, var, norm.eps, *compiled)  # type: ignore[no-any-return]
@@ -104,7 +117,9 @@ _COMPILED: dict[Activation, tuple[str, dict[str, float]]] = {
     F.hardtanh: ("hardtanh", {"min_val": -1.0, "max_val": 1.0}),
     F.hardswish: ("hardswish", {}),
     F.silu: ("silu", {}),
+    F.gelu: ("gelu", {}),
 }
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by the approximation
 
 
 def _compiled(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> tuple[str, float, float] | None:
@@ -118,17 +133,24 @@ def _compiled(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> tuple
     if act not in _COMPILED:
         return None
     name, defaults = _COMPILED[act]
+    if act is F.gelu and given:
+        name = _GELU.get(given["approximate"], "")
     a, b = [*(float(given.get(key, value)) for key, value in defaults.items()), 0.0, 0.0][:2]
-    return None if name == "hardtanh" and not a <= b else (name, a, b)  # torch has the error's text
+    return None if not name or (name == "hardtanh" and not a <= b) else (name, a, b)  # torch has the error's text
 
 
 def _again(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> _Again:
+    if isinstance(act, Dropped):
+        return _DroppedAgain(_again(norm, act.act, tensors), act)
     compiled = _compiled(norm, act, tensors)
     return _Again(norm, act, tensors) if compiled is None else _CompiledAgain(norm, compiled, tensors)
 
 
 def _forward(norm: Norm, act: Activation, tensors: Sequence[Optional]) -> Tensor:
     """``act(value)``, of the statistics that are given, below autograd."""
+    if isinstance(act, Dropped):
+        value = _forward(norm, act.act, tensors)
+        return value * act.noise(value.dtype)
     compiled = _compiled(norm, act, tensors)
     with torch.no_grad():
         if compiled is None:
@@ -169,13 +191,12 @@ class Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, act: Activation, *tensors: Optional) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = recipe.norm, act
-        ctx.save_for_backward(*tensors)
-        return _forward(ctx.norm, act, tensors)
+        save(ctx, recipe, act, tensors)
+        return _forward(recipe.norm, act, tensors)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        return None, None, *_value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[2:], dout)
+        return None, None, *_value_gradients(*saved(ctx), ctx.needs_input_grad[2:], dout)
 
 
 class _Node(Value):
@@ -183,14 +204,12 @@ class _Node(Value):
 
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, act: Activation, make: Callable[[], Tensor], *tensors: Any) -> Tensor:  # type: ignore[override]
-        ctx.norm, ctx.act = recipe.norm, act
-        ctx.save_for_backward(*tensors)
+        save(ctx, recipe, act, tensors)
         return make()
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
-        found = _value_gradients(ctx.norm, ctx.act, ctx.saved_tensors, ctx.needs_input_grad[3:], dout)
-        return None, None, None, *found
+        return None, None, None, *_value_gradients(*saved(ctx), ctx.needs_input_grad[3:], dout)
 
 
 def with_history(make: Callable[[], Tensor], recipe: Recipe, act: Activation) -> Tensor:
@@ -223,10 +242,10 @@ class Convolution(torch.autograd.Function):
         bias: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.norm, ctx.act, ctx.geometry = recipe.norm, act, geometry
+        save(ctx, recipe, act, (weight, bias, *tensors))
+        ctx.geometry = geometry
         ctx.fast = paths(recipe.pieces[0]) if recipe.native and geometry[2:] == ((1, 1), 1) else None
-        ctx.save_for_backward(weight, bias, *tensors)
-        value = _forward(ctx.norm, act, tensors)
+        value = _forward(recipe.norm, act, tensors)
         with torch.no_grad():
             convolve = F.conv2d if ctx.fast is None else conv2d
             return convolve(value, weight, bias, *geometry)
@@ -234,11 +253,13 @@ class Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
         wanted = ctx.needs_input_grad[3:]
-        weight, bias, *tensors = ctx.saved_tensors
+        norm, act, held = saved(ctx)
         if torch.is_grad_enabled():
-            convolved = partial(_convolved, ctx.norm, ctx.act, ctx.geometry)
-            return None, None, None, *_gradients(convolved, ctx.saved_tensors, wanted, dout)
-        again = _again(ctx.norm, ctx.act, tensors)
+            convolved = partial(_convolved, norm, act, ctx.geometry)
+            return None, None, None, *_gradients(convolved, held, wanted, dout)
+        weight: Any = held[0]
+        bias, *tensors = held[1:]
+        again = _again(norm, act, tensors)
         value = again.value()
         stride, padding, dilation, groups = ctx.geometry
         masks = [any(wanted[2:]), wanted[0], wanted[1]]

@@ -133,7 +133,7 @@ def direct(seed: str) -> tuple[str, list[Any]]:
         "batch_norm_stats": [wrong(x), running, momentum],
         "bn_relu": [wrong(x), *norm, d.chance(0.5), running, momentum, d.random.choice([1e-5, 0.0, -1.0, NAN])],
         "bn_relu_backward": [wrong(x), x, *norm[:2], norm[2], norm[3], 1e-5, d.chance(0.5)],
-        "bn_act": [wrong(x), *norm[:2], norm[2], norm[3], 1e-5, d.random.choice(["silu", "none", "gelu"]), NAN, 6.0],
+        "bn_act": [wrong(x), *norm[:2], norm[2], norm[3], 1e-5, d.random.choice(["silu", "none", "mish"]), NAN, 6.0],
         "bn_act_backward": [wrong(x), x, *norm, 1e-5, d.chance(0.5), "silu", 0.0, 0.0, [d.chance(0.5)] * 3],
         "bn_relu_backward_reduce": [x, wrong(x), *norm, 1e-5],
         "bn_relu_backward_apply": [x, wrong(x), *norm, 1e-5, vector(), vector(), d.random.choice([0.0, NAN, 8.0])],

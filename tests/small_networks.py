@@ -84,6 +84,7 @@ NETWORKS = {
     "leaky": lambda: head(Mobile(16, lambda: nn.LeakyReLU(0.2, inplace=True))),
     "hardtanh": lambda: head(Mobile(16, lambda: nn.Hardtanh(-0.5, 2.0))),
     "gelu": lambda: head(Mobile(16, nn.GELU)),
+    "gelu, tanh": lambda: head(Mobile(16, lambda: nn.GELU("tanh"))),
     "dense": lambda: head(Dense(16)),
     "without affine": lambda: head(nn.BatchNorm2d(16, affine=False), nn.ReLU(), nn.Conv2d(16, 8, 1)),
     "without tracking": lambda: head(nn.BatchNorm2d(16, track_running_stats=False), nn.ReLU(), nn.Conv2d(16, 8, 1)),
@@ -91,7 +92,35 @@ NETWORKS = {
     "normalised twice": lambda: head(nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 1)),
     "ends in a normalisation": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)),
     "dropout": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.3), nn.Conv2d(16, 8, 1), Mobile(8)),
+    "dropout in place": lambda: head(
+        nn.BatchNorm2d(16),
+        nn.SiLU(inplace=True),
+        nn.Dropout(0.3, inplace=True),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.Dropout2d(0.2),
+        nn.Conv2d(16, 16, 3, padding=1, groups=4),
+    ),
+    "dropout used twice": lambda: head(
+        nn.BatchNorm2d(16), nn.SiLU(), nn.Dropout2d(0.4), PreAct(16, 16), nn.BatchNorm2d(16), nn.Dropout(0.4)
+    ),
     "no dropout": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(0), nn.Conv2d(16, 8, 1)),
+    "pooled": lambda: head(
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.SiLU(),
+        nn.MaxPool2d((3, 2), stride=(1, 2), padding=1, dilation=(2, 1), ceil_mode=True),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AvgPool2d(2, 1, 1, count_include_pad=False),
+        nn.Conv2d(16, 16, 1),
+    ),
+    "pooled by two": lambda: head(
+        nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(16, 16, 3, padding=1)
+    ),
     "reflected": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding=1, padding_mode="reflect")),
     "same": lambda: head(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3, padding="same")),
 }

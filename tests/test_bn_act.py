@@ -25,6 +25,8 @@ ACTIVATIONS = {
     "hardtanh": (partial(F.hardtanh, min_val=-0.5, max_val=0.75), ("hardtanh", -0.5, 0.75)),
     "hardswish": (F.hardswish, ("hardswish", 0.0, 0.0)),
     "silu": (F.silu, ("silu", 0.0, 0.0)),
+    "gelu": (F.gelu, ("gelu", 0.0, 0.0)),
+    "gelu, tanh": (partial(F.gelu, approximate="tanh"), ("gelu_tanh", 0.0, 0.0)),
 }
 
 
@@ -141,7 +143,7 @@ def test_empty_batch_and_threads():
 def test_wrong_arguments():
     x, ones = torch.zeros(2, 3, 4, 4), torch.ones(3)
     for call, kind, text in [
-        (lambda: ops.bn_act(x, None, None, ones, ones, 1e-5, "gelu"), ValueError, "there is no activation 'gelu'"),
+        (lambda: ops.bn_act(x, None, None, ones, ones, 1e-5, "mish"), ValueError, "there is no activation 'mish'"),
         (lambda: ops.bn_act(x[0], None, None, ones, ones, 1e-5, "silu"), ValueError, r"must be \(N, C, H, W\)"),
         (lambda: ops.bn_act(x, ones[:2], None, ones, ones, 1e-5, "silu"), ValueError, r"weight must be \[3\]"),
         (lambda: ops.bn_act(x.int(), None, None, ones, ones, 1e-5, "silu"), TypeError, "float32"),

@@ -45,7 +45,11 @@ def test_keys_order_and_types_stay():
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("dense", 0.60), ("no dropout", 0.55)]
+    ("name", "most"),
+    [
+        *(("preact", 0.62), ("mobile", 0.50), ("silu", 0.5), ("gelu", 0.5), ("dense", 0.60), ("no dropout", 0.55)),
+        *(("dropout in place", 0.45), ("pooled", 0.65), ("pooled by two", 0.65)),
+    ],
 )
 def test_bytes_kept_fall(name, most):
     plain, ours = pair(name, torch.float32)

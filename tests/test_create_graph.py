@@ -12,8 +12,10 @@ def shared(name):
     torch.manual_seed(0)
     conv, bn = nn.Conv2d(4, 4, 3, padding=1).double(), nn.BatchNorm2d(4).double()
     mask = nn.Conv2d(4, 4, 1).double()
-    if name in ("silu", "join"):
-        block = nn.Sequential(bn, nn.SiLU() if name == "silu" else nn.ReLU(), conv)
+    between = {"silu": nn.SiLU(), "join": nn.ReLU(), "gelu": nn.GELU(), "dropout": nn.Dropout(0.4)}
+    between |= {"max": nn.MaxPool2d(3, 1, 1), "avg": nn.AvgPool2d(3, 1, 1)}
+    if name in between:
+        block = nn.Sequential(bn, between[name], conv)
         joins = name == "join"
         network = convert(Twice(block, joins))
         return network, list(network.parameters())
@@ -44,7 +46,12 @@ class Twice(nn.Module):
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("name", ["conv2d", "bn_relu", "bn_relu_conv2d", "gate", "conv gate", "silu", "join"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conv2d", "bn_relu", "bn_relu_conv2d", "gate", "conv gate", "silu", "join", "gelu", "dropout", "max", "avg"),
+    ],
+)
 def test_one_argument_made_of_another_counts_once_where_gradients_are_differentiated(name, backend):
     """As of layers that share a weight: ``create_graph`` changes no gradient."""
     call, parameters = shared(name)

@@ -16,7 +16,7 @@ FLOORS = {
     "data": "data",
     "networks as a whole": "inference _attach _attention_maps _compare _compiled _convert _converted _deferred "
     "_explain _explain_converted _folded_conv _folded_graph _folding _info _joins _lower_weights _recipe "
-    "_recomputed _tune",
+    "_pooling _recomputed _taken _tune",
     "ran_ext": "__init__ __main__ info",
     "train": "train",
     "commands": "predict",

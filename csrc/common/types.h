@@ -58,8 +58,11 @@ struct BatchNorm {
 
 // What follows a batch normalisation: an activation of torch, with what it was given.
 struct Activation {
-  enum Kind : int { none, relu, leaky_relu, hardtanh, hardswish, silu } kind;
+  enum Kind : int { none, relu, leaky_relu, hardtanh, hardswish, silu, gelu, gelu_tanh } kind;
   double a, b;  // of leaky_relu the slope; of hardtanh the bounds
+
+  // Whether its gradient takes an exponential: longer than to write it down and read it again.
+  bool is_smooth() const { return kind >= silu; }
 };
 
 }  // namespace ran

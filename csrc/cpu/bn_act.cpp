@@ -54,11 +54,50 @@ struct Piecewise {
   }
 };
 
+// The normal distribution up to z, and its density there.
+template <typename A>
+struct Normal {
+  Vec<A> cdf, pdf;
+};
+
+inline Normal<double> normal(Vec<double> z) {
+  Normal<double> n;
+  for (int i = 0; i < VecOf<double>::lanes; ++i) {
+    n.cdf[i] = 0.5 * std::erfc(-z[i] * M_SQRT1_2);
+    n.pdf[i] = std::exp(-0.5 * z[i] * z[i]) * (0.5 * M_2_SQRTPI * M_SQRT1_2);
+  }
+  return n;
+}
+
+// The tail beyond |z| is exp(-z^2 / 2) times a polynomial in 1 / (1 + 0.35 |z|), of all the one whose largest relative
+// error up to |z| = 13.5 is the smallest (3e-8). Beyond 13 the density leaves the normal range; it is 0 there, as
+// torch's is: so the product with an infinity is NaN.
+inline Normal<float> normal(Vec<float> z) {
+  const Vec<float> y = clamp(z < Vec<float>{} ? -z : z, 0.0f, 14.0f), t = reciprocal(fma(y, splat(0.35f), splat(1.0f)));
+  Vec<float> e = exp(y * y * -0.5f);
+  e = y > 13.0f ? Vec<float>{} : e;
+  Vec<float> p = splat(-0.0277930349f);
+  p = fma(p, t, splat(0.136930808f));
+  p = fma(p, t, splat(-0.239938170f));
+  p = fma(p, t, splat(0.139258370f));
+  p = fma(p, t, splat(-0.00754786097f));
+  p = fma(p, t, splat(0.0977275670f));
+  p = fma(p, t, splat(0.122314036f));
+  p = fma(p, t, splat(0.139376581f));
+  p = fma(p, t, splat(0.139674112f));
+  p = fma(p, t, splat(-2.41884322e-6f));
+  p *= e;
+  return {z > Vec<float>{} ? 1.0f - p : p, e * 0.398942280f};
+}
+
+// One of those that take an exponential.
 template <typename T>
-struct Silu {
+struct Smooth {
   static constexpr bool kKeeps = true;
   using A = Acc<T>;
   using V = Vec<A>;
+  Activation::Kind kind;
+  explicit Smooth(Activation act) : kind(act.kind) {}
 
   // The sigmoid and 1 - it, to all digits for 16-bit values too: errors of one sign would stay in the sums. The ends
   // are 0 as torch's are: so the product with an infinity is NaN, and that with a large number is not.
@@ -73,17 +112,40 @@ struct Silu {
     }
   };
 
-  V value(V z) const { return z * Gate(z).s; }
+  // GELU's approximation is z sigmoid(2 u), u = sqrt(2 / pi) (z + 0.044715 z^3).
+  static constexpr A kLinear = A(1.5957691216057307), kCubic = A(0.071354816272600252);
+
+  V value(V z) const {
+    switch (kind) {
+      case Activation::gelu:
+        return z * normal(z).cdf;
+      case Activation::gelu_tanh:
+        return z * Gate(z * fma(z * z, splat(kCubic), splat(kLinear))).s;
+      default:
+        return z * Gate(z).s;
+    }
+  }
+
   V gradient(V dout, V z) const {
-    const Gate g(z);
-    return dout * g.s * fma(z, g.complement, splat(A(1)));
+    if (kind == Activation::gelu) {
+      const Normal<A> n = normal(z);
+      return dout * fma(z, n.pdf, n.cdf);
+    }
+    V inner = z, slope = z;  // the sigmoid's argument, and z times its derivative
+    if (kind == Activation::gelu_tanh) {
+      const V square = z * z;
+      inner = z * fma(square, splat(kCubic), splat(kLinear));
+      slope = z * fma(square, splat(3 * kCubic), splat(kLinear));
+    }
+    const Gate g(inner);
+    return dout * g.s * fma(slope, g.complement, splat(A(1)));
   }
 };
 
 // Calls f with what makes the activation.
 template <typename F>
 void with_activation(Activation act, F&& f) {
-  if (act.kind == Activation::silu) return f([](auto* t) { return Silu<std::remove_pointer_t<decltype(t)>>(); });
+  if (act.is_smooth()) return f([act](auto* t) { return Smooth<std::remove_pointer_t<decltype(t)>>(act); });
   f([act](auto* t) { return Piecewise<std::remove_pointer_t<decltype(t)>>(act); });
 }
 

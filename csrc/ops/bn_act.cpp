@@ -18,7 +18,8 @@ namespace {
 constexpr const char* kBnAct = "bn_act";
 
 Activation activation_of(c10::string_view name, double a, double b) {
-  static constexpr std::array<const char*, 6> kNames = {"none", "relu", "leaky_relu", "hardtanh", "hardswish", "silu"};
+  static constexpr std::array<const char*, 8> kNames = {"none",      "relu", "leaky_relu", "hardtanh",
+                                                        "hardswish", "silu", "gelu",       "gelu_tanh"};
   const auto found = std::find(kNames.begin(), kNames.end(), name);
   RAN_CHECK_VALUE(found != kNames.end(), kBnAct, "there is no activation '", name, "'");
   return {Activation::Kind(found - kNames.begin()), a, b};
@@ -53,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_gradients(const Tensor& dout_, const T
   Tensor dz = sums ? at::zeros_like(bn.mean) : none(bn.mean), dz_xhat = sums ? at::zeros_like(bn.mean) : none(bn.mean);
   // Where the dtype holds it without rounding, dz, which takes an exponential, waits in dx for the last pass.
   const bool wide = dtype == DType::f32 || dtype == DType::f64;
-  const bool keeps = wanted[0] && sums && wide && activation.kind == Activation::silu;
+  const bool keeps = wanted[0] && sums && wide && activation.is_smooth();
   if (some && sums)
     cpu_kernels().bn_act_backward_reduce(keeps ? dx.data_ptr() : nullptr, dz.data_ptr(), dz_xhat.data_ptr(),
                                          dout.const_data_ptr(), x.const_data_ptr(), dtype, view, bn.kernel, activation);
@@ -90,6 +91,10 @@ Tensor bn_act_decomposed(const Tensor& x, const Tensor& weight, const Tensor& bi
       return at::hardswish(z);
     case Activation::silu:
       return at::silu(z);
+    case Activation::gelu:
+      return at::gelu(z);
+    case Activation::gelu_tanh:
+      return at::gelu(z, "tanh");
     default:
       return z;
   }

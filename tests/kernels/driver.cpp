@@ -187,6 +187,8 @@ void check_pyramid(DType dtype) {
 
 // ---- batch normalisation
 
+double cdf(double z) { return 0.5 * std::erfc(-z / std::sqrt(2.0)); }
+
 double activated(ran::Activation act, double z) {
   switch (act.kind) {
     case ran::Activation::relu:
@@ -199,13 +201,17 @@ double activated(ran::Activation act, double z) {
       return z * std::min(std::max(z + 3, 0.0), 6.0) / 6;
     case ran::Activation::silu:
       return z / (1 + std::exp(-z));
+    case ran::Activation::gelu:
+      return z * cdf(z);
+    case ran::Activation::gelu_tanh:
+      return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
     default:
       return z;
   }
 }
 
 double slope(ran::Activation act, double z) {
-  const double s = 1 / (1 + std::exp(-z));
+  const double s = 1 / (1 + std::exp(-z)), t = std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z));
   switch (act.kind) {
     case ran::Activation::relu:
       return z > 0;
@@ -217,6 +223,10 @@ double slope(ran::Activation act, double z) {
       return z <= -3 ? 0 : z >= 3 ? 1 : z / 3 + 0.5;
     case ran::Activation::silu:
       return s * (1 + z * (1 - s));
+    case ran::Activation::gelu:
+      return cdf(z) + z * std::exp(-z * z / 2) / std::sqrt(2 * M_PI);
+    case ran::Activation::gelu_tanh:
+      return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * z * z);
     default:
       return 1;
   }
@@ -226,14 +236,14 @@ void check_bn_act(DType dtype) {
   const bool rows = integer(0, 1) == 1;
   const ChannelView v{integer(1, rows ? 300 : 4), integer(1, 70), rows ? 1 : integer(1, 200)};
   const Array x(dtype, v.numel(), -4, 4), dout(dtype, v.numel(), -1, 2);
-  const ran::Activation act{ran::Activation::Kind(integer(0, 5)), 0.2, 1.1};
+  const ran::Activation act{ran::Activation::Kind(integer(0, 7)), 0.2, 1.1};
   judge.kernel = "bn_act " + std::to_string(act.kind) + " " + name_of(dtype);
   const Norm norm(dtype, v.channels);
   const DType acc = acc_of(dtype);
   const Array out(dtype, v.numel()), dx(dtype, v.numel()), sum_dz(acc, v.channels), sum_dz_xhat(acc, v.channels);
   const bool batch = integer(0, 1) == 1;
   table.bn_act_forward(out.data(), x.data(), dtype, v, norm.args(), act);
-  const bool keeps = act.kind == ran::Activation::silu && integer(0, 1) == 1;
+  const bool keeps = act.is_smooth() && integer(0, 1) == 1;
   table.bn_act_backward_reduce(keeps ? dx.data() : nullptr, sum_dz.data(), sum_dz_xhat.data(), dout.data(), x.data(),
                                dtype, v, norm.args(), act);
   table.bn_act_backward_apply(dx.data(), keeps ? dx.data() : dout.data(), x.data(), batch ? sum_dz.data() : nullptr,
