@@ -6,10 +6,11 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torch.testing import assert_close
 
-from ran_ext import fold_for_inference, models
+from ran_ext import _folded_conv, fold_for_inference, models
 from ran_ext.inference import FoldedConv2d, FoldedGraph, FoldedNetwork, FoldedResidualUnit
 from ran_ext.nn import AttentionGate, AttentionModule, BNReLU, BNReLUConv2d, ResidualUnit
 
@@ -346,3 +347,40 @@ def test_a_folded_convolution_is_as_plain_pytorch_for_odd_arguments(layout):
             conv(wrong)
         with pytest.raises(RuntimeError, match=re.escape(expected.value.args[0][:30])):
             folded(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("conv", "relu", "adds"),
+    [
+        (nn.Conv2d(16, 24, 3, padding=1), True, True),
+        (nn.Conv2d(16, 24, 3, padding=1), False, False),
+        (nn.Conv2d(16, 24, 1), True, True),
+        (nn.Conv2d(16, 24, 5, 2, 2), True, False),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=16), True, True),
+        (nn.Conv2d(16, 24, 3, padding=2, dilation=2), False, True),
+    ],
+)
+def test_sixteen_bits_never_take_a_library_that_is_slow_for_them(dtype, conv, relu, adds, monkeypatch):
+    """They are multiplied in float32 where the processor has no instruction for them, and as accurate as PyTorch's."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9, 8).to(dtype).contiguous(memory_format=torch.channels_last)
+    folded = _folded_conv.folded(conv, None, relu, dtype).requires_grad_(False)
+    out = F.conv2d(x, folded.weight, folded.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    residual = torch.randn_like(out) if adds else None
+
+    def plain(of):
+        made = F.conv2d(
+            *(t.to(of) for t in (x, folded.weight, folded.bias)), conv.stride, conv.padding, conv.dilation, conv.groups
+        )
+        made = made if residual is None else made + residual.to(of)
+        return F.relu(made) if relu else made
+
+    eager, exact = plain(dtype), plain(torch.float64)
+    in_hardware = dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    if torch.backends.mkldnn.is_available() and not in_hardware:
+        monkeypatch.setattr(_folded_conv.F, "conv2d", None)
+    found = folded(x, residual)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert (found.double() - exact).norm() <= 2 * (eager.double() - exact).norm() + 1e-6 * exact.norm()
