@@ -26,7 +26,8 @@ OBJECTS = ROOT / "build" / "kernels"
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
 CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 #: GCC 12's own AVX-512 headers set off -Wuninitialized and -Wmaybe-uninitialized.
-CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-fno-math-errno", "-fno-trapping-math"]
+#: Loops begin with a cache line: where one happens to lie decides over a sixth of the speed of a matrix product.
+CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-falign-loops=64", "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 

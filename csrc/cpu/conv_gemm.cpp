@@ -22,8 +22,11 @@ namespace ran::cpu::RAN_ISA {
 
 namespace {
 
-constexpr int64_t kBlockRows = 64;       // pixels of one task: its packed operand stays in a core's second-level cache
+// Pixels of one task: its packed operand stays in a core's second-level cache.
+constexpr int64_t kBlockRows = (64 + kRows - 1) / kRows * kRows;
 constexpr int64_t kGradientWords = 128;  // words along the pixels in one step of the weight gradient
+// From one of its panels to the next: by a power of two all would share few lines of the first-level cache.
+constexpr int64_t kPanelWords = kGradientWords + 4;
 
 using Words = Scratch<uint32_t>;
 
@@ -186,7 +189,7 @@ inline Bits32 pixel_words(const T* even, const T* odd, int64_t c, int lanes, Act
   }
 }
 
-// `rows` x `channels` values with the rows as the summed dimension: panels [channels / kWidth][row words][kWidth].
+// `rows` x `channels` values with the rows as the summed dimension: panels [channels / kWidth][kPanelWords][kWidth].
 // pixel(row) is where a row's values are, null for a row of zeros.
 template <int kWidth, typename T, typename Pixel, typename Activate>
 inline void pack_pixels(uint32_t* panels, int64_t rows, int64_t channels, Pixel&& pixel, Activate&& activate) {
@@ -196,7 +199,7 @@ inline void pack_pixels(uint32_t* panels, int64_t rows, int64_t channels, Pixel&
     const T* const even = pixel(word * values);
     const T* const odd = values == 2 && word * 2 + 1 < rows ? pixel(word * 2 + 1) : nullptr;
     const auto write = [&](int64_t c, Bits32 words) {
-      std::memcpy(panels + (c / kWidth * count + word) * kWidth + c % kWidth, &words, sizeof words);
+      std::memcpy(panels + (c / kWidth * kPanelWords + word) * kWidth + c % kWidth, &words, sizeof words);
     };
     for_lanes<float>(channels, [&](int64_t c, int lanes) { write(c, pixel_words(even, odd, c, lanes, activate)); });
     for (int64_t c = round_up(channels, kLanes); c < round_up(channels, kWidth); c += kLanes) write(c, Bits32{});
@@ -209,14 +212,14 @@ inline void add_products(float* dweight, const uint32_t* gradient, const uint32_
                          int64_t tap, ConvShape s) {
   const int64_t row_size = s.taps() * s.ci;
   for (int64_t column = 0; column < s.ci; column += kColumns)
-    for (int64_t row = 0; row < s.co; row += kRows) {
-      Tile<T> tile;  // each step's sum starts at 0: short sums round less than one long one
-      multiply_columns(tile, gradient + row / kChunk * count * kChunk + row % kChunk, activation + column * count,
-                       count);
+    for (int64_t row = 0; row < s.co; row += kGradientRows) {
+      Tile<T, kGradientRows> tile;  // each step's sum starts at 0: short sums round less than one long one
+      multiply_columns(tile, gradient + row / kChunk * kPanelWords * kChunk + row % kChunk,
+                       activation + column * kPanelWords, count);
       for_vectors(column, s.ci, [&](int h, int64_t c, int lanes) {
         float* const at = dweight + row * row_size + tap * s.ci + c;
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kGradientRows; ++r) {
           if (row + r >= s.co) break;
           float* const sum = at + r * row_size;
           store(sum, load(sum, lanes) + tile.at[r][h], lanes);
@@ -230,7 +233,7 @@ template <typename T, typename Activate>
 void weight_gradient_part(float* dweight, float* dbias, const T* dout, const RowsOf<T>& x, int64_t first, int64_t last,
                           ConvShape s, Activate&& activate) {
   constexpr int64_t step = kGradientWords * WordOf<T>::values;
-  const Words activation(kGradientWords * round_up(s.ci, kColumns)), gradient(kGradientWords * round_up(s.co, kChunk));
+  const Words activation(kPanelWords * round_up(s.ci, kColumns)), gradient(kPanelWords * round_up(s.co, kChunk));
   const Scratch<T> room(x.room(step));
   struct Corner {
     int64_t image, y, x;  // the input pixel under an output pixel's first tap

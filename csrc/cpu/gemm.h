@@ -1,5 +1,5 @@
-// The matrix product under the 1x1 convolutions and the weight gradients: register tiles of kRows x two vectors over
-// packed operands, for vectors of 128 to 512 bits.
+// The matrix product under the 1x1 convolutions and the weight gradients: register tiles of some rows x two vectors
+// over packed operands, for vectors of 128 to 512 bits.
 //
 // A "word" is 32 bits: one float, or, where the processor multiplies bfloat16, a pair of them along the summed
 // dimension that one vdpbf16ps instruction multiplies and adds. Other 16-bit values become floats as they are packed.
@@ -17,9 +17,11 @@
 
 namespace ran::cpu::RAN_ISA {
 
-constexpr int kRows = kBytes == 64 ? 8 : 4;  // of a register tile
-constexpr int kColumns = 2 * kLanes;         // of a register tile
-constexpr int kChunk = kLanes;               // words of one A vector
+// Rows of a register tile: as many as the registers hold beside two vectors of B and one of A.
+constexpr int kRows = kBytes == 64 ? 8 : kBytes == 32 ? 6 : 4;
+constexpr int kGradientRows = kBytes == 64 ? 8 : 4;  // of the weight gradient's: a chunk holds a whole number of them
+constexpr int kColumns = 2 * kLanes;                 // of a register tile
+constexpr int kChunk = kLanes;                       // words of one A vector
 
 template <typename T>
 struct WordOf {
@@ -33,9 +35,9 @@ struct WordOf {
   static int64_t words(int64_t count) { return round_up((count + values - 1) / values, kChunk); }
 };
 
-template <typename T>
+template <typename T, int kHeight = kRows>
 struct Tile {
-  Vec<float> at[kRows][2];
+  Vec<float> at[kHeight][2];
 };
 
 inline Vec<float> floats_of(Bits32 bits) {
@@ -91,16 +93,16 @@ inline void multiply_strip(Tile<T>& tile, const uint32_t* a, const uint32_t* b, 
 // A^T * B, A being [words][kChunk] with the tile's rows side by side, a vector a word: the weight gradient, summed over
 // pixels.
 template <typename T>
-inline void multiply_columns(Tile<T>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
-  Vec<float> sum[kRows][2];
-  RAN_UNROLL for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Vec<float>{};
+inline void multiply_columns(Tile<T, kGradientRows>& tile, const uint32_t* a, const uint32_t* b, int64_t words) {
+  Vec<float> sum[kGradientRows][2];
+  RAN_UNROLL for (int r = 0; r < kGradientRows; ++r) sum[r][0] = sum[r][1] = Vec<float>{};
   for (int64_t k = 0; k < words; ++k, a += kChunk, b += kColumns) {
-    RAN_UNROLL for (int r = 0; r < kRows; ++r) {
+    RAN_UNROLL for (int r = 0; r < kGradientRows; ++r) {
       sum[r][0] = multiply_add<T>(sum[r][0], a[r], b);
       sum[r][1] = multiply_add<T>(sum[r][1], a[r], b + kLanes);
     }
   }
-  RAN_UNROLL for (int r = 0; r < kRows; ++r) tile.at[r][0] = sum[r][0], tile.at[r][1] = sum[r][1];
+  RAN_UNROLL for (int r = 0; r < kGradientRows; ++r) tile.at[r][0] = sum[r][0], tile.at[r][1] = sum[r][1];
 }
 
 // Two rows of values as words: row `even` in the low halves, `odd` in the high ones.
