@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ran_ext import fold_for_inference, models, set_backend
+from ran_ext import convert, fold_for_inference, models, set_backend
 from ran_ext.train import CudaGraph
 
 from .cases import Case, draw
@@ -31,6 +31,7 @@ class Contender:
         name: of its row.
         dtype: of the tensors (ops), or of autocast (networks; float32 for none).
         ours: through ran_ext, or in plain PyTorch.
+        converted: the plain network, given to :func:`ran_ext.convert`.
         backend: of ran_ext; ``"native"`` raises an error where the kernels are missing.
         layout: memory format of images and parameters.
         compile: arguments of ``torch.compile``; None for eager.
@@ -41,6 +42,7 @@ class Contender:
     name: str
     dtype: torch.dtype
     ours: bool = False
+    converted: bool = False
     backend: str = "native"
     layout: torch.memory_format = torch.channels_last
     compile: dict[str, Any] | None = None
@@ -89,6 +91,8 @@ def contenders(dtype: torch.dtype, device: torch.device, compiled: bool, task: s
             rows.append(Contender("max-autotune, CUDA graph", dtype, compile={"mode": "max-autotune"}))
     if network:
         rows.append(Contender("ran_ext without kernels", dtype, ours=True, backend="reference"))
+    if network and not cuda:
+        rows.append(Contender("eager, converted", dtype, converted=True))
     rows.append(Contender("ran_ext", dtype, ours=True))
     if task == "inference":
         rows.append(Contender("ran_ext folded", dtype, ours=True, prepare=partial(fold_for_inference, dtype=dtype)))
@@ -133,6 +137,7 @@ def network(contender: Contender, device: torch.device, training: bool) -> nn.Mo
     model.load_state_dict(_weights())
     own = torch.float64 if contender.dtype == torch.float64 else torch.float32  # 16 bits come by autocast
     model.to(device, own, memory_format=contender.layout).train(training)  # type: ignore[call-overload]
+    model = convert(model) if contender.converted else model
     return model if training or contender.prepare is None else contender.prepare(model)
 
 

@@ -111,6 +111,7 @@ def budgets(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     columns = ["network", "batch", "pixels", "contender", "ms", "times as fast as eager", "bytes kept, of eager's"]
     table = Table("training step, float32, channels_last, torch.compile's memory budget", columns, out)
     for name, build, batch, pixels in chosen:
+        torch.compiler.reset()  # of a code compiled for many networks Dynamo compiles no more, and runs it as it is
         torch.manual_seed(0)
         plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
@@ -140,6 +141,7 @@ def compiled(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     columns += ["times as fast as eager", "as compiled", "bytes kept compiled, of eager's", "converted and compiled"]
     table = Table("training step, float32, channels_last, torch.compile", columns, out)
     for name, build, batch, pixels in chosen:
+        torch.compiler.reset()  # of a code compiled for many networks Dynamo compiles no more, and runs it as it is
         torch.manual_seed(0)
         plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)

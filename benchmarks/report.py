@@ -27,6 +27,7 @@ COLOURS = {
     "cuDNN graph API": "#76b900",
     "ran_ext": "#1f5fa8",
     "ran_ext without kernels": "#a6cbee",
+    "eager, converted": "#5fa8e0",
     "ran_ext folded": "#0b2f5c",
     "ran_ext, torch.compile": "#5b97d6",
     "ran_ext, CUDA graph": "#3f2fa8",

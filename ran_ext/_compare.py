@@ -103,27 +103,38 @@ def _step(network: nn.Module, images: list[Tensor]) -> None:
 
 
 class _Saved:
-    """A tensor as autograd keeps it."""
+    """A tensor as autograd keeps it, and the number of the layer that was running."""
 
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
+    def __init__(self, tensor: Tensor, layer: int):
+        self.tensor, self.layer = tensor, layer
 
 
 def bytes_kept(network: nn.Module, images: Sequence[Tensor]) -> int:
     """Bytes that autograd keeps from a forward pass of ``network`` to backward, its parameters left out."""
+    return bytes_by_layer(network, images, lambda: 0).total()
+
+
+def bytes_by_layer(network: nn.Module, images: Sequence[Tensor], layer: Callable[[], int]) -> collections.Counter[int]:
+    """The same by what ``layer()`` says when they are saved; what several keep counts for the first of them."""
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
     def pack(tensor: Tensor) -> _Saved:
-        saved.add(one := _Saved(tensor))
+        saved.add(one := _Saved(tensor, layer()))
         return one
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
         out = network(*images)
-    storages = [one.tensor.untyped_storage() for one in saved]  # of the graph that ``out`` holds
-    kept = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    kept: dict[int, tuple[int, int]] = {}
+    for one in sorted(saved, key=lambda one: -one.layer):  # of the graph that ``out`` holds
+        storage = one.tensor.untyped_storage()
+        kept[storage.data_ptr()] = one.layer, storage.nbytes()
     del out
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-    return sum(size for address, size in kept.items() if address not in parameters)
+    for parameter in network.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    counts: collections.Counter[int] = collections.Counter()
+    for number, size in kept.values():
+        counts[number] += size
+    return counts
 
 
 def _seconds(work: Callable[[nn.Module], None], network: nn.Module) -> float:

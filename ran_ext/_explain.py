@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _backend, _fusion
-from ._compare import bytes_kept
+from ._compare import bytes_by_layer, bytes_kept
 from ._compiled import outcomes
 from ._convert import revert
 from ._converted import defers
@@ -37,21 +37,26 @@ PLAIN = "plain PyTorch"
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One call of an op: the module's name, op, input, and for each pass what it runs on and why."""
+    """One call of an op: the module's name, op, input, for each pass what it runs on and why, and bytes kept.
+
+    ``kept``: for backward, from this call up to the next one listed; None where the network is not training.
+    """
 
     name: str
     op: str
     x: str
     paths: dict[str, tuple[str, str]]
+    kept: int | None = None
 
 
 def explain(model: nn.Module, *inputs: Tensor) -> None:
     """Print a summary, and for every layer of ``model`` what runs on ``inputs``, why, and what the faster path needs.
 
     The summary counts the layers by what their forward pass runs on; in training also the megabytes (10^6 bytes) that
-    are kept from forward to backward, parameters left out, beside those of plain PyTorch. Where a pass has several
-    paths, the reason ends with who chose: ``tuned here`` (:func:`ran_ext.tune`), ``shipped measurement``, ``asked for``
-    (:func:`ran_ext.set_conv1x1`, :func:`ran_ext.set_bn_relu`) or ``by rule``.
+    are kept from forward to backward, parameters left out, beside those of plain PyTorch. The last column has them by
+    layer: what is kept from its call up to that of the next one listed, counted where it is kept first. Where a pass
+    has several paths, the reason ends with who chose: ``tuned here`` (:func:`ran_ext.tune`), ``shipped measurement``,
+    ``asked for`` (:func:`ran_ext.set_conv1x1`, :func:`ran_ext.set_bn_relu`) or ``by rule``.
 
     Of a compiled network the table says how it runs uncompiled; of a converted one a last line says which
     normalisations ``torch.compile``'s graphs fuse, and why it leaves the others to Inductor.
@@ -71,8 +76,8 @@ def explain(model: nn.Module, *inputs: Tensor) -> None:
     >>> with _backend.set_backend("reference"):
     ...     explain(unit, torch.randn(2, 8, 4, 4))
     1 layer: 1 plain PyTorch; kept for backward: 0.0 MB, in plain PyTorch 0.0 MB
-    layer  op              input            forward            dgrad              wgrad
-    0      bn_relu_conv2d  2x8x4x4 float32  plain PyTorch [1]  plain PyTorch [1]  plain PyTorch [1]
+    layer  op              input            forward            dgrad              wgrad              kept, MB
+    0      bn_relu_conv2d  2x8x4x4 float32  plain PyTorch [1]  plain PyTorch [1]  plain PyTorch [1]  0.00
     [1] the reference backend was chosen: ran_ext.set_backend('auto') takes the kernels
     """
     rows = layers(model, *inputs)
@@ -99,7 +104,7 @@ def in_graphs(network: nn.Module, inputs: Sequence[Tensor]) -> str:
 def kept(model: nn.Module, *inputs: Tensor) -> tuple[int, int] | None:
     """Bytes kept from forward to backward, as the network runs and in plain PyTorch; None where it is not training."""
     network = unwrapped(model)
-    if not network.training or not torch.is_grad_enabled() or not any(p.requires_grad for p in network.parameters()):
+    if not _trains(network):
         return None
     devices = [x.device for x in inputs if x.is_cuda]
     with torch.random.fork_rng(devices), eagerly():
@@ -109,6 +114,11 @@ def kept(model: nn.Module, *inputs: Tensor) -> tuple[int, int] | None:
         as_it_runs = bytes_kept(ours, inputs)
         with _backend.set_backend("reference"):
             return as_it_runs, bytes_kept(revert(ours), inputs)
+
+
+def _trains(network: nn.Module) -> bool:
+    """Whether something is kept for backward."""
+    return network.training and torch.is_grad_enabled() and any(p.requires_grad for p in network.parameters())
 
 
 def summary(rows: list[Layer], bytes_of: tuple[int, int] | None) -> str:
@@ -156,13 +166,18 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
             found.append(Layer(names[module], "batch_norm", "", norm_paths(outcome)))
 
     devices = [x.device for x in inputs if x.is_cuda]
-    grad = is_converted(twin)  # joins are kept where gradients are taken
+    trains = _trains(twin)
+    grad = trains or is_converted(twin)  # joins are kept where gradients are taken
     with torch.set_grad_enabled(grad), torch.random.fork_rng(devices), eagerly():
-        if grad:
+        if is_converted(twin):
             twin(*inputs)  # a normalisation learns from its first call
             found.clear()
         with watch(told):
-            twin(*inputs)
+            if trains:
+                bytes_of = bytes_by_layer(twin, inputs, lambda: max(len(found) - 1, 0))
+                found = [dataclasses.replace(row, kept=bytes_of[number]) for number, row in enumerate(found)]
+            else:
+                twin(*inputs)
     if not found:
         kind = type(model).__name__
         raise ValueError(f"explain: model, a {kind}, calls no convolution, attention gate or fused batch normalisation")
@@ -172,14 +187,15 @@ def layers(model: nn.Module, *inputs: Tensor) -> list[Layer]:
 def table(rows: list[Layer]) -> str:
     """The rows as text, their reasons numbered below."""
     reasons: dict[str, int] = {}
-    lines = [["layer", "op", "input", *PASSES]]
+    trains = any(row.kept is not None for row in rows)
+    lines = [["layer", "op", "input", *PASSES, *(["kept, MB"] if trains else [])]]
     for row in rows:
         cells = []
         for one in PASSES:
             path, why = row.paths.get(one, ("", ""))
             number = f" [{reasons.setdefault(why, len(reasons) + 1)}]" if why else ""
             cells.append(path + number)
-        lines.append([row.name, row.op, row.x, *cells])
+        lines.append([row.name, row.op, row.x, *cells, *([f"{(row.kept or 0) / 1e6:.2f}"] if trains else [])])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     return "\n".join(text + [f"[{number}] {why}" for why, number in reasons.items()])

@@ -153,7 +153,10 @@ def test_explain_says_what_became_of_each_layer(native):
     assert rows["1.conv2"].op == "bn_relu_conv2d"
     assert rows["1.conv2"].paths["forward"][0] == "fused"
     assert rows["1.bn2"].paths["forward"] == ("as written", "neither an activation nor a convolution takes its value")
-    rows = {row.name: row for row in layers(convert(build("silu", torch.float32)).train(), images(torch.float32))}
+    ours = convert(build("silu", torch.float32)).train()
+    rows = {row.name: row for row in layers(ours, images(torch.float32))}
+    ours(images(torch.float32))
+    assert sum(row.kept for row in rows.values()) == bytes_kept(ours, [images(torch.float32)])
     assert rows["1.3"].paths["forward"][0] == "recomputed"
     assert rows["1.3"].paths["forward"][1].startswith("silu before a grouped convolution")
     rows = {row.name: row for row in layers(convert(build("dense", torch.float32)).train(), images(torch.float32))}

@@ -73,7 +73,7 @@ def test_prints_a_table_with_numbered_reasons(capsys):
         explain(AttentionModule(8, 1), torch.randn(2, 8, 8, 8))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("21 layers: 19 plain PyTorch, 2 library; kept for backward: ")
-    assert lines[1].split() == ["layer", "op", "input", "forward", "dgrad", "wgrad"]
+    assert lines[1].split() == ["layer", "op", "input", "forward", "dgrad", "wgrad", "kept,", "MB"]
     assert lines[-1].startswith("[1] the reference backend was chosen")
     assert sum("attention_gate" in line for line in lines) == 1
 
@@ -89,5 +89,9 @@ def test_the_first_line_counts_layers_and_the_bytes_of_both(capsys):
     ours, plain = (1e6 * float(number) for number in re.findall(r"([\d.]+) MB", first))
     assert ours == pytest.approx(inputs, abs=1e5)
     assert plain >= 2 * inputs
+    assert [row.kept for row in layers(unit, x)] == [
+        pytest.approx(4 * 32 * 32 * 32 * 32, abs=5e4),
+        pytest.approx(4 * 32 * 32 * 32 * 64, abs=5e4),
+    ]
     explain(unit.eval(), x)
-    assert "MB" not in capsys.readouterr().out.splitlines()[0]
+    assert "MB" not in capsys.readouterr().out
