@@ -2,6 +2,7 @@
 
     python -m scripts.check_cuda                 # against csrc/cuda/budgets.json
     python -m scripts.check_cuda --update        # write what was found as the new budget
+    python -m scripts.check_cuda --changed       # two chips alone where nothing changed since --update
     python -m scripts.check_cuda --archs 9.0a --files conv1x1_forward
 
 Needs nvcc; neither a GPU nor torch. Where cuobjdump is at hand (``pip install nvidia-cuda-cuobjdump
@@ -14,6 +15,7 @@ the ragged ends, vectors a channel, scratch), may not grow unnoticed.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import re
@@ -34,6 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUDGETS = native.CSRC / "cuda" / "budgets.json"
 ARCHS = ["8.0", "9.0a", "10.0", "12.0"]
+#: Those whose objects and PTX other checks run; the rest are compiled for their budgets alone.
+ALWAYS = ["8.0", "9.0a"]
+#: What stands beside the chips in budgets.json: patterns of machine code, and the :func:`digest` of what was compiled.
+NO_CHIPS = {"sass", "digest"}
 
 
 @dataclass(frozen=True)
@@ -168,13 +174,31 @@ def budget_faults(
             if used > budget.get(name, used):
                 yield f"{u.arch} {u.kernel}: {used} {name}, and its budget is {budget[name]}"
     seen = {(u.arch, u.kernel) for u in usages}
-    for arch in budgets.keys() - {"sass"} if whole else ():
+    for arch in {u.arch for u in usages} & budgets.keys() if whole else ():
         for kernel in budgets[arch]:
             if (arch, kernel) not in seen:
                 yield f"{arch} {kernel}: has a budget, but no kernel; --update drops it"
 
 
-def write_budgets(usages: Sequence[Usage], sass: dict[str, list[str]], held: Held | None = None) -> None:
+def digest(nvcc: Path) -> str:
+    """Of all that the kernels are compiled from, and by which nvcc."""
+    found = hashlib.sha256(native.nvcc_version(nvcc).encode())
+    for folder in ("common", "cuda"):
+        for source in sorted((native.CSRC / folder).iterdir()):
+            if source.suffix in (".cu", ".cuh", ".h"):
+                found.update(source.name.encode() + source.read_bytes())
+    return found.hexdigest()
+
+
+def chips(changed: bool, nvcc: Path | None) -> list[str]:
+    """Those to compile for; ``changed``: ALWAYS are enough for what ``--update`` found within its budgets."""
+    budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    return ALWAYS if changed and nvcc and budgets.get("digest") == digest(nvcc) else ARCHS
+
+
+def write_budgets(
+    usages: Sequence[Usage], sass: dict[str, list[str]], held: Held | None = None, made_of: str = ""
+) -> None:
     """One line a kernel and chip, so that a change reads well in a diff."""
     parts = ["{"]
     for arch in sorted({u.arch for u in usages}, key=lambda name: int(re.sub(r"\D", "", name))):
@@ -182,6 +206,7 @@ def write_budgets(usages: Sequence[Usage], sass: dict[str, list[str]], held: Hel
         lines = [f"    {json.dumps(kernel)}: {json.dumps(taken(u, held or {}))}" for kernel, u in rows]
         parts.append(f'  "{arch}": {{\n' + ",\n".join(lines) + "\n  },")
     patterns = [f"    {json.dumps(pattern)}: {json.dumps(names)}" for pattern, names in sass.items()]
+    parts.append(f'  "digest": "{made_of}",')
     parts.append('  "sass": {\n' + ",\n".join(patterns) + "\n  }\n}\n")
     BUDGETS.write_text("\n".join(parts))
 
@@ -194,18 +219,26 @@ def print_table(usages: Sequence[Usage]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--archs", nargs="+", default=ARCHS, metavar="X.Y")
+    parser.add_argument("--archs", nargs="+", metavar="X.Y", help=f"chips; default {' '.join(ARCHS)}")
+    parser.add_argument("--changed", action="store_true", help=f"only {' '.join(ALWAYS)} where --update saw the rest")
+    parser.add_argument(
+        "--print-archs", action="store_true", help="compile nothing; print the chips, for other commands"
+    )
     parser.add_argument("--files", nargs="+", default=[], metavar="STEM", help="only these files of csrc/cuda")
     parser.add_argument("--build", type=Path, metavar="DIR", help="keep the objects there, and the PTX beside them")
     parser.add_argument("--update", action="store_true", help=f"rewrite {BUDGETS.name} with what was found")
     arguments = parser.parse_args(argv)
     home = native.find_toolkit()
+    archs = arguments.archs or chips(arguments.changed, home and home / "bin" / "nvcc")
+    if arguments.print_archs:
+        print(*archs, sep=";")
+        return 0
     if home is None:
         print("check_cuda: no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")
         return 2
     build = arguments.build.resolve() if arguments.build else None
     with tempfile.TemporaryDirectory() as folder:
-        tasks = native.cuda_tasks(build or Path(folder), home / "bin" / "nvcc", arguments.archs)
+        tasks = native.cuda_tasks(build or Path(folder), home / "bin" / "nvcc", archs)
         chosen = [task for task in tasks if not arguments.files or task.source.stem in arguments.files]
         if not chosen or len(chosen) < len(arguments.files):
             print(f"check_cuda: --files must name files among: {' '.join(task.source.stem for task in tasks)}")
@@ -227,23 +260,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         except native.BuildFailure as failure:
             print(failure)
             return 1
-    whole = not arguments.files and arguments.archs == ARCHS
+    whole = not arguments.files and archs in (ARCHS, ALWAYS)
     budgets = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
     wanted = budgets.get("sass", {})
     print_table(usages)
     if arguments.update:
-        if not whole:
-            print("check_cuda: --update takes all files and all chips: leave --files and --archs out")
+        if arguments.files or archs != ARCHS:
+            print("check_cuda: --update takes all files and all chips: leave --files, --archs and --changed out")
             return 2
         if not tool:
             print("check_cuda: --update reads the machine code: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
             return 2
-        write_budgets(usages, wanted, sass)
+        write_budgets(usages, wanted, sass, digest(home / "bin" / "nvcc"))
         budgets = json.loads(BUDGETS.read_text())
     faults = [*budget_faults(usages, budgets, whole, sass), *sass_faults(sass, wanted if whole else {})]
     print(*(f"FAULT {fault}" for fault in faults), sep="\n")
     read = "machine code read" if tool else "machine code not read: no cuobjdump"
-    print(f"{len(chosen)} files, {len(usages)} kernels on {len(arguments.archs)} chips, {len(faults)} faults, {read}")
+    print(f"{len(chosen)} files, {len(usages)} kernels on {len(archs)} chips, {len(faults)} faults, {read}")
     return 1 if faults else 0
 
 

@@ -62,6 +62,7 @@ def test_budgets_are_written_as_they_are_read(monkeypatch, tmp_path):
     assert budgets == {
         "sm_80": {"a": {"registers": 40, "shared": 1024, "instructions": 5, "narrow": 3}},
         "sm_90a": {"b": {"registers": 32, "shared": 0}},
+        "digest": "",
         "sass": {"a": ["HMMA"]},
     }
     assert list(check.budget_faults(usages, budgets, True, held)) == []
@@ -78,9 +79,32 @@ def test_a_kernel_with_dynamic_shared_memory_has_none_beside_it():
     dynamic = [
         (kernel, chip[kernel]["shared"])
         for arch, chip in budgets.items()
-        if arch != "sass"
+        if arch not in check.NO_CHIPS
         for kernel in chip
         if check.re.match(r"resident_|(forward|dgrad|wgrad)(3x3)?_kernel<", kernel)
     ]
     assert len(dynamic) >= 4 * 34
     assert all(static == 0 for _, static in dynamic)
+
+
+def test_only_unchanged_sources_are_spared_chips(monkeypatch, tmp_path):
+    monkeypatch.setattr(check, "BUDGETS", tmp_path / "budgets.json")
+    monkeypatch.setattr(check.native, "CSRC", tmp_path)
+    monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.0")
+    for name in ("common/types.h", "cuda/a.cu", "cuda/layout.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    nvcc = Path("nvcc")
+    assert check.chips(True, nvcc) == check.ARCHS  # nothing is known yet
+    check.write_budgets([check.Usage("a", "sm_80", 40, 0, 0)], {}, {}, check.digest(nvcc))
+    (tmp_path / "cuda/layout.json").write_text("two")
+    assert check.chips(True, nvcc) == check.ALWAYS
+    assert check.chips(False, nvcc) == check.chips(True, None) == check.ARCHS
+    monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.1")
+    assert check.chips(True, nvcc) == check.ARCHS
+    monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.0")
+    for name in ("common/types.h", "cuda/a.cu"):
+        assert check.chips(True, nvcc) == check.ALWAYS
+        (tmp_path / name).write_text("two")
+        assert check.chips(True, nvcc) == check.ARCHS
+        (tmp_path / name).write_text("one")
