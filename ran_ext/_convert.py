@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ._converted import Converted, Convolving, Deferring, convert_class, is_fast, revert_class
+from ._converted import Converted, Convolving, Deferring, convert_class, is_served, revert_class
 from ._joins import enter, leave
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -58,7 +58,7 @@ def convert(model: Network, channels_last: bool = True) -> Network:
         # A parametrisation gave the module a class of its own, which it takes away again.
         if isinstance(module, nn.BatchNorm2d) and "parametrizations" not in module._modules:
             norms.append(module)
-        elif type(module) is nn.Conv2d and is_fast(module):
+        elif type(module) is nn.Conv2d and is_served(module):
             convs.append(module)
     converted = any(isinstance(module, Converted) for module in model.modules())
     if not (norms or convs or own or converted):

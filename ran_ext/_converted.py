@@ -13,6 +13,7 @@ from . import _backend, _compiled, _fusion, _tracing  # _taken: what torch's fun
 from ._deferred import AS_WRITTEN, Deferred, is_watched, tell
 from ._paths import paths
 from ._recipe import Recipe, counts_writes, identity, version
+from .ops._convolution import has_fault
 from .ops.bn_relu import in_backward
 from .ops.conv2d import conv2d, has_fast_3x3
 
@@ -68,7 +69,7 @@ def _rebuild(mixin: type[Converted], base: type[nn.Module], state: dict[str, Any
 
 
 class Convolving(Converted):
-    """An ``nn.Conv2d`` that takes the fast kernels of the CPU."""
+    """An ``nn.Conv2d`` that takes :func:`ran_ext.ops.conv2d` on the CPU."""
 
     def _conv_forward(self: Any, x: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
         if _tracing.why_watched(x, weight, bias) or not (x.is_cpu and self._fits(x, weight)):
@@ -81,13 +82,16 @@ class Convolving(Converted):
         """Whether there is nothing in the call that torch would refuse, or that the kernels do not have."""
         if x.dim() != 4 or weight.dim() != 4 or x.shape[1] != weight.shape[1] or 0 in x.shape:
             return False
-        return is_fast(self) and (x.dtype == weight.dtype or _backend.autocasts(x))
+        return is_served(self) and (x.dtype == weight.dtype or _backend.autocasts(x))
 
 
-def is_fast(conv: Any) -> bool:
-    """Whether the kernels may serve the convolution, and are worth it."""
+def is_served(conv: Any) -> bool:
+    """Whether :func:`ran_ext.ops.conv2d` has what torch has not: fast kernels, or a way around a fault of oneDNN."""
     shape = conv.out_channels, conv.in_channels, *conv.kernel_size
-    return conv.padding_mode == "zeros" and has_fast_3x3(shape, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if conv.padding_mode != "zeros":
+        return False
+    fast = has_fast_3x3(shape, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return fast or (conv.groups == 1 and has_fault(shape, conv.stride, conv.padding))
 
 
 class Deferring(Converted):

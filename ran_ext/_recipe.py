@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ def identity(z: Tensor) -> Tensor:
     return z
 
 
-class Dropped(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropped:
     """An activation, and dropout behind it, with the random numbers that it drew.
 
     Attributes:
@@ -46,7 +48,7 @@ def save(ctx: Any, recipe: Recipe, act: Activation, tensors: Sequence[Optional])
     """Have autograd keep the tensors, and what ``act`` holds, for the backward pass of ``ctx``: see :func:`saved`."""
     ctx.norm, ctx.act = recipe.norm, act
     if isinstance(act, Dropped):
-        ctx.act, tensors = act._replace(kept=None), (act.kept, *tensors)
+        ctx.act, tensors = dataclasses.replace(act, kept=None), (act.kept, *tensors)
     ctx.save_for_backward(*tensors)
 
 
@@ -54,7 +56,7 @@ def saved(ctx: Any) -> tuple[Norm, Activation, tuple[Optional, ...]]:
     """What :func:`save` was given: the recipe's ``norm``, the activation and the tensors."""
     if isinstance(ctx.act, Dropped):
         kept, *tensors = ctx.saved_tensors
-        return ctx.norm, ctx.act._replace(kept=kept), tuple(tensors)
+        return ctx.norm, dataclasses.replace(ctx.act, kept=kept), tuple(tensors)
     return ctx.norm, ctx.act, ctx.saved_tensors
 
 

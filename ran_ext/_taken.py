@@ -136,7 +136,7 @@ def _max_pool(
 ) -> Tensor | None:
     pairs = _pairs(kernel_size, kernel_size if stride is None else stride, padding, dilation)
     x = None if return_indices or pairs is None else _pooled(input)
-    return None if x is None else max_pool2d(x, *pairs, ceil_mode)  # type: ignore[misc]
+    return None if x is None else max_pool2d(x, *pairs, ceil_mode)  # type: ignore[misc,call-arg]
 
 
 def _avg_pool(
@@ -153,7 +153,7 @@ def _avg_pool(
     return None if x is None else avg_pool2d(x, *pairs, ceil_mode, count_include_pad, divisor_override)  # type: ignore[misc]
 
 
-TAKEN |= {
+_TABLE: dict[Any, Callable[..., Any]] = {
     F.conv2d: _convolution,
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _relu),
     **dict.fromkeys((torch.relu_, Tensor.relu_), _in_place(F.relu)),
@@ -168,3 +168,4 @@ TAKEN |= {
     F.leaky_relu: _activation(F.leaky_relu, "negative_slope"),
     F.hardtanh: _activation(F.hardtanh, "min_val", "max_val"),
 }
+TAKEN.update(_TABLE)

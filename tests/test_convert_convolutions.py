@@ -100,3 +100,19 @@ def test_torch_has_the_errors():
 def test_the_weights_layout_is_the_callers_choice():
     assert convert(build("preact"))[1].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert convert(build("preact"), channels_last=False)[1].conv1.weight.is_contiguous()
+
+
+def test_a_convolution_whose_derivative_is_faulty_is_led_around_the_fault(monkeypatch):
+    """docs/upstream.md: in float32 PyTorch's own may end the process; in float64 it is right."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 16, 1, 2), nn.BatchNorm2d(16)).double()
+    ours = convert(copy.deepcopy(plain).float())
+    seen = calls_of_conv2d(monkeypatch)
+    x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    dout = torch.randn(2, 16, 8, 8)
+    for network, dtype in ((ours, torch.float32), (plain, torch.float64)):
+        network(x.to(dtype)).backward(dout.to(dtype))
+    for mine, exact in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), exact.grad, rtol=1e-4, atol=1e-4)
+    assert len(seen) == 1
+    assert type(revert(ours)[0]) is nn.Conv2d
