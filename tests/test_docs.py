@@ -9,6 +9,8 @@ import inspect
 import io
 import re
 import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +39,9 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+#: Its programs show faults of other libraries: they may corrupt the memory of their process, or end it.
+FAULTS = ROOT / "docs" / "upstream.md"
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page != FAULTS]
 WITH_COMMANDS = [page for page in PAGES if blocks(page, "bash")]
 
 
@@ -53,6 +57,12 @@ def test_python_blocks_run_as_pasted_one_after_the_other(page, tmp_path, monkeyp
         warnings.simplefilter("ignore")  # of other packages
         for number, block in enumerate(blocks(page, "python")):
             exec(compile(block, f"{named(page)}, block {number + 1}", "exec"), space)
+
+
+@pytest.mark.parametrize("block", blocks(FAULTS, "python"), ids=lambda block: str(len(block)))
+def test_programs_that_show_faults_end_in_no_error_of_python(block, tmp_path):
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode <= 0, done.stderr  # 0 or a signal
 
 
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,10 @@ def test_bytes_are_those_that_the_page_names(site: Path) -> None:
         f"| {library[name]['transient']:.2f} | {library[name]['tensors']} |"
         for name in fused
     ]
-    for name, step in said["step"].items():
-        rows.append(f"| {name} | {' | '.join(f'{step[what] / 2**20:.0f}' for what in ('kept', 'most', 'asked'))} |")
     page = (ROOT / "docs" / "gpu.md").read_text()
     assert [row for row in rows if row not in page] == []
+    for name, step in said["step"].items():
+        found = [step[what] / 2**20 for what in ("kept", "most", "asked")]
+        [numbers] = re.findall(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+        # What libraries ask for in between differs between processors.
+        assert found == pytest.approx([int(number) for number in numbers], abs=2)
