@@ -87,6 +87,39 @@ def step(network, x):
     }
 
 
+def check_float32(plain, ours, x):
+    """Of the error against float64 that eager's has, so that the fast kernels run; returns the outputs' over eager's.
+
+    A kernel's error is held to twice eager's over many values elsewhere; here are two rows of ten, whose ratio scatters.
+
+    A gradient jumps where an activation's input lies so near to its kink that rounding decides on which side: of these
+    networks' by up to 0.03, in eager PyTorch as here, and not in the same runs.
+    """
+    truth = step(copy.deepcopy(plain), x)
+    eager = (
+        copy.deepcopy(plain).float().to(memory_format=torch.contiguous_format)
+    )  # docs/upstream.md: else repvgg_a2 may end
+    found = [step(copy.deepcopy(ours).float(), x.float()), step(eager, x.float().contiguous())]
+    errors = {}
+    for what in ("outputs", "gradients"):
+        size = sum(float(b.square().sum()) for b in truth[what] if b is not None) ** 0.5
+        errors[what] = [
+            sum(
+                float((a.double() - b).square().sum())
+                for a, b in zip(one[what], truth[what], strict=True)
+                if b is not None
+            )
+            ** 0.5
+            / size
+            for one in found
+        ]
+    mine, theirs = errors["gradients"]
+    assert mine <= 2 * theirs + 0.05
+    mine, theirs = errors["outputs"]
+    assert mine <= 3 * theirs
+    return mine / theirs
+
+
 def documented():
     """The last column of the table, by network."""
     return dict(re.findall(r"^\| (\S[^|]*?) \| yes \| (\d\.\d+) \|$", DOCS.read_text(), re.M))
@@ -105,7 +138,8 @@ def test_nothing_but_the_memory_changes(name):
             scale = max((t.abs().max() for t in tensors if t is not None), default=1.0)
             for mine, theirs in zip(found[what], tensors, strict=True):
                 torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8 * float(scale))
+    ratio = check_float32(plain, ours, x)
     x = x.float()
     share = bytes_kept(ours.float().train(), [x]) / bytes_kept(plain.float().train(), [x])
-    print(f"| {name} | yes | {share:.2f} |")
+    print(f"| {name} | yes | {share:.2f} |", f"error in float32 {ratio:.2f} of eager's")
     assert share <= float(documented()[name]) + 0.015
