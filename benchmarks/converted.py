@@ -106,15 +106,20 @@ def found(name: str) -> Row:
     raise SystemExit(f"benchmarks.converted: --network {name}: not among those here, of torchvision or of timm")
 
 
+def drawn(build: Callable[[], nn.Module], batch: int, pixels: int) -> tuple[nn.Module, Tensor]:
+    """A network to be compiled and its images, in channels_last."""
+    torch.compiler.reset()  # of a code compiled for many networks Dynamo compiles no more, and runs it as it is
+    torch.manual_seed(0)
+    plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return plain, torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
+
+
 def budgets(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     """Print rows a network: eager, converted, and under ``torch.compile`` with each budget."""
     columns = ["network", "batch", "pixels", "contender", "ms", "times as fast as eager", "bytes kept, of eager's"]
     table = Table("training step, float32, channels_last, torch.compile's memory budget", columns, out)
     for name, build, batch, pixels in chosen:
-        torch.compiler.reset()  # of a code compiled for many networks Dynamo compiles no more, and runs it as it is
-        torch.manual_seed(0)
-        plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        plain, x = drawn(build, batch, pixels)
         networks = {"eager": plain, "converted": ran_ext.convert(copy.deepcopy(plain))}
         for budget in BUDGETS:
             networks[f"compiled, {budget}"] = torch.compile(copy.deepcopy(plain), backend=partial(within, budget))
@@ -141,10 +146,7 @@ def compiled(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     columns += ["times as fast as eager", "as compiled", "bytes kept compiled, of eager's", "converted and compiled"]
     table = Table("training step, float32, channels_last, torch.compile", columns, out)
     for name, build, batch, pixels in chosen:
-        torch.compiler.reset()  # of a code compiled for many networks Dynamo compiles no more, and runs it as it is
-        torch.manual_seed(0)
-        plain = build().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = torch.randn(batch, 3, pixels, pixels).contiguous(memory_format=torch.channels_last)
+        plain, x = drawn(build, batch, pixels)
         networks = {
             "eager": plain,
             "compiled": torch.compile(copy.deepcopy(plain)),

@@ -10,8 +10,6 @@ from torch import Tensor
 from . import _backend
 
 aten = torch.ops.aten
-
-
 Pair = tuple[int, int]
 
 

@@ -59,5 +59,7 @@ def test_bytes_are_those_that_the_page_names(site: Path) -> None:
     for name, step in said["step"].items():
         found = [step[what] / 2**20 for what in ("kept", "most", "asked")]
         [numbers] = re.findall(rf"^\| {re.escape(name)} \| (\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
-        # What libraries ask for in between differs between processors.
-        assert found == pytest.approx([int(number) for number in numbers], abs=2)
+        kept, most, asked = (int(number) for number in numbers)
+        assert [round(found[0]), round(found[1])] == [kept, most]
+        # All that was asked for holds what libraries take in between, which differs between processors.
+        assert found[2] == pytest.approx(asked, abs=1)
