@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def budgets(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     table = Table("training step, float32, channels_last, torch.compile's memory budget", columns, out)
     for name, build, batch, pixels in chosen:
         plain, x = drawn(build, batch, pixels)
-        networks = {"eager": plain, "converted": ran_ext.convert(copy.deepcopy(plain))}
+        networks: dict[str, Any] = {"eager": plain, "converted": ran_ext.convert(copy.deepcopy(plain))}
         for budget in BUDGETS:
             networks[f"compiled, {budget}"] = torch.compile(copy.deepcopy(plain), backend=partial(within, budget))
         steps = {key: partial(step, network, x) for key, network in networks.items()}
@@ -147,7 +148,7 @@ def compiled(chosen: Sequence[Row], rounds: int, out: Path | None) -> None:
     table = Table("training step, float32, channels_last, torch.compile", columns, out)
     for name, build, batch, pixels in chosen:
         plain, x = drawn(build, batch, pixels)
-        networks = {
+        networks: dict[str, Any] = {
             "eager": plain,
             "compiled": torch.compile(copy.deepcopy(plain)),
             "converted": torch.compile(ran_ext.convert(copy.deepcopy(plain))),

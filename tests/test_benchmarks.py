@@ -13,6 +13,7 @@ from torch import nn
 
 from benchmarks import (
     compare,
+    converted,
     cudnn_graphs,
     inference,
     loss_curves,
@@ -293,3 +294,17 @@ def test_the_kernels_of_passes_are_listed_by_path(tmp_path):
     rows = json.loads(out.read_text())["passes"]
     assert {"library", "product"} <= {row["path"] for row in rows}
     assert all(row["kernels"] and row["sum_us"] > 0 for row in rows)
+
+
+def test_a_converted_network_beside_a_memory_budget(monkeypatch, capsys):
+    block = lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 1))  # noqa: E731
+    monkeypatch.setattr(converted, "NETWORKS", [("block", block, 2, 8)])
+    monkeypatch.setattr(converted, "BUDGETS", (0.5,))
+    converted.main(["--budget", "--rounds", "1", "--network", "block"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| block")]
+    assert [row[3] for row in rows] == ["eager", "converted", "compiled, 0.5"]
+    kept = [float(row[-1].strip(" |")) for row in rows]
+    assert kept[0] == 1
+    assert max(kept[1:]) < 1
+    with pytest.raises(SystemExit, match="--network nothing: not among those here"):
+        converted.main(["--network", "nothing"])
