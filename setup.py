@@ -126,7 +126,7 @@ class Plan:
             libraries=libraries,
             library_dirs=folders,
             # GCC tells of signs that are compared in torch's headers once these are compiled apart
-            extra_compile_args=[*native.CXX_FLAGS, *openmp, "-std=c++20", "-Wno-sign-compare"],
+            extra_compile_args=[*native.TORCH_FLAGS, *openmp, "-Wno-sign-compare"],
             extra_link_args=openmp,
             depends=[str(path) for path in [*native.torch_sources(), *sorted(native.CSRC.rglob("*.h"))]],
         )

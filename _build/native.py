@@ -24,11 +24,13 @@ CSRC = ROOT / "csrc"
 OBJECTS = ROOT / "build" / "kernels"
 
 #: Never -ffast-math: NaN has to pass through the kernels. -g0: Python's own flags may carry -g.
-CXX_FLAGS = ["-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS = ["-g0", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas"]
 #: GCC 12's own AVX-512 headers set off -Wuninitialized and -Wmaybe-uninitialized.
 #: Loops begin with a cache line: where one happens to lie decides over a sixth of the speed of a matrix product.
-CPU_FLAGS = ["-std=c++17", *CXX_FLAGS, "-falign-loops=64", "-fno-math-errno", "-fno-trapping-math"]
+CPU_FLAGS = ["-std=c++17", "-O3", *CXX_FLAGS, "-falign-loops=64", "-fno-math-errno", "-fno-trapping-math"]
 CPU_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+#: What knows torch chooses, allocates and calls: -O3 takes longer to compile, not less to run.
+TORCH_FLAGS = ["-std=c++20", "-O2", *CXX_FLAGS]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]

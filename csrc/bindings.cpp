@@ -21,7 +21,7 @@ py::dict build_info() {
 #else
   info["cuda"] = py::none();
 #endif
-  info["cpu_kernels"] = ran::cpu_kernels().name;  // the instruction set that runs here
+  info["cpu_kernels"] = ran::cpu_kernels(at::kBFloat16).name;  // the instruction set that runs here
   return info;
 }
 

@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> batch_norm_stats(const Tensor& x, const Running& runn
   }
   if (x.is_cpu()) {
     std::vector<double> exact(running.kept() ? size_t(2 * view.channels) : 0);
-    cpu_kernels().batch_norm_stats(mean.data_ptr(), var.data_ptr(), running.kept() ? exact.data() : nullptr,
-                                   x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view);
+    cpu_kernels(x).batch_norm_stats(mean.data_ptr(), var.data_ptr(), running.kept() ? exact.data() : nullptr,
+                                    x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view);
     if (running.kept()) running.update(exact.data(), view.count());
     return {mean, var};
   }
@@ -98,7 +98,7 @@ Tensor bn_relu_apply(const Tensor& x, const BatchNormArgs& bn) {
     return out;
   }
 #endif
-  cpu_kernels().bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
+  cpu_kernels(x).bn_relu_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
   return out;
 }
 
@@ -109,8 +109,8 @@ BackwardSums bn_relu_sums(const Tensor& dout, const Tensor& x, const BatchNormAr
   if (x.is_cuda()) return cuda_bn_relu_sums(dout, x, bn);
 #endif
   BackwardSums sums{at::empty_like(bn.mean), at::empty_like(bn.mean)};
-  cpu_kernels().bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
-                                        x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
+  cpu_kernels(x).bn_relu_backward_reduce(sums.dz.data_ptr(), sums.dz_xhat.data_ptr(), dout.const_data_ptr(),
+                                         x.const_data_ptr(), dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
   return sums;
 }
 
@@ -125,9 +125,9 @@ void bn_relu_dx(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& r
 #ifdef RAN_WITH_CUDA
   if (x.is_cuda()) return cuda_bn_relu_dx(dx, dout, x, residual, bn, sums, count, pieces);
 #endif
-  cpu_kernels().bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows_of(x, pieces), pointer(residual),
-                                       sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
-                                       count, dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
+  cpu_kernels(x).bn_relu_backward_apply(dx.data_ptr(), dout.const_data_ptr(), rows_of(x, pieces), pointer(residual),
+                                        sums ? pointer(sums->dz) : nullptr, sums ? pointer(sums->dz_xhat) : nullptr,
+                                        count, dtype_of(x, kBnRelu, "x"), view_of(x), bn.kernel);
 }
 
 BackwardSums bn_relu_gradients(Tensor& dx, const Tensor& dout, const Tensor& x, const Tensor& residual,

@@ -12,8 +12,9 @@
 
 namespace ran {
 
-// Those of the instruction set that runs here.
-const cpu::Kernels& cpu_kernels();
+// Those of the instruction set that runs here for a dtype: the richest has them for bfloat16 alone.
+const cpu::Kernels& cpu_kernels(at::ScalarType dtype);
+inline const cpu::Kernels& cpu_kernels(const Tensor& x) { return cpu_kernels(x.scalar_type()); }
 
 // Those that a convolution takes: of 256-bit vectors, where its channels leave too much of 512-bit ones empty.
 const cpu::Kernels& conv_kernels(DType dtype, const cpu::ConvShape& shape);
@@ -27,11 +28,11 @@ const cpu::Kernels& conv_kernels(DType dtype, const cpu::ConvShape& shape);
       const c10::DeviceGuard guard((x).device());                    \
       check_launch(cuda::kernel(__VA_ARGS__, current_stream()), op); \
     } else {                                                         \
-      cpu_kernels().kernel(__VA_ARGS__);                             \
+      cpu_kernels(x).kernel(__VA_ARGS__);                            \
     }                                                                \
   } while (false)
 #else
-#define RAN_RUN_KERNEL(op, x, kernel, ...) cpu_kernels().kernel(__VA_ARGS__)
+#define RAN_RUN_KERNEL(op, x, kernel, ...) cpu_kernels(x).kernel(__VA_ARGS__)
 #endif
 
 }  // namespace ran

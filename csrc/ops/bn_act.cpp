@@ -32,8 +32,8 @@ Tensor bn_act(const Tensor& x_, const OptTensor& weight, const OptTensor& bias, 
   const Activation activation = activation_of(act, a, b);
   Tensor out = at::empty_like(x);
   if (x.numel() > 0)
-    cpu_kernels().bn_act_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kBnAct, "x"), view_of(x), bn.kernel,
-                                 activation);
+    cpu_kernels(x).bn_act_forward(out.data_ptr(), x.const_data_ptr(), dtype_of(x, kBnAct, "x"), view_of(x), bn.kernel,
+                                  activation);
   return out;
 }
 
@@ -56,13 +56,14 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_gradients(const Tensor& dout_, const T
   const bool wide = dtype == DType::f32 || dtype == DType::f64;
   const bool keeps = wanted[0] && sums && wide && activation.is_smooth();
   if (some && sums)
-    cpu_kernels().bn_act_backward_reduce(keeps ? dx.data_ptr() : nullptr, dz.data_ptr(), dz_xhat.data_ptr(),
-                                         dout.const_data_ptr(), x.const_data_ptr(), dtype, view, bn.kernel, activation);
+    cpu_kernels(x).bn_act_backward_reduce(keeps ? dx.data_ptr() : nullptr, dz.data_ptr(), dz_xhat.data_ptr(),
+                                          dout.const_data_ptr(), x.const_data_ptr(), dtype, view, bn.kernel,
+                                          activation);
   if (some && wanted[0])
-    cpu_kernels().bn_act_backward_apply(dx.data_ptr(), keeps ? dx.const_data_ptr() : dout.const_data_ptr(),
-                                        x.const_data_ptr(), batch_stats ? dz.data_ptr() : nullptr,
-                                        batch_stats ? dz_xhat.data_ptr() : nullptr, double(view.count()), dtype, view,
-                                        bn.kernel, keeps ? Activation{Activation::none, 0, 0} : activation);
+    cpu_kernels(x).bn_act_backward_apply(dx.data_ptr(), keeps ? dx.const_data_ptr() : dout.const_data_ptr(),
+                                         x.const_data_ptr(), batch_stats ? dz.data_ptr() : nullptr,
+                                         batch_stats ? dz_xhat.data_ptr() : nullptr, double(view.count()), dtype, view,
+                                         bn.kernel, keeps ? Activation{Activation::none, 0, 0} : activation);
   return {dx, wanted[1] ? dz_xhat : none(bn.mean), wanted[2] ? dz : none(bn.mean)};
 }
 

@@ -30,7 +30,7 @@ Tensor conv3x3_pack(const Tensor& weight_, const Tensor& x, int64_t m) {
   const bool fits = x.dim() == 4 && weight_.dim() == 4 && weight_.size(1) == x.size(1) && weight_.size(2) == 3 &&
                     weight_.size(3) == 3 && weight_.scalar_type() == x.scalar_type();
   RAN_CHECK_VALUE(fits && (tile == cpu::Conv3x3::f4x4 || tile == cpu::Conv3x3::f2x2) &&
-                      cpu_kernels().conv3x3_supported(dtype_of(x, kPacked, "x"), shape_of(x, weight_.size(0))),
+                      cpu_kernels(x).conv3x3_supported(dtype_of(x, kPacked, "x"), shape_of(x, weight_.size(0))),
                   kPacked, "there is no kernel of tiles of ", m, " x ", m, " for x ", x.sizes(), " ", x.scalar_type(),
                   " and weight ", weight_.sizes());
   const Tensor weight = weight_.contiguous(at::MemoryFormat::ChannelsLast);
