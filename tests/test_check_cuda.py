@@ -91,20 +91,22 @@ def test_only_unchanged_sources_are_spared_chips(monkeypatch, tmp_path):
     monkeypatch.setattr(check, "BUDGETS", tmp_path / "budgets.json")
     monkeypatch.setattr(check.native, "CSRC", tmp_path)
     monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.0")
-    for name in ("common/types.h", "cuda/a.cu", "cuda/layout.json"):
+    texts = {"common/types.h": "one", "cuda/a.cu": '#include "../common/types.h"\n'}
+    for name, text in {**texts, "common/tensors.h": "one", "cuda/layout.json": "one"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("one")
+        (tmp_path / name).write_text(text)
     nvcc = Path("nvcc")
     assert check.chips(True, nvcc) == check.ARCHS  # nothing is known yet
     check.write_budgets([check.Usage("a", "sm_80", 40, 0, 0)], {}, {}, check.digest(nvcc))
-    (tmp_path / "cuda/layout.json").write_text("two")
+    for name in ("cuda/layout.json", "common/tensors.h"):  # no kernel is made of these
+        (tmp_path / name).write_text("two")
     assert check.chips(True, nvcc) == check.ALWAYS
     assert check.chips(False, nvcc) == check.chips(True, None) == check.ARCHS
     monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.1")
     assert check.chips(True, nvcc) == check.ARCHS
     monkeypatch.setattr(check.native, "nvcc_version", lambda nvcc: "13.0")
-    for name in ("common/types.h", "cuda/a.cu"):
+    for name, text in texts.items():
         assert check.chips(True, nvcc) == check.ALWAYS
-        (tmp_path / name).write_text("two")
+        (tmp_path / name).write_text(f"{text}two")
         assert check.chips(True, nvcc) == check.ARCHS
-        (tmp_path / name).write_text("one")
+        (tmp_path / name).write_text(text)

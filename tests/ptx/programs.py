@@ -48,6 +48,15 @@ def _sources(root: Path) -> list[bytes]:
     return [path.name.encode() + path.read_bytes() for path in [*build.sources(root), *sorted(HERE.glob("*.h"))]]
 
 
+def suffix(arch: str) -> str:
+    """Of the files that nvcc keeps for ``arch``.
+
+    >>> suffix("sm_80")
+    'compute_80.ptx'
+    """
+    return f"{arch.replace('sm', 'compute')}.ptx"
+
+
 def compile_ptx(
     arch: str, folder: Path, root: Path = ROOT, names: Sequence[str] = (), made: Path | None = None
 ) -> dict[str, list[Kernel]]:
@@ -68,7 +77,7 @@ def compile_ptx(
 
     def one(source: Path) -> Path:
         if made is not None:
-            ptx = made / f"{source.stem}.{arch.replace('sm', 'compute')}.ptx"
+            ptx = made / f"{source.stem}.{suffix(arch)}"
             if not ptx.exists():
                 raise native.BuildFailure(
                     f"there is no {ptx}: python -m scripts.check_cuda --build {made.parent} makes it"

@@ -37,6 +37,11 @@ class Ran:
     seconds: float
 
 
+def archs(made: Path | None) -> list[str]:
+    """The first, and those of the rest that check_cuda left in ``made``: it spares what has not changed."""
+    return [arch for arch in ARCHS if arch == ARCHS[0] or made is None or any(made.glob(f"*.{programs.suffix(arch)}"))]
+
+
 def run_tests(kernels: dict[str, dict[str, list[Kernel]]], cache: Path, quick: bool) -> list[Ran]:
     """Every test on the first architecture; on the others those some of whose kernels differ from its own."""
     found: list[Ran] = []
@@ -125,7 +130,8 @@ def main() -> int:
         cache = arguments.cache or Path(folder)
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            kernels = {arch: programs.compile_ptx(arch, cache, made=arguments.ptx) for arch in ARCHS}
+            chosen = ARCHS if arguments.all else archs(arguments.ptx)
+            kernels = {arch: programs.compile_ptx(arch, cache, made=arguments.ptx) for arch in chosen}
             ran = run_tests(kernels, cache, quick=not arguments.all)
             _, faults = measure(kernels[ARCHS[0]], cache, arguments.update)
             mutated = [(mutant.name, said) for mutant, said in mutants.run(ARCHS[0], cache)] if arguments.all else []
