@@ -1,6 +1,7 @@
 """Whole runs on a few images: selection, stopping, resuming bit for bit, and what goes wrong on the way."""
 
 import dataclasses
+import functools
 import math
 import signal
 
@@ -93,20 +94,27 @@ def assert_equal(one, other, where):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(images, val_images, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole")
-    return run(images, val_images, CONFIG, out, test_set=val_images), out
+def whole_run(images, val_images, tmp_path_factory):
+    """An uninterrupted run with an optimizer, and its folder."""
+
+    @functools.cache
+    def trained(optimizer):
+        out = tmp_path_factory.mktemp("whole")
+        return run(images, val_images, dataclasses.replace(CONFIG, optimizer=optimizer), out, test_set=val_images), out
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run):
+    return whole_run(CONFIG.optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "nesterov", "muon"])
 @pytest.mark.parametrize("step", [6, 9])  # within the second epoch, and at its end
-def test_resume_continues_bit_for_bit(images, val_images, uninterrupted, tmp_path, monkeypatch, optimizer, step):
+def test_resume_continues_bit_for_bit(images, val_images, whole_run, tmp_path, monkeypatch, optimizer, step):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
-    if optimizer == "adam":
-        whole, whole_out = uninterrupted
-    else:
-        whole_out = tmp_path / "whole"
-        whole = run(images, val_images, config, whole_out, test_set=val_images)
+    whole, whole_out = whole_run(optimizer)
     monkeypatch.setattr("ran_ext.train.report.Progress.due", True)  # so that the callback sees every step at once
     out = tmp_path / "cut"
     cut = run(images, val_images, config, out, callbacks=[InterruptAt(step)], test_set=val_images)
