@@ -2,7 +2,7 @@
 """The report's experiment, in ran_ext and in a plain reference side by side: figures 4 to 7, Table 1, the claims.
 
 python -m scripts.reproduce_report --out runs/report --scale smoke      the embedded images, about a minute
-python -m scripts.reproduce_report --out runs/report                    narrow networks, 40 minutes on 2 CPU cores
+python -m scripts.reproduce_report --out runs/report                    narrow networks, 100 minutes on 2 CPU cores
 python -m scripts.reproduce_report --out runs/report --scale short      full size, 12 epochs, ran_ext alone: 5 hours
 python -m scripts.reproduce_report --out runs/report --scale full       as the report did, on a GPU
 
