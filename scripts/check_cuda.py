@@ -182,7 +182,7 @@ def budget_faults(
                 yield f"{arch} {kernel}: has a budget, but no kernel; --update drops it"
 
 
-def compiled() -> list[Path]:
+def sources() -> list[Path]:
     """The files that the kernels are compiled from: those of csrc/cuda, and what they include from elsewhere."""
     found = [path for path in (native.CSRC / "cuda").iterdir() if path.suffix in (".cu", ".cuh", ".h")]
     for path in found:  # grows meanwhile
@@ -194,9 +194,18 @@ def compiled() -> list[Path]:
 def digest(nvcc: Path) -> str:
     """Of all that the kernels are compiled from, and by which nvcc."""
     found = hashlib.sha256(native.nvcc_version(nvcc).encode())
-    for source in compiled():
+    for source in sources():
         found.update(source.name.encode() + source.read_bytes())
     return found.hexdigest()
+
+
+def with_chip(ptx: str, archs: Sequence[str]) -> str:
+    """The name of a file that nvcc kept: of one chip alone it leaves the chip out.
+
+    >>> with_chip("max_pool.ptx", ["9.0a"]), with_chip("max_pool.compute_80.ptx", ["8.0", "9.0a"])
+    ('max_pool.compute_90a.ptx', 'max_pool.compute_80.ptx')
+    """
+    return ptx if len(archs) > 1 else ptx.replace(".ptx", f".compute_{archs[0].replace('.', '')}.ptx")
 
 
 def chips(changed: bool, nvcc: Path | None) -> list[str]:
@@ -265,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             usages = [usage for file, _ in compiled for usage in file]
             sass = {key: held for _, file in compiled for key, held in file.items()}
             for ptx in Path(folder).glob("*.ptx"):
-                shutil.move(ptx, tasks[0].object.parent / ptx.name)
+                shutil.move(ptx, tasks[0].object.parent / with_chip(ptx.name, archs))
         except native.BuildFailure as failure:
             print(failure)
             return 1
