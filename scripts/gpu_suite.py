@@ -9,7 +9,7 @@ python -m scripts.gpu_suite --out runs/rehearsal --device cpu --quick     each s
 Stages run in order of value, each with a time limit. A stage that has passed is not run again: the same command goes
 on where the minutes ended. --data takes CIFAR-10 in any layout that get_cifar10.py takes, lossless atlases among them.
 Leaves a log and a JSON a stage in --out, and of all stages and targets summary.md and summary.json; the exit status is
-1 where a stage failed or was cut short.
+1 where a stage failed, was cut short or was not begun for want of minutes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(chosen: Sequence[Stage], runner: Runner, minutes: float, again: bool) -> None:
-    """Run the stages that have not passed yet until the minutes are over; the rest are recorded as skipped."""
+    """Run the stages that have not passed yet until the minutes are over; the rest are recorded as not begun."""
     end = time.monotonic() + 60 * minutes
     pending = [stage for stage in chosen if again or not runner.passed(stage)]
     for number, stage in enumerate(chosen, 1):
@@ -46,7 +46,8 @@ def run(chosen: Sequence[Stage], runner: Runner, minutes: float, again: bool) ->
         seconds = limit(pending, left)
         pending = pending[1:]
         if not seconds:
-            outcome = runner.write(stage, "skipped", f"{max(left, 0):.0f} s of the budget left: run the command again")
+            why = f"{max(left, 0):.0f} s of the budget left: run the command again"
+            outcome = runner.write(stage, "not begun", why)
         else:
             runner.say(f"{where} {stage.name}: at most {seconds:.0f} s")
             outcome = runner.run(stage, seconds, where)
@@ -101,7 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the suite; 1 where a stage failed or was cut short."""
+    """Run the suite; 1 where a stage failed, was cut short or was not begun."""
     options = parse(argv)
     # Of ``timeout`` and the like: as an exception, so that the running stage's processes are ended too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -116,8 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text, outcomes = summarize(runner)
     print(f"\n{text}\n{options.out / 'summary.md'}")
     names = {stage.name for stage in chosen}
-    bad = [o["stage"] for o in outcomes if o["stage"] in names and o["status"] in ("failed", "timed out")]
-    print(f"failed: {', '.join(bad)}" if bad else "no stage failed")
+    bad = [o for o in outcomes if o["stage"] in names and o["status"] not in ("passed", "skipped")]
+    print(", ".join(f"{o['stage']}: {o['status']}" for o in bad) or "no stage failed")
     return 1 if bad else 0
 
 
