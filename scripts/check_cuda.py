@@ -192,8 +192,8 @@ def sources() -> list[Path]:
 
 
 def digest(nvcc: Path) -> str:
-    """Of all that the kernels are compiled from, and by which nvcc."""
-    found = hashlib.sha256(native.nvcc_version(nvcc).encode())
+    """Of all that the kernels are compiled from, by which nvcc and with which flags."""
+    found = hashlib.sha256(" ".join([native.nvcc_version(nvcc), *native.CUDA_FLAGS]).encode())
     for source in sources():
         found.update(source.name.encode() + source.read_bytes())
     return found.hexdigest()

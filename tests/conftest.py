@@ -74,6 +74,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         cases[name] += 1
         if cases[name] > 1 or item.path.stem in NOT_COVERED:
             item.add_marker("no_cover")
+        if item.path.parent.name == "ecosystem":
+            item.add_marker("elsewhere")
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU here")

@@ -22,7 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REFERENCE = ROOT / "docs" / "reference"
 MODULES = ["ran_ext", *(f"ran_ext.{name}" for name in ("ops", "nn", "models", "data", "train"))]
 #: Of the guides; where one is missing, the page runs in CI's second environment.
-ELSEWHERE = ("accelerate", "lightning", "onnx", "onnxscript", "timm", "torchvision", "webdataset")
+ELSEWHERE = ("accelerate", "lightning", "timm", "torchvision", "webdataset")
 COMMANDS = sorted(
     f"{path.parent.name}.{path.stem}"
     for folder in ("scripts", "benchmarks")
@@ -45,11 +45,17 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python") and page != FAUL
 WITH_COMMANDS = [page for page in PAGES if blocks(page, "bash")]
 
 
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_python_blocks_run_as_pasted_one_after_the_other(page, tmp_path, monkeypatch):
+def needs(page: Path) -> list[str]:
     code = "\n".join(blocks(page, "python"))
-    missing = [name for name in ELSEWHERE if re.search(rf"\b{name}\b", code) and not importlib.util.find_spec(name)]
-    if missing:
+    return [name for name in ELSEWHERE if re.search(rf"\b{name}\b", code)]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=named(page), marks=[pytest.mark.elsewhere] if needs(page) else []) for page in WITH_PYTHON],
+)
+def test_python_blocks_run_as_pasted_one_after_the_other(page, tmp_path, monkeypatch):
+    if missing := [name for name in needs(page) if not importlib.util.find_spec(name)]:
         pytest.skip(f"{', '.join(missing)} not installed; .ci/ecosystem runs this page")
     monkeypatch.chdir(tmp_path)
     space = {"__name__": "__main__"}

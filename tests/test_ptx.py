@@ -4,12 +4,13 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from _build import native
-from tests.ptx import layout, operands, programs, protocols, translate
+from tests.ptx import layout, operands, programs, protocols, run, translate
 from tests.ptx.exploration import Broken
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,11 +110,29 @@ def test_layout_is_held_to_its_budget():
 def test_results_and_budgets_are_of_the_kernels_that_are_shipped():
     instances = set(json.loads((ROOT / "csrc" / "cuda" / "budgets.json").read_text())["sm_90a"])
     assert set(re.findall(r"^- `(.*)`$", (programs.HERE / "results.md").read_text(), re.MULTILINE)) == instances
-    budgets = json.loads(layout.BUDGETS.read_text())
+    budgets = layout.budgets()
     assert set(budgets) <= instances
     assert {name.split("<")[0] for name in budgets} == {name.split("<")[0] for name in instances}
     over = {name for name, b in budgets.items() if max(b["wavefronts"], b["sectors"]) > layout.LEAST or b["narrow"]}
     assert over == {name for name, b in budgets.items() if b.get("why")}
+
+
+def test_what_has_not_changed_is_not_run_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layout, "BUDGETS", tmp_path / "layout.json")
+    monkeypatch.setattr(programs.native, "find_toolkit", lambda: Path("toolkit"))
+    monkeypatch.setattr(run.check_cuda, "digest", lambda nvcc: f"{nvcc}")
+    monkeypatch.setattr(run.programs, "compile_ptx", lambda *a, **k: pytest.fail("compiled"))
+    layout.update({}, run.digest(Path("toolkit/bin/nvcc")))
+    monkeypatch.setattr(sys, "argv", ["run", "--changed"])
+    assert run.main() == 0
+    assert "neither a kernel nor nvcc nor a test has changed" in capsys.readouterr().out
+    assert layout.budgets() == {}
+    (tmp_path / "other_test.cpp").write_text("")
+    for name, value in {"check_cuda.digest": lambda nvcc: "another nvcc", "programs.HERE": tmp_path}.items():
+        with monkeypatch.context() as changed:
+            changed.setattr(f"tests.ptx.run.{name}", value)
+            with pytest.raises(pytest.fail.Exception, match="compiled"):
+                run.main()
 
 
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)

@@ -62,6 +62,18 @@ def read(text: str) -> dict[str, Layout]:
     return found
 
 
+def budgets() -> dict[str, Any]:
+    """What BUDGETS holds of each kernel."""
+    held: dict[str, Any] = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {}
+    held.pop("digest", None)
+    return held
+
+
+def digest() -> str:
+    """Of all that ``--update`` ran when it wrote BUDGETS, and found without a fault."""
+    return str(json.loads(BUDGETS.read_text()).get("digest", "")) if BUDGETS.exists() else ""
+
+
 def faults(found: dict[str, Layout], budgets: dict[str, Any]) -> Iterator[str]:
     """Where a kernel takes more than its budget, has none, or a budget explains nothing."""
     for kernel, layout in sorted(found.items()):
@@ -78,11 +90,11 @@ def faults(found: dict[str, Layout], budgets: dict[str, Any]) -> Iterator[str]:
         yield f"{kernel}: has a budget and was not run; --update drops it"
 
 
-def update(found: dict[str, Layout], budgets: dict[str, Any]) -> None:
+def update(found: dict[str, Layout], made_of: str) -> None:
     """Writes what was found, a line a kernel; reasons stay."""
-    lines = []
+    held, lines = budgets(), [f'  "digest": "{made_of}"']
     for kernel, layout in sorted(found.items()):
-        why = {"why": budgets[kernel]["why"]} if "why" in budgets.get(kernel, {}) else {}
+        why = {"why": held[kernel]["why"]} if "why" in held.get(kernel, {}) else {}
         lines.append(f"  {json.dumps(kernel)}: {json.dumps({**layout.figures(), **why})}")
     BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 #: Of a translation unit of kernels: large enough that starting the compiler costs nothing, small enough to share out.
 UNIT_BYTES = 400_000
-FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", "-Wno-unused"]
+#: Not optimised: the emulation around a kernel takes the time of a run, and compiling takes more than running.
+FLAGS = ["-std=c++20", "-O0", "-ffp-contract=off", "-Wall", "-Wno-maybe-uninitialized", "-Wno-unused"]
 INCLUDED = re.compile(r'#include "../../(csrc/cuda/\w+\.cu)"')
 
 Item, Result = TypeVar("Item"), TypeVar("Result")

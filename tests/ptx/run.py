@@ -1,6 +1,7 @@
 """Runs what nvcc made of the kernels, on the CPU, and measures how its accesses fall on memory.
 
-    python -m tests.ptx.run                    # as CI does: float32 and bfloat16, one schedule of threads
+    python -m tests.ptx.run                    # float32 and bfloat16, one schedule of threads
+    python -m tests.ptx.run --changed          # as CI does: the same, where anything changed since --update
     python -m tests.ptx.run --all              # every dtype, schedule and mutant; writes results.md beside this file
     python -m tests.ptx.run --update           # writes csrc/cuda/layout.json from what was measured
 
@@ -11,13 +12,15 @@ kernel's source. Needs nvcc and g++; neither a GPU nor torch.
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from scripts import check_cuda
 
 from . import layout, mutants, programs
 from .translate import Kernel, UnknownInstruction
@@ -75,25 +78,32 @@ def same(kernels: dict[str, list[Kernel]], others: dict[str, list[Kernel]], test
     )
 
 
-def measure(kernels: dict[str, list[Kernel]], cache: Path, update: bool) -> tuple[dict[str, layout.Layout], list[str]]:
-    """The layout of each kernel, and where it is over its budget."""
+def digest(nvcc: Path) -> str:
+    """Of the kernels, their nvcc, the tests and what runs them: where all are the same, so is the result."""
+    found = hashlib.sha256(check_cuda.digest(nvcc).encode())
+    for folder in (programs.HERE, programs.ROOT / "tests" / "emulation"):
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".py", ".h", ".cpp")):
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def measure(kernels: dict[str, list[Kernel]], cache: Path, update: str | None) -> list[str]:
+    """Where a kernel's layout is over its budget; ``update``: the digest to write beside new budgets."""
     ran = programs.run(programs.build_layout(kernels, cache))
     if ran.returncode:
-        return {}, [f"layout: {ran.stderr.strip()}"]
+        return [f"layout: {ran.stderr.strip()}"]
     found = layout.read(ran.stdout)
-    budgets = json.loads(layout.BUDGETS.read_text()) if layout.BUDGETS.exists() else {}
-    if update:
-        layout.update(found, budgets)
-        budgets = json.loads(layout.BUDGETS.read_text())
+    if update is not None:
+        layout.update(found, update)
     by_name = {kernel.short_name: kernel for all_of in kernels.values() for kernel in all_of}
-    faults = list(layout.faults(found, budgets))
+    faults = list(layout.faults(found, layout.budgets()))
     print(f"{'wavefronts':>10} {'sectors':>8} {'narrow':>7}  of the ideal, and accesses of tensors under 16 bytes")
     for name, one in sorted(found.items()):
         figures = one.figures()
         print(f"{figures['wavefronts']:10.3f} {figures['sectors']:8.3f} {figures['narrow']:7}  {name}")
         if any(fault.startswith(f"{name}: ") for fault in faults):
             print(*(f"{'':28} {line}" for line in layout.worst(one, by_name)), sep="\n")
-    return found, faults
+    return faults
 
 
 def write_results(ran: list[Ran], kernels: dict[str, dict[str, list[Kernel]]], mutated: list[tuple[str, str]]) -> None:
@@ -119,11 +129,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--all", action="store_true", help=f"every dtype, schedule and mutant, into {RESULTS.name}")
     parser.add_argument("--update", action="store_true", help=f"rewrite {layout.BUDGETS.name}; its reasons stay")
+    parser.add_argument("--changed", action="store_true", help="nothing where all is as --update saw it")
     parser.add_argument("--ptx", type=Path, metavar="DIR", help="what check_cuda --build left, not compiled again")
     parser.add_argument("--cache", type=Path, help="folder that keeps what was built")
     arguments = parser.parse_args()
-    if programs.native.find_toolkit() is None:
+    home = programs.native.find_toolkit()
+    if home is None:
         print("ptx: skipped, as no nvcc was found; install a CUDA toolkit, or set CUDA_HOME")
+        return 0
+    made_of = digest(home / "bin" / "nvcc")
+    if arguments.changed and made_of == layout.digest():
+        print("ptx: neither a kernel nor nvcc nor a test has changed since --update ran them all")
         return 0
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +149,9 @@ def main() -> int:
             chosen = ARCHS if arguments.all else archs(arguments.ptx)
             kernels = {arch: programs.compile_ptx(arch, cache, made=arguments.ptx) for arch in chosen}
             ran = run_tests(kernels, cache, quick=not arguments.all)
-            _, faults = measure(kernels[ARCHS[0]], cache, arguments.update)
+            whole = chosen == ARCHS and not any(one.fault for one in ran)
+            update = (made_of if whole else "") if arguments.update else None
+            faults = measure(kernels[ARCHS[0]], cache, update)
             mutated = [(mutant.name, said) for mutant, said in mutants.run(ARCHS[0], cache)] if arguments.all else []
         except (programs.native.BuildFailure, UnknownInstruction) as failure:
             print(failure)
